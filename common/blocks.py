@@ -1,0 +1,108 @@
+"""Run a transformer's block stack with a view on its image tokens, or put a residual in its place.
+
+The host's forward runs unchanged either way. Stand-ins shadow its block lists and its final layer in the instance's
+`__dict__`, which attribute look-up asks before `_modules`: parameters, names, FSDP units and hooks never notice, and
+the stand-ins are gone when the call ends. On a reused step the lists are empty and the residual is added in front of
+the final layer, so that what a forward adds between its blocks (control nets) is not added twice.
+"""
+from dataclasses import dataclass
+from typing import Callable, Optional
+
+from .ratios import MagCacheError
+
+
+@dataclass(frozen=True)
+class Host:
+    """What MagCache has to know of a transformer class.
+
+    blocks: its block lists, in the order in which forward runs them.
+    final_layer: the module whose first argument is the image tokens after the last block.
+    image_tokens: keyword, or position, of the image tokens among the arguments of the first block.
+    latent, timestep: names of forward's arguments.
+    timestep_scale: what forward's timestep is at noise level 1.
+    residual_shape: (model, arguments of forward by name) -> shape of the residual, known before the first step.
+    noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
+        follow them (reference pictures); statistics are taken of these only. None: all are.
+    """
+
+    blocks: tuple
+    final_layer: str
+    image_tokens: object = "hidden_states"
+    latent: str = "hidden_states"
+    timestep: str = "timestep"
+    timestep_scale: float = 1000.0
+    residual_shape: Optional[Callable] = None
+    noise_tokens: Optional[Callable] = None
+
+
+class BlockStack:
+    """The block stack of one model instance."""
+
+    def __init__(self, model, host):
+        missing = [name for name in (*host.blocks, host.final_layer) if not hasattr(model, name)]
+        if missing:
+            raise MagCacheError(f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
+                                "of the model; run it with --no-magcache.")
+        self.model, self.host = model, host
+        self.first, self.final, self.shadows = FirstBlock(host.image_tokens), FinalLayer(), {}
+
+    def record(self):
+        """From here to `finish`, forward runs every block and the image tokens before and after them are remembered."""
+        lists = {name: getattr(self.model, name) for name in self.host.blocks}
+        start = next(name for name, blocks in lists.items() if len(blocks))
+        self.first.block, self.final.layer = lists[start][0], getattr(self.model, self.host.final_layer)
+        self.shadow({start: (self.first, *lists[start][1:]), self.host.final_layer: self.final})
+
+    def replace(self, residual):
+        """From here to `finish`, forward runs no block; `residual` is added to the tokens in front of the final layer."""
+        self.final.layer, self.final.residual = getattr(self.model, self.host.final_layer), residual
+        self.shadow({**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final})
+
+    def shadow(self, attributes):
+        self.shadows = attributes
+        self.model.__dict__.update(attributes)
+
+    def finish(self):
+        """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
+        before the first. Raises MagCacheError if forward came past neither."""
+        before, after = self.first.tokens, self.final.tokens
+        self.restore()
+        if before is None or after is None:
+            raise MagCacheError(f"The forward of {type(self.model).__name__} did not pass through its blocks and "
+                                f"{self.host.final_layer}; run it with --no-magcache.")
+        return after - before
+
+    def restore(self):
+        for name in self.shadows:
+            self.model.__dict__.pop(name, None)
+        self.shadows = {}
+        self.first.tokens = self.final.tokens = self.final.residual = None
+
+
+class FirstBlock:
+    """Stands in for the first block and remembers the image tokens that come in."""
+
+    __slots__ = ("image_tokens", "block", "tokens")
+
+    def __init__(self, image_tokens):
+        self.image_tokens, self.tokens = image_tokens, None
+
+    def __call__(self, *args, **kwargs):
+        key = self.image_tokens
+        self.tokens = args[key] if isinstance(key, int) else kwargs[key] if key in kwargs else args[0]
+        return self.block(*args, **kwargs)
+
+
+class FinalLayer:
+    """Stands in for the final layer: remembers the image tokens that come in, or adds the residual to them."""
+
+    __slots__ = ("layer", "tokens", "residual")
+
+    def __init__(self):
+        self.tokens = self.residual = None
+
+    def __call__(self, tokens, *args, **kwargs):
+        if self.residual is None:
+            self.tokens = tokens
+            return self.layer(tokens, *args, **kwargs)
+        return self.layer(tokens + self.residual, *args, **kwargs)

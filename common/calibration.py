@@ -1,0 +1,89 @@
+"""The statistics of one un-cached run, and the file that they become."""
+import hashlib
+import math
+
+import torch
+
+from .ratios import MagCacheError, MagRatios, fitted_shift
+
+BRANCHES = ("cond", "uncond")
+TOKENS_AT_ONCE = 4096
+
+
+def branch_name(branch):
+    return BRANCHES[branch] if branch < len(BRANCHES) else f"branch{branch}"
+
+
+def compare_residuals(residual, previous):
+    """(mean and standard deviation of |r_t| / |r_{t-1}| over tokens, mean of 1 - cos(r_t, r_{t-1})).
+
+    residual, previous: (batch, tokens, width) of any dtype; norms in float32, a few thousand tokens at a time, so that
+    the memory stays small. Paper, section 3.2; a release in bfloat16 takes the norms in bfloat16.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for new, old in zip(residual.split(TOKENS_AT_ONCE, dim=1), previous.split(TOKENS_AT_ONCE, dim=1)):
+        new, old = new.float(), old.float().to(new.device)
+        ratio = new.norm(dim=-1) / old.norm(dim=-1)
+        distance = 1 - torch.cosine_similarity(new, old, dim=-1)
+        sums += torch.stack([ratio.sum(), ratio.square().sum(), distance.sum()]).double().cpu()
+    count = residual.shape[0] * residual.shape[1]
+    mean, square, distance = (sums / count).tolist()
+    variance = max(0.0, square - mean**2) * count / max(1, count - 1)
+    return mean, math.sqrt(variance), distance
+
+
+class Statistics:
+    """Collects one row a step and branch; several runs at the same noise levels are averaged."""
+
+    def __init__(self):
+        self.runs, self.levels = [], None
+
+    def begin(self, levels):
+        """A new run: nothing of it counts until `finish`."""
+        self.current, self.previous, self.current_levels = {}, {}, list(map(float, levels))
+
+    def add(self, call, residual):
+        rows = self.current.setdefault(branch_name(call.branch), {})
+        if call.branch in self.previous and call.step not in rows:
+            rows[call.step] = compare_residuals(residual, self.previous[call.branch])
+        self.previous[call.branch] = residual
+
+    def finish(self):
+        """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out."""
+        steps = len(self.current_levels)
+        complete = {name: [rows[step] for step in range(1, steps)] for name, rows in self.current.items()
+                    if len(rows) == steps - 1}
+        self.previous = {}
+        if not complete or (self.runs and complete.keys() != self.runs[0].keys()) or \
+                (self.levels is not None and self.levels != self.current_levels):
+            raise MagCacheError("Calibration needs runs of one kind: the same steps, size and guidance, each to its end.")
+        self.levels = self.current_levels
+        self.runs.append(complete)
+
+    def mag_ratios(self, name, sampler=(), **description):
+        """MagRatios of the counted runs, rounded to six decimals."""
+        mean = {branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).mean(0).reshape(-1, 3)
+                for branch in self.runs[0]}
+        column = {key: {branch: [first, *(round(value, 6) for value in table[:, index].tolist())]
+                        for branch, table in mean.items()}
+                  for index, (key, first) in enumerate((("mag_ratios", 1.0), ("mag_std", 0.0), ("cos_dis", 0.0)))}
+        return MagRatios(name=name, mag_ratios=column.pop("mag_ratios"), sigmas=[round(level, 6) for level in self.levels],
+                         origin="measured", statistics={**column, "runs": len(self.runs)},
+                         sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},
+                         **description)
+
+
+def fingerprint(model):
+    """Twelve hex digits that tell one checkpoint from another: names, shapes and a few rounded weights of a model.
+
+    The same in float32 and bfloat16; other after a LoRA is loaded. Take it before weights are moved or quantised.
+    """
+    parameters = dict(sorted(model.named_parameters()))
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    names = list(parameters)
+    for name in names[::max(1, len(names) // 16)]:
+        values = parameters[name].detach().flatten()[:8].to(torch.bfloat16).float().cpu()
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:12]

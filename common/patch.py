@@ -1,0 +1,289 @@
+"""`magcache_forward` and `magcache_calibration`: replace the forward of one model instance, and put it back."""
+import functools
+import inspect
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import ratios as ratio_files
+from .blocks import BlockStack
+from .calibration import Statistics
+from .ratios import MagCacheError
+from .report import RunReport, plan_text
+from .residuals import Residuals
+from .schedule import compute_all, magcache_schedule, rule_of
+from .steps import TRAIN_TIMESTEPS, StepTracker
+
+
+def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, interpolation="sigma",
+                     device=None, dtype=None, announce=tqdm.write):
+    """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
+
+    model: the transformer, also compiled, offloaded or sharded; host: `blocks.Host`, the facts of its class.
+    mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings`; rule: `schedule.Rule` (None: the preset's own).
+    timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
+        being 1000. A diffusers pipeline: `lambda: pipe.scheduler.timesteps`.
+    interpolation: "sigma" or "nearest" (`MagRatios.at`).
+    device, dtype: where and how residuals are kept (None: as the model makes them).
+    announce: gets the plan as text at the start of each run.
+    """
+    rule = rule or rule_of(mag_ratios)
+
+    def plan(levels):
+        return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule)
+
+    return MagCache(model, host, timesteps, plan, Residuals(device, dtype), announce, mag_ratios)
+
+
+def magcache_calibration(model, host, timesteps, name, path=None, description=None):
+    """Measure a model's magnitude ratios in ordinary un-cached runs. Returns a handle.
+
+    After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
+    description: further fields of `MagRatios` (models, sampler, provenance, ...).
+    """
+    return Calibration(model, host, timesteps, name, path, description or {})
+
+
+class Run:
+    """One pass of the sampler: its tracker, its schedule and what it keeps."""
+
+    def __init__(self, timesteps, tracker, schedule, report):
+        self.timesteps, self.tracker, self.schedule, self.report = timesteps, tracker, schedule, report
+        self.branches = {}
+
+
+class Patch:
+    """The forward of one model instance, replaced. `remove()` or the end of a `with` block restores it."""
+
+    def __init__(self, model, host, timesteps):
+        self.model, self.host, self.timesteps = inner_module(model), host, timesteps
+        self.stack = BlockStack(self.model, host)
+        self.had_own_forward = "forward" in self.model.__dict__
+        self.original = self.model.forward
+        if getattr(self.original, "magcache", None) is not None:
+            raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
+        self.signature = inspect.signature(self.original)
+        self.active, self.reached, self.run, self.reports = True, False, None, []
+
+        # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
+        @functools.partial(torch.compiler.disable, recursive=False)
+        @functools.wraps(self.original)
+        def forward(*args, **kwargs):
+            if not self.active:
+                return self.original(*args, **kwargs)
+            try:
+                self.before(args, kwargs)
+                output = self.original(*args, **kwargs)
+                self.after()
+            except BaseException:
+                self.abort()
+                raise
+            return output
+
+        forward.magcache = self
+        self.forward = self.model.forward = forward
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.remove()
+        if kind is None:
+            self.require_reached()
+
+    def remove(self):
+        """Restore the model. Where something else (an offload hook) has wrapped the patch since, the patch stays in
+        that chain and only passes calls on."""
+        self.active = False
+        self.end_run()
+        if self.model.__dict__.get("forward") is self.forward:
+            if self.had_own_forward:
+                self.model.forward = self.original
+            else:
+                del self.model.forward
+
+    def require_reached(self):
+        if not self.reached:
+            raise MagCacheError(f"The patched forward of {type(self.model).__name__} was never called, so nothing was cached: "
+                                "patch the instance that the sampler runs, after its last wrapper was put on.")
+
+    @torch.compiler.disable
+    def before(self, args, kwargs):
+        """Find out which call of which run this is, and let the block stack run or be replaced."""
+        self.reached = True
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
+        latent = latent[0] if isinstance(latent, (list, tuple)) else latent
+        level = float(timestep.flatten()[0] if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
+        tolerance = level_tolerance(timestep)
+
+        timesteps = self.timesteps()
+        call = None
+        if self.run is not None and timesteps is self.run.timesteps:
+            call = self.run.tracker.observe(level, latent, tolerance)
+        if call is None:
+            self.begin_run(timesteps, level, tolerance, arguments)
+            call = self.run.tracker.observe(level, latent, tolerance)
+        self.run.branches[call.step] = max(self.run.branches.get(call.step, 0), call.branch + 1)
+        self.call, self.latent, self.arguments = call, latent, arguments
+        self.prepare(self.run, call)
+        self.stopwatch = Stopwatch(latent.device)
+
+    @torch.compiler.disable
+    def after(self):
+        run, call, seconds = self.run, self.call, self.stopwatch.stop()
+        self.served(run, call, seconds)
+        self.latent = self.arguments = None
+        last = run.schedule.steps - 1
+        if call.step == last and run.branches[last] >= run.branches.get(last - 1, 1):
+            self.complete_run(run)
+
+    @torch.compiler.disable
+    def abort(self):
+        """An exception or a cancel leaves nothing behind."""
+        self.stack.restore()
+        self.latent = self.arguments = None
+        self.end_run()
+
+    def begin_run(self, timesteps, level, tolerance, arguments):
+        self.end_run()
+        if timesteps is None or len(timesteps) == 0:
+            raise MagCacheError("The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts.")
+        levels = np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float) / TRAIN_TIMESTEPS
+        tracker = StepTracker(levels, level, tolerance)
+        schedule = self.plan(tracker.levels)
+        self.reports.append(RunReport(schedule, tracker.levels.tolist()))
+        self.run = Run(timesteps, tracker, schedule, self.reports[-1])
+        self.started(arguments)
+
+    def end_run(self):
+        """Forget the run in progress, whole or not."""
+        self.run = None
+
+
+class MagCache(Patch):
+    """A model that computes or reuses as its schedule says. `reports` has one `RunReport` a run."""
+
+    def __init__(self, model, host, timesteps, plan, residuals, announce, mag_ratios):
+        self.plan, self.residuals, self.announce, self.mag_ratios = plan, residuals, announce, mag_ratios
+        super().__init__(model, host, timesteps)
+
+    def started(self, arguments):
+        bytes_a_branch = None
+        if self.host.residual_shape:
+            latent = arguments[self.host.latent]
+            itemsize = (self.residuals.dtype or latent.dtype).itemsize
+            bytes_a_branch = int(np.prod(self.host.residual_shape(self.model, arguments))) * itemsize
+        if self.announce:
+            self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
+
+    def prepare(self, run, call):
+        residual, self.why = None, ""
+        if run.schedule.reuse[call.step]:
+            residual, self.why = self.residuals.take(call, self.latent, run.schedule.anchor(call.step))
+        self.reusing = residual is not None
+        if self.reusing:
+            self.stack.replace(residual)
+        else:
+            self.residuals.drop(call.branch)
+            self.stack.record()
+
+    def served(self, run, call, seconds):
+        if self.reusing:
+            self.stack.restore()
+            run.report.add(call, "reused", seconds)
+            return
+        residual = self.stack.finish()
+        run.report.add(call, "computed", seconds, self.why)
+        if run.schedule.reuse[call.step + 1:call.step + 2].any():
+            self.residuals.keep(call, self.latent, residual)
+            run.report.peak_bytes = self.residuals.peak_bytes
+
+    def complete_run(self, run):
+        run.report.complete = True
+        self.residuals.clear()
+
+    def end_run(self):
+        super().end_run()
+        self.residuals.clear()
+        self.residuals.peak_bytes = 0
+
+
+class Calibration(Patch):
+    """A model that computes everything and measures. `mag_ratios` holds the result of the complete runs."""
+
+    def __init__(self, model, host, timesteps, name, path, description):
+        self.name, self.path, self.description = name, path, description
+        self.statistics, self.mag_ratios = Statistics(), None
+        self.plan = lambda levels: compute_all(len(levels))
+        super().__init__(model, host, timesteps)
+
+    def started(self, arguments):
+        if self.run.schedule.steps < 2:
+            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
+        self.statistics.begin(self.run.tracker.levels)
+
+    def prepare(self, run, call):
+        self.stack.record()
+
+    def served(self, run, call, seconds):
+        residual = self.stack.finish()
+        run.report.add(call, "computed", seconds)
+        tokens = self.host.noise_tokens(self.arguments) if self.host.noise_tokens else None
+        self.statistics.add(call, residual[:, :tokens])
+
+    def complete_run(self, run):
+        run.report.complete = True
+        self.statistics.finish()
+        self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
+        if self.path and is_writer():
+            ratio_files.write(self.path, self.mag_ratios)
+
+
+class Stopwatch:
+    """Seconds of GPU or CPU work, without waiting for the GPU: events are read when the report is."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.begin = self.mark()
+
+    def mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self):
+        begin, end = self.begin, self.mark()
+        if not self.cuda:
+            return lambda: end - begin
+
+        def seconds():
+            end.synchronize()
+            return begin.elapsed_time(end) / 1000
+
+        return seconds
+
+
+def inner_module(model):
+    """The module whose forward the model's authors wrote, inside torch.compile, FSDP or DataParallel wrappers."""
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
+        if name in model.__dict__.get("_modules", {}):
+            return inner_module(model._modules[name])
+    return model
+
+
+def level_tolerance(timestep):
+    """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
+    if torch.is_tensor(timestep) and timestep.is_floating_point():
+        return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
+    return 1e-6
+
+
+def is_writer():
+    """One process writes: rank 0, or the only one."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

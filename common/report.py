@@ -1,0 +1,147 @@
+"""What will be skipped, and what was: one line, JSON, a picture."""
+from collections import Counter
+from statistics import median
+
+from .ratios import MagCacheError, write_json
+
+
+def mebibytes(count):
+    return f"{count / 2**20:.1f} MiB"
+
+
+def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
+    """The plan of a run, known before its first step."""
+    settings = schedule.settings
+    lines = [f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), magcache_thresh "
+             f"{settings.magcache_thresh:g}, magcache_K {settings.magcache_K}, retention_ratio {settings.retention_ratio:g}",
+             f"  {schedule.strip}   # computes, . reuses"]
+    if not mag_ratios.fits(levels):
+        lines.append(f"  ratios of {mag_ratios.steps} steps carried over to the noise levels of this run")
+    if mag_ratios.origin == "borrowed":
+        lines.append(f"  {mag_ratios.notes}")
+    if schedule.why_none:
+        lines.append(f"  nothing will be reused: {schedule.why_none}")
+    else:
+        ceiling = schedule.fewest_computed
+        lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
+                     f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
+        if bytes_a_branch is not None:
+            lines.append(f"  extra memory: {mebibytes(bytes_a_branch)} a branch")
+    return "\n".join(lines)
+
+
+class RunReport:
+    """What one run did. Seconds are those of the transformer's forward alone."""
+
+    def __init__(self, schedule, levels):
+        self.schedule, self.levels, self.calls = schedule, levels, []
+        self.peak_bytes, self.complete = 0, False
+
+    def add(self, call, kind, seconds, why=""):
+        """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not planned."""
+        self.calls.append((call.step, call.branch, kind, seconds, why))
+
+    @property
+    def computed(self):
+        return sum(kind == "computed" for _, _, kind, _, _ in self.calls)
+
+    @property
+    def reused(self):
+        return len(self.calls) - self.computed
+
+    @property
+    def unplanned(self):
+        """{reason: calls} that should have reused a residual and computed instead."""
+        return dict(Counter(why for *_, why in self.calls if why))
+
+    def seconds(self):
+        """(spent, saved): the saving is what the reused calls would have cost at the median computed call.
+
+        The first computed call is left out of the median: it warms up and compiles.
+        """
+        times = {kind: [seconds() for _, _, this, seconds, _ in self.calls if this == kind] for kind in ("computed", "reused")}
+        typical = median(times["computed"][1:] or times["computed"] or [0.0])
+        return sum(times["computed"]) + sum(times["reused"]), len(times["reused"]) * typical - sum(times["reused"])
+
+    @property
+    def speedup(self):
+        """Transformer time without reuse over transformer time with it."""
+        spent, saved = self.seconds()
+        return (spent + saved) / spent if spent else 1.0
+
+    def line(self):
+        spent, saved = self.seconds()
+        if not self.reused:
+            why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
+            return f"MagCache reused nothing in {len(self.calls)} calls: {why}."
+        text = (f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
+                f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {mebibytes(self.peak_bytes)}")
+        for why, calls in self.unplanned.items():
+            text += f"; {calls} computed unplanned ({why})"
+        return text
+
+    def to_dict(self):
+        spent, saved = self.seconds()
+        settings = self.schedule.settings
+        return {
+            "settings": vars(settings) if settings else None, "strip": self.schedule.strip, "steps": self.schedule.steps,
+            "planned_computed": self.schedule.computed, "bound": round(self.schedule.bound, 4),
+            "why_none": self.schedule.why_none, "complete": self.complete, "calls": len(self.calls),
+            "computed": self.computed, "reused": self.reused, "unplanned": self.unplanned,
+            "seconds": round(spent, 4), "seconds_saved": round(saved, 4), "transformer_speedup": round(self.speedup, 4),
+            "extra_bytes": self.peak_bytes, "sigmas": [round(level, 6) for level in self.levels],
+            "accumulated_error": [round(value, 6) for value in self.schedule.error.tolist()],
+            "mag_ratios": None if self.schedule.ratios is None else self.schedule.ratios.round(6).tolist(),
+            "by_call": [{"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), **({"why": why} if why else {})}
+                        for step, branch, kind, seconds, why in self.calls]}
+
+
+def write_report(path, report, **about):
+    """Save one run's report as JSON; about: further entries (prompt, seed, model, quality, ...)."""
+    write_json(path, {**about, **report.to_dict()})
+
+
+def plot_schedule(path, schedule, levels, title):
+    """A picture of a plan: ratio curve, accumulated error against the threshold, and the steps that are reused."""
+    figure_class = needs("matplotlib.figure", "matplotlib").Figure
+    figure = figure_class(figsize=(9, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    steps = range(schedule.steps)
+    for name, row in zip(("cond", "uncond"), schedule.ratios):
+        top.plot(steps, row, marker=".", label=name)
+    top.axhline(1, color="0.8", zorder=0)
+    top.set_ylabel("magnitude ratio $\\gamma_t$")
+    top.legend(frameon=False)
+    top.set_title(f"{title}: {schedule.computed} of {schedule.steps} steps computed, at most {schedule.bound:.2f}x", loc="left")
+    bottom.bar(steps, schedule.error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
+    bottom.bar([0], [0], color="tab:blue", label="computed")
+    bottom.bar([0], [0], color="tab:orange", label="reused")
+    bottom.axhline(schedule.settings.magcache_thresh, color="tab:red", linestyle="--", label="magcache_thresh")
+    bottom.set_ylim(0, 2.5 * max(schedule.settings.magcache_thresh, 0.01))
+    bottom.set_ylabel("accumulated error")
+    bottom.set_xlabel("step")
+    bottom.legend(frameon=False, ncols=3, loc="upper right")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
+    if levels is not None:
+        noise = top.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
+        ticks = list(range(0, schedule.steps, max(1, schedule.steps // 8)))
+        noise.set_xticks(ticks, [f"{levels[tick]:.2f}" for tick in ticks])
+        noise.set_xlabel("noise level $\\sigma$", fontsize="small")
+        top.title.set_position((0, 1.2))
+    save_figure(path, figure)
+
+
+def save_figure(path, figure):
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise MagCacheError(f"{path} cannot be written as a picture ({error}).") from None
+
+
+def needs(module, package):
+    """Import a module of a package that only some commands use; a sentence names the package when it is missing."""
+    from importlib import import_module
+    try:
+        return import_module(module)
+    except ImportError:
+        raise MagCacheError(f"This needs the package {package}: pip install {package}") from None

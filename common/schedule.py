@@ -1,0 +1,191 @@
+"""The skip logic: which steps compute the block stack and which reuse its residual.
+
+Paper, section 3.3: acc *= gamma_t; k += 1; err += |1 - acc|; reuse while err is within `magcache_thresh` and
+k <= `magcache_K`, else compute and start again from acc = 1, k = 0, err = 0. The first `retention_ratio` of the steps
+always compute. The rule looks at ratios and settings only, so the schedule is known before the run.
+"""
+from dataclasses import dataclass, field, replace
+from math import ceil, floor
+
+import numpy as np
+
+from .ratios import MagCacheError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio: share kept at the start."""
+
+    magcache_thresh: float
+    magcache_K: int
+    retention_ratio: float
+
+    def __post_init__(self):
+        if not self.magcache_thresh >= 0:
+            raise MagCacheError(f"magcache_thresh must be 0 (off) or more, not {self.magcache_thresh}.")
+        if self.magcache_K < 0:
+            raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
+        if not 0 <= self.retention_ratio <= 1:
+            raise MagCacheError(f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}.")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a release reads the settings; the defaults are the paper's.
+
+    strict: the error must stay below the threshold; otherwise it may reach it.
+    start: first step that may be reused, from x = retention_ratio * steps: "floor", "half_up", "ceil", or "calls":
+        floor of 2x model calls, made up to a whole step (the release counts conditional and unconditional calls).
+    never_reuse: [[step, of_steps], ...]: steps that always compute, scaled to the run's number of steps.
+    max_deviation: a step whose own |1 - gamma| is larger computes.
+    experts: with two expert models, retention of "each" expert, or none before the "last" one.
+    retained_resets: a retained step starts the error again; the Wan2.2 release carries it over to the second expert.
+    min_steps: shorter runs compute every step, since there is too little to gain.
+    """
+
+    strict: bool = False
+    start: str = "floor"
+    never_reuse: tuple = ()
+    max_deviation: float = None
+    experts: str = None
+    retained_resets: bool = True
+    min_steps: int = 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One run, planned: reuse[i] says whether step i reuses; error[i] is the accumulated error on which that was decided."""
+
+    reuse: np.ndarray
+    error: np.ndarray
+    retained: np.ndarray
+    settings: Settings = None
+    why_none: str = ""
+    ratios: np.ndarray = field(default=None, repr=False)
+
+    @property
+    def steps(self):
+        return len(self.reuse)
+
+    @property
+    def computed(self):
+        return int(self.steps - self.reuse.sum())
+
+    @property
+    def skipped_steps(self):
+        return np.flatnonzero(self.reuse).tolist()
+
+    @property
+    def bound(self):
+        """Largest possible speed-up: reused steps taken as free."""
+        return self.steps / self.computed
+
+    @property
+    def strip(self):
+        """One letter a step: # computes, . reuses."""
+        return "".join(".#"[not reuse] for reuse in self.reuse)
+
+    def anchor(self, step):
+        """The computed step whose residual a reused step takes."""
+        return int(np.flatnonzero(~self.reuse[:step + 1])[-1])
+
+    @property
+    def fewest_computed(self):
+        """What magcache_K and the retained steps allow at any threshold."""
+        return fewest_computed(self.retained, self.settings.magcache_K) if self.settings else self.steps
+
+
+def first_reusable(steps, retention_ratio, start="floor"):
+    """Index of the first step that may be reused: at least one step has to leave a residual."""
+    kept = steps * retention_ratio
+    index = {"floor": int(kept), "half_up": floor(kept + 0.5), "ceil": ceil(kept),
+             "calls": ceil(int(2 * steps * retention_ratio) / 2)}[start]
+    return max(1, index)
+
+
+def retained_steps(steps, retention_ratio, rule=Rule(), switch_step=None):
+    """Mask (steps,) of the steps that compute whatever the error.
+
+    switch_step: the step from which a second expert takes over (None: one model). Each expert's first step computes.
+    """
+    kept = np.zeros(steps, dtype=bool)
+    if switch_step is None or not 0 < switch_step < steps:
+        kept[:first_reusable(steps, retention_ratio, rule.start)] = True
+    elif rule.experts == "last":
+        kept[:switch_step + first_reusable(steps - switch_step, retention_ratio, rule.start)] = True
+    else:
+        kept[:first_reusable(switch_step, retention_ratio, rule.start)] = True
+        # The release includes the end of the second window: forward number split + (N - split) * R still computes.
+        kept[switch_step:switch_step + floor((steps - switch_step) * retention_ratio) + 1] = True
+    for step, of_steps in rule.never_reuse:
+        if steps > 1:
+            kept |= np.round(np.arange(steps) * (of_steps - 1) / (steps - 1)).astype(int) == step
+    return kept
+
+
+def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
+    """Plan a run. mag_ratios: (branches, steps) or (steps,), the ratio of each step to the one before.
+
+    All branches share one decision: a step is reused only if every branch may. Returns a Schedule.
+    """
+    ratios = np.atleast_2d(np.asarray(mag_ratios, dtype=float))
+    steps = ratios.shape[1]
+    retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
+    reuse, error = np.zeros(steps, dtype=bool), np.zeros(steps)
+    off = why_off(steps, settings, rule)
+    if off:
+        return Schedule(reuse, error, np.ones(steps, dtype=bool), settings, off, ratios)
+    accumulated, accumulated_error, k = np.ones(len(ratios)), np.zeros(len(ratios)), 0
+    for step in range(1, steps):
+        if retained[step] and not rule.retained_resets:
+            continue
+        accumulated = accumulated * ratios[:, step]
+        accumulated_error = accumulated_error + np.abs(1 - accumulated)
+        k += 1
+        error[step] = accumulated_error.max()
+        within = error[step] < settings.magcache_thresh if rule.strict else error[step] <= settings.magcache_thresh
+        steady = rule.max_deviation is None or (np.abs(1 - ratios[:, step]) <= rule.max_deviation).all()
+        if within and steady and k <= settings.magcache_K and not retained[step]:
+            reuse[step] = True
+        else:
+            accumulated, accumulated_error, k = np.ones(len(ratios)), np.zeros(len(ratios)), 0
+    return Schedule(reuse, error, retained, settings, "" if reuse.any() else why_nothing(error, retained, settings), ratios)
+
+
+def compute_all(steps):
+    """The schedule of an un-cached run."""
+    return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, "MagCache is off")
+
+
+def why_off(steps, settings, rule):
+    if settings.magcache_thresh == 0:
+        return "magcache_thresh is 0, which turns MagCache off"
+    if settings.magcache_K == 0:
+        return "magcache_K is 0, which turns MagCache off"
+    if steps < rule.min_steps:
+        return f"a run of {steps} steps has nothing to gain (MagCache starts at {rule.min_steps})"
+    return ""
+
+
+def why_nothing(error, retained, settings):
+    if retained.all():
+        return "retention_ratio keeps every step"
+    return (f"the smallest error of reusing a step is {error[~retained].min():.3f}, above magcache_thresh "
+            f"{settings.magcache_thresh}")
+
+
+def fewest_computed(retained, magcache_K):
+    """Computed steps left when the threshold forbids nothing: the ceiling that magcache_K and the retained steps set."""
+    computed, k = 0, 0
+    for keep in retained:
+        if keep or k >= magcache_K:
+            computed, k = computed + 1, 0
+        else:
+            k += 1
+    return computed
+
+
+def rule_of(preset):
+    """The Rule that a preset's settings were published for."""
+    rule = Rule(**preset.rule)
+    return replace(rule, never_reuse=tuple(tuple(pair) for pair in rule.never_reuse))

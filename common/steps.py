@@ -1,0 +1,67 @@
+"""Which sampler step and which CFG branch a call of the model belongs to, told by the timestep that the sampler passes.
+
+Calls at one noise level are CFG branches as long as they see the same latent; a second evaluation of a solver sees
+another one. No counter: a run may start at any level, skip guidance for a while, or break off.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+TRAIN_TIMESTEPS = 1000  # timestep at noise level 1, in every host's sampler
+
+
+@dataclass(frozen=True)
+class Call:
+    """step: index in the run's schedule; branch: 0 for the first call at this step (conditional), 1 for the next, ..."""
+
+    step: int
+    branch: int
+
+
+class StepTracker:
+    """Follows one run through its noise levels."""
+
+    def __init__(self, levels, level, tolerance):
+        """levels: every noise level that the sampler will visit, high to low; level: that of the first call.
+
+        A first level inside the list starts the run there (image-to-image, a second sampler).
+        """
+        levels = np.asarray(levels, dtype=float)
+        self.levels = levels[self.locate(levels, level, tolerance):]
+        self.step, self.branch, self.latent, self.level = 0, -1, None, level
+
+    @staticmethod
+    def locate(levels, level, tolerance):
+        nearest = int(np.abs(levels - level).argmin())
+        # Not a listed level: an evaluation inside a step belongs to the step that it started from.
+        return nearest if close(level, levels[nearest], tolerance) or levels[nearest] > level else max(0, nearest - 1)
+
+    def observe(self, level, latent, tolerance):
+        """The Call that this is, or None if no call of this run can come here, so that a new run has begun."""
+        here, following = self.levels[self.step], self.levels[self.step + 1:self.step + 2]
+        repeats = close(level, self.level, tolerance) and self.latent is not None and same(latent, self.latent)
+        if repeats:
+            self.branch += 1
+        elif self.latent is None:
+            self.branch = 0
+        elif len(following) and close(level, following[0], tolerance):
+            self.step, self.branch = self.step + 1, 0
+        elif close(level, here, tolerance) or (following[0] if len(following) else 0) < level < here:
+            self.branch = 0
+        else:
+            return None
+        self.level, self.latent = level, latent
+        return Call(self.step, self.branch)
+
+
+def close(a, b, tolerance):
+    return abs(a - b) <= tolerance * max(a, b)
+
+
+def same(latent, other):
+    """Whether two calls were given one latent: the same memory, or the same numbers."""
+    if latent is other:
+        return True
+    if latent.shape != other.shape or latent.dtype != other.dtype:
+        return False
+    return latent.data_ptr() == other.data_ptr() or bool((latent == other).all())
