@@ -5,8 +5,8 @@ The host's forward runs unchanged either way. Stand-ins shadow its block lists a
 the stand-ins are gone when the call ends. On a reused step the lists are empty and the residual is added in front of
 the final layer, so that what a forward adds between its blocks (control nets) is not added twice.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Optional
 
 from .ratios import MagCacheError
 
@@ -31,8 +31,8 @@ class Host:
     latent: str = "hidden_states"
     timestep: str = "timestep"
     timestep_scale: float = 1000.0
-    residual_shape: Optional[Callable] = None
-    noise_tokens: Optional[Callable] = None
+    residual_shape: Callable | None = None
+    noise_tokens: Callable | None = None
 
 
 class BlockStack:

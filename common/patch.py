@@ -2,6 +2,7 @@
 import functools
 import inspect
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -62,9 +63,11 @@ class Patch:
         self.stack = BlockStack(self.model, host)
         self.had_own_forward = "forward" in self.model.__dict__
         self.original = self.model.forward
-        if getattr(self.original, "magcache", None) is not None:
+        earlier = getattr(self.original, "magcache", None)
+        if earlier is not None and earlier.active:
             raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
-        self.signature = inspect.signature(self.original)
+        # Of the class: a wrapper on the instance may hide the names. Keywords that it does not know are passed on as they are.
+        self.argument_names = list(inspect.signature(type(self.model).forward).parameters)[1:]
         self.active, self.reached, self.run, self.reports = True, False, None, []
 
         # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
@@ -104,6 +107,16 @@ class Patch:
             else:
                 del self.model.forward
 
+    @contextmanager
+    def paused(self):
+        """Let the model run as it was for a while."""
+        self.active = False
+        self.end_run()
+        try:
+            yield
+        finally:
+            self.active = True
+
     def require_reached(self):
         if not self.reached:
             raise MagCacheError(f"The patched forward of {type(self.model).__name__} was never called, so nothing was cached: "
@@ -113,7 +126,7 @@ class Patch:
     def before(self, args, kwargs):
         """Find out which call of which run this is, and let the block stack run or be replaced."""
         self.reached = True
-        arguments = self.signature.bind(*args, **kwargs).arguments
+        arguments = {**dict(zip(self.argument_names, args)), **kwargs}
         latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
         latent = latent[0] if isinstance(latent, (list, tuple)) else latent
         level = float(timestep.flatten()[0] if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
@@ -240,6 +253,10 @@ class Calibration(Patch):
         self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
         if self.path and is_writer():
             ratio_files.write(self.path, self.mag_ratios)
+
+    def end_run(self):
+        super().end_run()
+        self.statistics.begin(())
 
 
 class Stopwatch:

@@ -5,8 +5,8 @@ from statistics import median
 from .ratios import MagCacheError, write_json
 
 
-def mebibytes(count):
-    return f"{count / 2**20:.1f} MiB"
+def memory_text(count):
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
@@ -26,7 +26,7 @@ def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
         lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
                      f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
         if bytes_a_branch is not None:
-            lines.append(f"  extra memory: {mebibytes(bytes_a_branch)} a branch")
+            lines.append(f"  extra memory: {memory_text(bytes_a_branch)} a branch")
     return "\n".join(lines)
 
 
@@ -75,7 +75,7 @@ class RunReport:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
             return f"MagCache reused nothing in {len(self.calls)} calls: {why}."
         text = (f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
-                f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {mebibytes(self.peak_bytes)}")
+                f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}")
         for why, calls in self.unplanned.items():
             text += f"; {calls} computed unplanned ({why})"
         return text
@@ -92,7 +92,7 @@ class RunReport:
             "extra_bytes": self.peak_bytes, "sigmas": [round(level, 6) for level in self.levels],
             "accumulated_error": [round(value, 6) for value in self.schedule.error.tolist()],
             "mag_ratios": None if self.schedule.ratios is None else self.schedule.ratios.round(6).tolist(),
-            "by_call": [{"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), **({"why": why} if why else {})}
+            "by_call": [{"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
                         for step, branch, kind, seconds, why in self.calls]}
 
 

@@ -76,13 +76,13 @@ def to_tensor(images):
 
 
 def build_tokenizers(folder, captions):
-    """A CLIP (BPE) and a T5 (unigram) tokenizer learnt from the captions, saved as transformers expects them."""
+    """A CLIP (BPE) and a T5 (unigram) tokenizer for the words of the captions, saved as transformers expects them."""
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
+        vocab_size=2000, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)])
@@ -94,18 +94,27 @@ def build_tokenizers(folder, captions):
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
-    unigram = Tokenizer(models.Unigram())
+    # Whole words first, single characters for everything else.
+    words = sorted({"▁" + word.strip(",") for caption in captions for word in caption.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -50.0), *((word, -5.0) for word in words),
+              *((letter, -20.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789,.-'" if letter not in words)]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
     unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
-    unigram.train_from_iterator(captions, trainers.UnigramTrainer(
-        vocab_size=500, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False,
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,.-'")))
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     t5 = T5TokenizerFast(tokenizer_object=unigram, model_max_length=TEXT_LENGTH, extra_ids=0, eos_token="</s>",
                          unk_token="<unk>", pad_token="<pad>")
     t5.save_pretrained(folder / "tokenizer_2")
-    unigram.save(str(folder / "tokenizer_2" / "tokenizer.json"))
+    for name, tokenizer, config in (("tokenizer", bpe, {"tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>",
+                                                        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                                                        "pad_token": "<|endoftext|>"}),
+                                    ("tokenizer_2", unigram, {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>",
+                                                              "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0})):
+        # What transformers 5 writes here, transformers 4 cannot read.
+        tokenizer.save(str(folder / name / "tokenizer.json"))
+        config |= {"model_max_length": TEXT_LENGTH}
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     return clip, t5
 
 
@@ -170,7 +179,7 @@ def train_transformer(transformer, clip, t5, tokenizers, latents, rows, minutes,
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
     height = latents.shape[-1] // 2
-    packed = latents.reshape(len(latents), 16, height, 2, height, 2).permute(0, 2, 4, 1, 3, 5).reshape(len(latents), height**2, 64)
+    packed = latents.reshape(-1, 16, height, 2, height, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, height**2, 64)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, height, height, device, torch.float32)
     text_ids = torch.zeros(TEXT_LENGTH, 3, device=device)
     sequences = {(name, background, template): template.format(name=name, background=background)
@@ -247,6 +256,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=75, help="training time of the transformer")
     parser.add_argument("--vae_minutes", type=float, default=12)
+    parser.add_argument("--vae", type=Path, help="folder of a trained VAE, to train the rest only")
     parser.add_argument("--variants", type=int, default=8, help="placements of each glyph on each background")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
@@ -266,7 +276,13 @@ def main():
         model.to(args.device)
     print(f"{len(pictures)} glyphs; transformer {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M, "
           f"VAE {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
-    vae_loss = train_vae(vae, pictures, args.vae_minutes, args.device, rng)
+    if args.vae:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(args.vae).state_dict())
+        vae_loss = json.loads((args.vae / "training.json").read_text())["loss"]
+    else:
+        vae_loss = train_vae(vae, pictures, args.vae_minutes, args.device, rng)
+        vae.save_pretrained(building / "vae")
+        (building / "vae" / "training.json").write_text(json.dumps({"loss": vae_loss}))
     latents, rows = encode_pictures(vae, pictures, args.variants, args.device, rng)
     step, loss = train_transformer(transformer, clip, t5, tokenizers, latents, rows, args.minutes, args.device, rng,
                                    lambda: save_model(building, vae, transformer, clip, t5))

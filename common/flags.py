@@ -1,0 +1,58 @@
+"""The command-line flags that all scripts share, and what they mean."""
+import sys
+from pathlib import Path
+
+from .ratios import MagCacheError, calibrations_folder, find, load
+from .schedule import Settings
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_magcache_flags(parser):
+    """Add the MagCache group to a parser. Settings left out stand for the lines at the top of the script or the
+    published ones (`settings_of`)."""
+    group = parser.add_argument_group("MagCache")
+    group.add_argument("--magcache_thresh", type=float, metavar="ERROR",
+                       help="bound on the accumulated error of a reuse; larger is faster and less exact; 0 turns it off")
+    group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most reuses in a row; 0 turns it off")
+    group.add_argument("--retention_ratio", type=float, metavar="SHARE", help="share of the steps, from the first on, "
+                       "that always compute")
+    group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the model as it is")
+    group.add_argument("--magcache_calibration", nargs="?", const="", metavar="FILE",
+                       help="run un-cached, measure the magnitude ratios and save them, by default where the next run of "
+                       "this checkpoint finds them")
+    group.add_argument("--mag_ratios", metavar="PRESET|FILE", help="ratios to use instead of those found for the checkpoint")
+    group.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma", help="ratios at other step "
+                       "counts: kept along the noise level, or repeated by index as the released scripts do")
+    group.add_argument("--magcache_cache_device", metavar="DEVICE", help="keep residuals there (cpu saves GPU memory)")
+    group.add_argument("--magcache_cache_dtype", choices=DTYPES, help="keep residuals in this type")
+    group.add_argument("--magcache_plot", action="store_true", help="also draw ratios, error and skipped steps as a PNG")
+    return group
+
+
+def settings_of(args, script_settings, mag_ratios, is_default_model):
+    """Settings of a run. A flag wins; else the script's lines hold for the script's own model, and another model takes
+    what was published for it, where something was."""
+    chosen = {**script_settings} if is_default_model else {**script_settings, **mag_ratios.settings}
+    given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
+    return Settings(**{**chosen, **given})
+
+
+def ratios_of(args, model, fingerprint):
+    """The ratio table of a run: the one named, else the checkpoint's own. Raises MagCacheError when there is none."""
+    if args.mag_ratios:
+        return load(args.mag_ratios)
+    found = find(model, fingerprint)
+    if found is None:
+        script = Path(sys.argv[0]).name
+        raise MagCacheError(f"No magnitude ratios are known for {model}: measure them once with `python {script} --model "
+                            f"{model} --magcache_calibration`, use another model's with --mag_ratios PRESET, or run with "
+                            "--no-magcache.")
+    return found
+
+
+def calibration_path(args, model, fingerprint):
+    """Where `--magcache_calibration` writes: the file named, else one that `find` knows by the weights' fingerprint."""
+    name = Path(str(model)).name
+    return Path(args.magcache_calibration) if args.magcache_calibration else \
+        calibrations_folder() / f"{name}-{fingerprint}.json"
