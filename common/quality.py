@@ -1,5 +1,6 @@
 """How close a cached result is to the un-cached one: PSNR, SSIM and MS-SSIM, and both side by side."""
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,10 @@ def save_frames(path, frames, fps=None):
             needs("imageio.v3", "imageio[ffmpeg]").imwrite(part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2)
         part.replace(path)
     except (OSError, ValueError) as error:
-        part.unlink(missing_ok=True)
         raise MagCacheError(f"{path} cannot be written ({error}).") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def even(frames):

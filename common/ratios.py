@@ -5,6 +5,7 @@ gamma_t = mean over tokens of |r_t| / |r_{t-1}|, with r_t the residual of the bl
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,9 @@ class MagRatios:
 
     def __post_init__(self):
         steps = len(self.sigmas)
+        levels = np.asarray(self.sigmas, dtype=float)
+        if not steps or not (levels.min() >= 0 and levels.max() <= 1):
+            raise MagCacheError(f"{self.name}: 'sigmas' must be noise levels between 0 and 1, one a step.")
         if not self.mag_ratios:
             raise MagCacheError(f"{self.name}: 'mag_ratios' has no branch; calibrate again.")
         for branch, ratios in self.mag_ratios.items():
@@ -58,7 +62,7 @@ class MagRatios:
                                     "each step needs one of each.")
             if not (np.isfinite(values).all() and (values > 0).all()):
                 raise MagCacheError(f"{self.name}: branch '{branch}' has ratios that are not positive numbers.")
-        if not (np.diff(np.asarray(self.sigmas, dtype=float)) <= 0).all():
+        if not (np.diff(levels) <= 0).all():
             raise MagCacheError(f"{self.name}: 'sigmas' must go from high to low noise.")
 
     @property
@@ -96,6 +100,8 @@ def flow_sigmas(steps, shift=1.0):
     """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, bent by sigma' = shift*sigma / (1 + (shift-1)*sigma)."""
     if steps <= 0:
         raise MagCacheError(f"The number of steps must be at least 1, not {steps}.")
+    if not shift > 0:
+        raise MagCacheError(f"The shift of a sampler is larger than 0, not {shift}.")
     sigma = np.linspace(1, 1 / steps, steps)
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -198,8 +204,10 @@ def write_text(path, text):
         part.write_text(text)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise MagCacheError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def find(model, fingerprint=None):
@@ -221,6 +229,6 @@ def find(model, fingerprint=None):
 
 def is_checkpoint(model, hub_id):
     """Whether a hub id or local folder is the checkpoint `owner/name`, also as a snapshot in the hub's cache."""
-    parts = Path(str(model)).parts
-    return str(model) == hub_id or f"models--{hub_id.replace('/', '--')}" in parts or \
-        (len(parts) > 0 and parts[-1] == hub_id.split("/")[-1])
+    path = Path(str(model))
+    return str(model) == hub_id or f"models--{hub_id.replace('/', '--')}" in path.parts or \
+        (path.is_dir() and path.name == hub_id.split("/")[-1])

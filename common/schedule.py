@@ -54,7 +54,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One run, planned: reuse[i] says whether step i reuses; error[i] is the accumulated error on which that was decided."""
+    """One run, planned.
+
+    reuse: whether step i reuses a residual; error: the accumulated error on which that was decided; retained: the steps that
+    compute whatever the error; why_none: why nothing is reused; ratios: (branches, steps).
+    fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
+    """
 
     reuse: np.ndarray
     error: np.ndarray
@@ -62,6 +67,7 @@ class Schedule:
     settings: Settings = None
     why_none: str = ""
     ratios: np.ndarray = field(default=None, repr=False)
+    fewest_computed: int = 0
 
     @property
     def steps(self):
@@ -88,11 +94,6 @@ class Schedule:
     def anchor(self, step):
         """The computed step whose residual a reused step takes."""
         return int(np.flatnonzero(~self.reuse[:step + 1])[-1])
-
-    @property
-    def fewest_computed(self):
-        """What magcache_K and the retained steps allow at any threshold."""
-        return fewest_computed(self.retained, self.settings.magcache_K) if self.settings else self.steps
 
 
 def first_reusable(steps, retention_ratio, start="floor"):
@@ -131,11 +132,20 @@ def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
     ratios = np.atleast_2d(np.asarray(mag_ratios, dtype=float))
     steps = ratios.shape[1]
     retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
-    reuse, error = np.zeros(steps, dtype=bool), np.zeros(steps)
     off = why_off(steps, settings, rule)
     if off:
-        return Schedule(reuse, error, np.ones(steps, dtype=bool), settings, off, ratios)
-    accumulated, accumulated_error, k = np.ones(len(ratios)), np.zeros(len(ratios)), 0
+        return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), settings, off, ratios, steps)
+    reuse, error = decide(ratios, settings.magcache_thresh, settings.magcache_K, rule, retained)
+    fewest_computed = steps - int(decide(ratios, np.inf, settings.magcache_K, rule, retained)[0].sum())
+    why_none = "" if reuse.any() else why_nothing(error, retained, settings, rule)
+    return Schedule(reuse, error, retained, settings, why_none, ratios, fewest_computed)
+
+
+def decide(ratios, magcache_thresh, magcache_K, rule, retained):
+    """The rule itself. ratios: (branches, steps); retained: mask (steps,). Returns (reuse, accumulated error) a step."""
+    branches, steps = ratios.shape
+    reuse, error = np.zeros(steps, dtype=bool), np.zeros(steps)
+    accumulated, accumulated_error, k = np.ones(branches), np.zeros(branches), 0
     for step in range(1, steps):
         if retained[step] and not rule.retained_resets:
             continue
@@ -143,18 +153,19 @@ def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
         accumulated_error = accumulated_error + np.abs(1 - accumulated)
         k += 1
         error[step] = accumulated_error.max()
-        within = error[step] < settings.magcache_thresh if rule.strict else error[step] <= settings.magcache_thresh
+        within = error[step] < magcache_thresh if rule.strict else error[step] <= magcache_thresh
         steady = rule.max_deviation is None or (np.abs(1 - ratios[:, step]) <= rule.max_deviation).all()
-        if within and steady and k <= settings.magcache_K and not retained[step]:
+        if within and steady and k <= magcache_K and not retained[step]:
             reuse[step] = True
         else:
-            accumulated, accumulated_error, k = np.ones(len(ratios)), np.zeros(len(ratios)), 0
-    return Schedule(reuse, error, retained, settings, "" if reuse.any() else why_nothing(error, retained, settings), ratios)
+            accumulated, accumulated_error, k = np.ones(branches), np.zeros(branches), 0
+    return reuse, error
 
 
 def compute_all(steps):
     """The schedule of an un-cached run."""
-    return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, "MagCache is off")
+    return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, "MagCache is off",
+                    fewest_computed=steps)
 
 
 def why_off(steps, settings, rule):
@@ -167,25 +178,19 @@ def why_off(steps, settings, rule):
     return ""
 
 
-def why_nothing(error, retained, settings):
+def why_nothing(error, retained, settings, rule):
     if retained.all():
         return "retention_ratio keeps every step"
+    if error[~retained].min() < settings.magcache_thresh:
+        return f"the ratio of every step is more than {rule.max_deviation} away from 1"
     return (f"the smallest error of reusing a step is {error[~retained].min():.3f}, above magcache_thresh "
             f"{settings.magcache_thresh}")
 
 
-def fewest_computed(retained, magcache_K):
-    """Computed steps left when the threshold forbids nothing: the ceiling that magcache_K and the retained steps set."""
-    computed, k = 0, 0
-    for keep in retained:
-        if keep or k >= magcache_K:
-            computed, k = computed + 1, 0
-        else:
-            k += 1
-    return computed
-
-
 def rule_of(preset):
     """The Rule that a preset's settings were published for."""
+    unknown = preset.rule.keys() - Rule.__dataclass_fields__.keys()
+    if unknown:
+        raise MagCacheError(f"{preset.name}: there is no rule named {', '.join(sorted(unknown))}.")
     rule = Rule(**preset.rule)
     return replace(rule, never_reuse=tuple(tuple(pair) for pair in rule.never_reuse))

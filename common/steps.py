@@ -36,16 +36,26 @@ class StepTracker:
         # Not a listed level: an evaluation inside a step belongs to the step that it started from.
         return nearest if close(level, levels[nearest], tolerance) or levels[nearest] > level else max(0, nearest - 1)
 
+    def onward(self, level, tolerance):
+        """The next step at this level, or None. Steps are passed over only where rounding hides which of them came last."""
+        for step in range(self.step + 1, len(self.levels)):
+            if step > self.step + 1 and not close(self.levels[step - 1], self.level, tolerance):
+                return None
+            if close(level, self.levels[step], tolerance):
+                return step
+        return None
+
     def observe(self, level, latent, tolerance):
         """The Call that this is, or None if no call of this run can come here, so that a new run has begun."""
         here, following = self.levels[self.step], self.levels[self.step + 1:self.step + 2]
+        onward = self.onward(level, tolerance)
         repeats = close(level, self.level, tolerance) and self.latent is not None and same(latent, self.latent)
         if repeats:
             self.branch += 1
         elif self.latent is None:
             self.branch = 0
-        elif len(following) and close(level, following[0], tolerance):
-            self.step, self.branch = self.step + 1, 0
+        elif onward is not None:
+            self.step, self.branch = onward, 0
         elif close(level, here, tolerance) or (following[0] if len(following) else 0) < level < here:
             self.branch = 0
         else:

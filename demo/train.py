@@ -159,7 +159,6 @@ def train_vae(vae, pictures, minutes, device, rng):
         bar.n = min(bar.total, round(elapsed))
         bar.set_postfix(loss=f"{loss_average:.4f}")
     bar.close()
-    return loss_average
 
 
 @torch.no_grad()
@@ -257,6 +256,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=75, help="training time of the transformer")
     parser.add_argument("--vae_minutes", type=float, default=12)
     parser.add_argument("--vae", type=Path, help="folder of a trained VAE, to train the rest only")
+    parser.add_argument("--start", type=Path, help="folder of a trained model, to go on from its weights and tokenizers")
     parser.add_argument("--variants", type=int, default=8, help="placements of each glyph on each background")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
@@ -270,25 +270,33 @@ def main():
     building = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    tokenizers = build_tokenizers(building, captions)
+    if args.start:
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(args.start / name, building / name)
+        tokenizers = (CLIPTokenizerFast.from_pretrained(building / "tokenizer"),
+                      T5TokenizerFast.from_pretrained(building / "tokenizer_2"))
+    else:
+        tokenizers = build_tokenizers(building, captions)
     vae, transformer, clip, t5 = build_models(len(tokenizers[0]), len(tokenizers[1]))
+    if args.start:
+        for model, name in ((transformer, "transformer"), (clip, "text_encoder"), (t5, "text_encoder_2")):
+            model.load_state_dict(type(model).from_pretrained(args.start / name, torch_dtype=torch.float32).state_dict())
+        args.vae = args.vae or args.start / "vae"
     for model in (vae, transformer, clip, t5):
         model.to(args.device)
     print(f"{len(pictures)} glyphs; transformer {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M, "
           f"VAE {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
     if args.vae:
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.vae).state_dict())
-        vae_loss = json.loads((args.vae / "training.json").read_text())["loss"]
     else:
-        vae_loss = train_vae(vae, pictures, args.vae_minutes, args.device, rng)
+        train_vae(vae, pictures, args.vae_minutes, args.device, rng)
         vae.save_pretrained(building / "vae")
-        (building / "vae" / "training.json").write_text(json.dumps({"loss": vae_loss}))
     latents, rows = encode_pictures(vae, pictures, args.variants, args.device, rng)
     step, loss = train_transformer(transformer, clip, t5, tokenizers, latents, rows, args.minutes, args.device, rng,
                                    lambda: save_model(building, vae, transformer, clip, t5))
     (building / "training.json").write_text(json.dumps({
-        "glyphs": len(pictures), "latents": len(rows), "vae_minutes": args.vae_minutes, "vae_loss": round(vae_loss, 5),
-        "minutes": args.minutes, "steps": step, "batch": BATCH, "loss": round(loss, 5), "device": args.device,
+        "glyphs": len(pictures), "latents": len(rows), "vae": str(args.vae) if args.vae else f"{args.vae_minutes} minutes",
+        "start": str(args.start or ""), "minutes": args.minutes, "steps": step, "batch": BATCH, "loss": round(loss, 5), "device": args.device,
         "date": time.strftime("%Y-%m-%d")}, indent=2) + "\n")
     shutil.rmtree(args.out, ignore_errors=True)
     building.rename(args.out)

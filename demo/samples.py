@@ -1,0 +1,23 @@
+"""Draw demo/samples.png: what the demo model makes of 24 prompts.
+
+    python demo/samples.py
+"""
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[1:1] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+import numpy as np  # noqa: E402
+from demo_model import PROMPTS, load_demo, render  # noqa: E402
+from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+COLUMNS = 8
+
+if __name__ == "__main__":
+    pipe, _ = load_demo()
+    pictures = [render(pipe, prompt, 28, seed=3)[0] for prompt in tqdm(PROMPTS)]
+    rows = [np.concatenate(pictures[start:start + COLUMNS], axis=1) for start in range(0, len(pictures), COLUMNS)]
+    sheet = Image.fromarray(np.concatenate(rows, axis=0))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.LANCZOS).save(REPOSITORY / "demo" / "samples.png")
