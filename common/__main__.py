@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .planner import PREDICTORS, Target
 from .ratios import MagCacheError, calibrations_folder, load, preset_names, read
 from .report import needs, plan_text, plot_schedule
 from .schedule import Settings, magcache_schedule, rule_of
@@ -20,7 +21,7 @@ def presets(args):
     own = [(path, read(path)) for path in sorted(calibrations_folder().glob("*.json"))]
     rows = []
     for name, table in [(table.name, table) for table in tables] + [(str(path), table) for path, table in own]:
-        schedule = planned(table)[1] if table.settings else None
+        schedule = planned(table, table.levels(table.steps), Settings(**table.settings)) if table.settings else None
         rows.append([name, table.origin, table.steps, len(table.mag_ratios), *table.settings.values(),
                      *[""] * (3 - len(table.settings)),
                      f"{schedule.computed}/{schedule.steps}" if schedule else "", f"{schedule.bound:.2f}x" if schedule else ""])
@@ -28,25 +29,31 @@ def presets(args):
         "name", "origin", "steps", "branches", "thresh", "K", "retention", "computed", "at most"], disable_numparse=True))
 
 
-def planned(table, steps=None, shift=None, settings=None, interpolation="sigma"):
-    """(noise levels, schedule) of a run with the calibration's sampler."""
-    levels = table.levels(table.steps if steps is None else steps, shift)
+def planned(table, levels, settings, interpolation="sigma"):
+    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary lies."""
     boundary = table.sampler.get("boundary")
     switch_step = int((levels >= boundary).sum()) if boundary else None
-    ratios = table.at(levels, interpolation)
-    return levels, magcache_schedule(ratios, settings or Settings(**table.settings), rule_of(table), switch_step)
+    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), switch_step)
 
 
-def plan(args):
-    """Print which steps a run would skip."""
-    table = load(args.preset)
+def thresholds(args, table):
+    """Settings from the flags, the published ones where a flag is left out."""
     given = {name: getattr(args, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
     chosen = {**table.settings, **{name: value for name, value in given.items() if value is not None}}
     missing = [name for name in given if name not in chosen]
     if missing:
         raise MagCacheError(f"{table.name} has no published settings; give --{' --'.join(missing)}.")
-    settings = Settings(**chosen)
-    levels, schedule = planned(table, args.steps, args.shift, settings, args.magcache_interp)
+    return Settings(**chosen)
+
+
+def plan(args):
+    """Print which steps a run would skip."""
+    table = load(args.preset)
+    levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
+    if args.magcache_steps is None and args.magcache_speedup is None:
+        schedule = planned(table, levels, thresholds(args, table), args.magcache_interp)
+    else:
+        schedule = Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K).plan(table, levels)
     print(plan_text(schedule, levels, table))
     if args.plot:
         plot_schedule(args.plot, schedule, levels, table.name)
@@ -84,6 +91,9 @@ def main(arguments=None):
     command.add_argument("--magcache_thresh", type=float)
     command.add_argument("--magcache_K", type=int)
     command.add_argument("--retention_ratio", type=float)
+    command.add_argument("--magcache_steps", type=int, help="plan for exactly so many computed steps")
+    command.add_argument("--magcache_speedup", type=float, help="plan for at most so many times faster")
+    command.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear")
     command.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error and skipped steps")
     command.set_defaults(run=plan)

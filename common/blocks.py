@@ -7,6 +7,7 @@ the final layer, so that what a forward adds between its blocks (control nets) i
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from .ratios import MagCacheError
 
@@ -59,8 +60,10 @@ class BlockStack:
         self.shadow({**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final})
 
     def shadow(self, attributes):
-        self.shadows = attributes
+        self.shadows, self.plain_class = attributes, type(self.model)
         self.model.__dict__.update(attributes)
+        # A graph that torch.compile made of the un-cached model does not notice shadows, but it does check the class.
+        self.model.__class__ = shadowed(self.plain_class)
 
     def finish(self):
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
@@ -73,10 +76,18 @@ class BlockStack:
         return after - before
 
     def restore(self):
+        if self.shadows:
+            self.model.__class__ = self.plain_class
         for name in self.shadows:
             self.model.__dict__.pop(name, None)
         self.shadows = {}
         self.first.tokens = self.final.tokens = self.final.residual = None
+
+
+@cache
+def shadowed(plain_class):
+    """The class of a model while stand-ins are in place: the same in all but identity."""
+    return type(plain_class)(plain_class.__name__, (plain_class,), {"__module__": plain_class.__module__})
 
 
 class FirstBlock:

@@ -4,10 +4,12 @@ import math
 
 import torch
 
+from .planner import packed
 from .ratios import MagCacheError, MagRatios, fitted_shift
 
 BRANCHES = ("cond", "uncond")
 TOKENS_AT_ONCE = 4096
+SAMPLE_BYTES = 2**28  # a branch, all steps together
 
 
 def branch_name(branch):
@@ -32,21 +34,40 @@ def compare_residuals(residual, previous):
     return mean, math.sqrt(variance), distance
 
 
+class Sample:
+    """A fixed random subset of one branch's tokens at every step, for the Gram matrix of a run, in bounded memory."""
+
+    def __init__(self, residual, steps):
+        batch, tokens, width = residual.shape
+        count = min(tokens, max(1, SAMPLE_BYTES // (4 * steps * batch * width)))
+        self.tokens = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count].sort().values
+        self.rows = {}
+
+    def add(self, step, residual):
+        self.rows[step] = residual[:, self.tokens.to(residual.device)].float().flatten().cpu()
+
+    def gram(self):
+        """(steps, steps) inner products in float64, a part of the columns at a time."""
+        rows = torch.stack([self.rows[step] for step in sorted(self.rows)])
+        return sum(part.double() @ part.double().T for part in rows.split(2**16, dim=1))
+
+
 class Statistics:
     """Collects one row a step and branch; several runs at the same noise levels are averaged."""
 
     def __init__(self):
-        self.runs, self.levels = [], None
+        self.runs, self.grams, self.levels = [], [], None
 
     def begin(self, levels):
         """A new run: nothing of it counts until `finish`."""
-        self.current, self.previous, self.current_levels = {}, {}, list(map(float, levels))
+        self.current, self.previous, self.samples, self.current_levels = {}, {}, {}, list(map(float, levels))
 
     def add(self, call, residual):
         rows = self.current.setdefault(branch_name(call.branch), {})
         if call.branch in self.previous and call.step not in rows:
             rows[call.step] = compare_residuals(residual, self.previous[call.branch])
         self.previous[call.branch] = residual
+        self.samples.setdefault(branch_name(call.branch), Sample(residual, len(self.current_levels))).add(call.step, residual)
 
     def finish(self):
         """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out."""
@@ -59,6 +80,8 @@ class Statistics:
             raise MagCacheError("Calibration needs runs of one kind: the same steps, size and guidance, each to its end.")
         self.levels = self.current_levels
         self.runs.append(complete)
+        self.grams.append({branch: self.samples[branch].gram() for branch in complete})
+        self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):
         """MagRatios of the counted runs, rounded to six decimals."""
@@ -67,6 +90,7 @@ class Statistics:
         column = {key: {branch: [first, *(round(value, 6) for value in table[:, index].tolist())]
                         for branch, table in mean.items()}
                   for index, (key, first) in enumerate((("mag_ratios", 1.0), ("mag_std", 0.0), ("cos_dis", 0.0)))}
+        column["gram"] = {branch: packed(sum(grams[branch] for grams in self.grams) / len(self.grams)) for branch in self.runs[0]}
         return MagRatios(name=name, mag_ratios=column.pop("mag_ratios"), sigmas=[round(level, 6) for level in self.levels],
                          origin="measured", statistics={**column, "runs": len(self.runs)},
                          sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},

@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 
+from .planner import PREDICTORS, Target
 from .ratios import MagCacheError, calibrations_folder, find, load
 from .schedule import Settings
 
@@ -17,6 +18,10 @@ def add_magcache_flags(parser):
     group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most reuses in a row; 0 turns it off")
     group.add_argument("--retention_ratio", type=float, metavar="SHARE", help="share of the steps, from the first on, "
                        "that always compute")
+    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the steps to be at most X times faster, and predict "
+                       "skipped residuals from the two newest; needs a calibration of this checkpoint")
+    group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
+    group.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear", help="how a planned run predicts")
     group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the model as it is")
     group.add_argument("--magcache_calibration", nargs="?", const="", metavar="FILE",
                        help="run un-cached, measure the magnitude ratios and save them, by default where the next run of "
@@ -31,8 +36,12 @@ def add_magcache_flags(parser):
 
 
 def settings_of(args, script_settings, mag_ratios, is_default_model):
-    """Settings of a run. A flag wins; else the script's lines hold for the script's own model, and another model takes
-    what was published for it, where something was."""
+    """What a run is to do: a Target if a number of steps or a speed-up is asked for, else Settings. Of these a flag wins; else
+    the script's lines hold for the script's own model, and another takes what was published for it, where something was."""
+    if args.magcache_steps is not None or args.magcache_speedup is not None:
+        if args.magcache_steps is not None and args.magcache_speedup is not None:
+            raise MagCacheError("Ask for --magcache_steps or for --magcache_speedup, not for both.")
+        return Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)
     chosen = {**script_settings} if is_default_model else {**script_settings, **mag_ratios.settings}
     given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
     return Settings(**{**chosen, **given})

@@ -1,6 +1,7 @@
 """`magcache_forward` and `magcache_calibration`: replace the forward of one model instance, and put it back."""
 import functools
 import inspect
+import os
 import time
 from contextlib import contextmanager
 
@@ -11,9 +12,10 @@ from tqdm import tqdm
 from . import ratios as ratio_files
 from .blocks import BlockStack
 from .calibration import Statistics
+from .planner import Target
 from .ratios import MagCacheError
 from .report import RunReport, plan_text
-from .residuals import Residuals
+from .residuals import Residuals, needed_by
 from .schedule import compute_all, magcache_schedule, rule_of
 from .steps import TRAIN_TIMESTEPS, StepTracker
 
@@ -23,7 +25,8 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
     """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
 
     model: the transformer, also compiled, offloaded or sharded; host: `blocks.Host`, the facts of its class.
-    mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings`; rule: `schedule.Rule` (None: the preset's own).
+    mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a planned
+    schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
         being 1000. A diffusers pipeline: `lambda: pipe.scheduler.timesteps`.
     interpolation: "sigma" or "nearest" (`MagRatios.at`).
@@ -33,6 +36,8 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
     rule = rule or rule_of(mag_ratios)
 
     def plan(levels):
+        if isinstance(settings, Target):
+            return settings.plan(mag_ratios, levels)
         return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule)
 
     return MagCache(model, host, timesteps, plan, Residuals(device, dtype), announce, mag_ratios)
@@ -188,19 +193,20 @@ class MagCache(Patch):
         if self.host.residual_shape:
             latent = arguments[self.host.latent]
             itemsize = (self.residuals.dtype or latent.dtype).itemsize
-            bytes_a_branch = int(np.prod(self.host.residual_shape(self.model, arguments))) * itemsize
+            elements = int(np.prod(self.host.residual_shape(self.model, arguments)))
+            bytes_a_branch = elements * itemsize * self.run.schedule.depth
         if self.announce:
             self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
 
     def prepare(self, run, call):
         residual, self.why = None, ""
         if run.schedule.reuse[call.step]:
-            residual, self.why = self.residuals.take(call, self.latent, run.schedule.anchor(call.step))
+            residual, self.why = self.residuals.predict(call, self.latent, run.schedule)
         self.reusing = residual is not None
         if self.reusing:
             self.stack.replace(residual)
         else:
-            self.residuals.drop(call.branch)
+            self.residuals.drop_unneeded(call, run.schedule)
             self.stack.record()
 
     def served(self, run, call, seconds):
@@ -210,7 +216,7 @@ class MagCache(Patch):
             return
         residual = self.stack.finish()
         run.report.add(call, "computed", seconds, self.why)
-        if run.schedule.reuse[call.step + 1:call.step + 2].any():
+        if needed_by(run.schedule, call.step):
             self.residuals.keep(call, self.latent, residual)
             run.report.peak_bytes = self.residuals.peak_bytes
 
@@ -301,6 +307,8 @@ def level_tolerance(timestep):
 
 
 def is_writer():
-    """One process writes: rank 0, or the only one."""
+    """One process writes: rank 0 of torchrun, or the only one."""
     distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"

@@ -3,30 +3,37 @@ from collections import Counter
 from statistics import median
 
 from .ratios import MagCacheError, write_json
+from .schedule import Settings
 
 
 def memory_text(count):
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
+def settings_text(settings):
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in vars(settings).items() if value is not None)
+
+
 def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
     """The plan of a run, known before its first step."""
-    settings = schedule.settings
-    lines = [f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), magcache_thresh "
-             f"{settings.magcache_thresh:g}, magcache_K {settings.magcache_K}, retention_ratio {settings.retention_ratio:g}",
-             f"  {schedule.strip}   # computes, . reuses"]
+    lines = [f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), "
+             f"{settings_text(schedule.settings)}", f"  {schedule.strip}   # computes, . reuses"]
     if not mag_ratios.fits(levels):
         lines.append(f"  ratios of {mag_ratios.steps} steps carried over to the noise levels of this run")
     if mag_ratios.origin == "borrowed":
         lines.append(f"  {mag_ratios.notes}")
     if schedule.why_none:
         lines.append(f"  nothing will be reused: {schedule.why_none}")
+    elif not isinstance(schedule.settings, Settings):
+        lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster; expected "
+                     f"relative error of a predicted residual {schedule.error[schedule.reuse].mean():.4f}")
     else:
         ceiling = schedule.fewest_computed
         lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
                      f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
-        if bytes_a_branch is not None:
-            lines.append(f"  extra memory: {memory_text(bytes_a_branch)} a branch")
+    if bytes_a_branch is not None and not schedule.why_none:
+        lines.append(f"  extra memory: {memory_text(bytes_a_branch)} a branch")
     return "\n".join(lines)
 
 
@@ -116,9 +123,11 @@ def plot_schedule(path, schedule, levels, title):
     bottom.bar(steps, schedule.error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
     bottom.bar([0], [0], color="tab:blue", label="computed")
     bottom.bar([0], [0], color="tab:orange", label="reused")
-    bottom.axhline(schedule.settings.magcache_thresh, color="tab:red", linestyle="--", label="magcache_thresh")
-    bottom.set_ylim(0, 2.5 * max(schedule.settings.magcache_thresh, 0.01))
-    bottom.set_ylabel("accumulated error")
+    thresholded = isinstance(schedule.settings, Settings)
+    if thresholded:
+        bottom.axhline(schedule.settings.magcache_thresh, color="tab:red", linestyle="--", label="magcache_thresh")
+        bottom.set_ylim(0, 2.5 * max(schedule.settings.magcache_thresh, 0.01))
+    bottom.set_ylabel("accumulated error" if thresholded else "expected relative error")
     bottom.set_xlabel("step")
     bottom.legend(frameon=False, ncols=3, loc="upper right")
     bottom.xaxis.get_major_locator().set_params(integer=True)

@@ -58,16 +58,19 @@ class Schedule:
 
     reuse: whether step i reuses a residual; error: the accumulated error on which that was decided; retained: the steps that
     compute whatever the error; why_none: why nothing is reused; ratios: (branches, steps).
+    settings: what was asked for, a `Settings` or a `planner.Target`.
     fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
+    weights: (branches, steps, 2), how a reused step weighs the two newest residuals; None: the newest as it is.
     """
 
     reuse: np.ndarray
     error: np.ndarray
     retained: np.ndarray
-    settings: Settings = None
+    settings: object = None
     why_none: str = ""
     ratios: np.ndarray = field(default=None, repr=False)
     fewest_computed: int = 0
+    weights: np.ndarray = field(default=None, repr=False)
 
     @property
     def steps(self):
@@ -91,9 +94,15 @@ class Schedule:
         """One letter a step: # computes, . reuses."""
         return "".join(".#"[not reuse] for reuse in self.reuse)
 
-    def anchor(self, step):
-        """The computed step whose residual a reused step takes."""
-        return int(np.flatnonzero(~self.reuse[:step + 1])[-1])
+    def anchors(self, step):
+        """The computed steps whose residuals a reused step takes, the newest first: one, or two where it weighs two."""
+        past = np.flatnonzero(~self.reuse[:step + 1])[::-1]
+        return past[:1 if self.weights is None else 2].tolist()
+
+    @property
+    def depth(self):
+        """Residuals kept a branch."""
+        return 1 if self.weights is None else 2
 
 
 def first_reusable(steps, retention_ratio, start="floor"):

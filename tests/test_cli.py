@@ -48,6 +48,13 @@ def test_plan_of_flux_dev(capsys, tmp_path):
     assert "these are the numbers of wan2.1-t2v-14b" in say(capsys, "plan", "wan2.1-vace-14b")
 
 
+def test_plan_for_a_number_of_steps_or_a_speedup(capsys, tmp_path):
+    text = say(capsys, "plan", "demo", "--steps", 20, "--magcache_steps", 8, "--plot", tmp_path / "plan.png")
+    assert "magcache_steps 8, predictor linear" in text and "computes 8 of 20" in text and (tmp_path / "plan.png").is_file()
+    assert "computes 11 of 28" in say(capsys, "plan", "demo", "--magcache_speedup", 2.5, "--magcache_predictor", "reuse")
+    assert "needs the Gram matrix" in complaint("plan", "flux-dev", "--magcache_speedup", 2)
+
+
 def test_plan_and_presets_need_no_torch(tmp_path):
     """The planner is for everybody, also where the model's packages are not installed."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch must not be imported here')")

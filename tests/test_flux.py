@@ -14,7 +14,8 @@ from PIL import Image
 
 from common import flux
 from common.quality import quality
-from common.ratios import read
+from common.ratios import load, read
+from common.schedule import Settings, magcache_schedule, rule_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEV, SCHNELL = REPOSITORY / "MagCache4FLUX/magcache_flux.py", REPOSITORY / "MagCache4FLUX_schnell/magcache_flux_schnell.py"
@@ -149,11 +150,57 @@ def test_structure_of_flux_dev(capsys, dev_like):
     assert report["strip"] == "###..#...#.#.....#.....#..#." and report["computed"] == 9
 
 
+@pytest.mark.parametrize("name, steps, scheduler, computed", [
+    ("flux-dev", 28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}, 9),
+    ("flux-schnell", 4, {"shift": 1.0}, 3),
+])
+def test_published_schedule_at_the_noise_levels_of_diffusers(name, steps, scheduler, computed):
+    """At 1024x1024 the pipelines walk the levels that the presets assume, so that the published ratios apply unchanged."""
+    sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    mu = {"mu": 1.15} if "max_shift" in scheduler else {}  # calculate_shift at 4,096 tokens
+    sampler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), **mu)
+    table, levels = load(name), sampler.timesteps.double().numpy() / 1000
+    assert table.fits(levels)
+    schedule = magcache_schedule(table.at(levels), Settings(**table.settings), rule_of(table))
+    assert schedule.computed == computed
+
+
+def test_half_precision_walks_the_same_steps(capsys):
+    """A bfloat16 timestep is off by up to 0.4 %, more than some steps are apart."""
+    run(capsys, DEV, "--prompt", PROMPT, "--steps", 50, "--dtype", "bfloat16")
+    report = json.loads(Path("magcache_flux.json").read_text())
+    assert [call["step"] for call in report["by_call"]] == list(range(50)) and report["complete"]
+    assert "".join("#" if call["kind"] == "computed" else "." for call in report["by_call"]) == report["strip"]
+
+
 def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
     run(capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--magcache_interp", "nearest", "--prompt", PROMPT)
     assert json.loads(Path("magcache_flux_schnell.json").read_text())["strip"] == "##.#"
     text = run(capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--prompt", PROMPT, "--steps", 3)
     assert "a run of 3 steps has nothing to gain" in text
+
+
+def test_planned_run_computes_as_many_steps_as_asked(capsys):
+    """Two residuals are kept, and the picture beats the plain sampler with as many steps."""
+    run(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
+    report = json.loads(Path("magcache_flux.json").read_text())
+    assert report["strip"].count("#") == report["computed"] == 10 and report["unplanned"] == {}
+    assert report["extra_bytes"] == 2 * 64 * 160 * 4
+    assert report["quality"]["MagCache"]["psnr"] > report["quality"]["fewer steps"]["psnr"] + 3
+    text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_speedup", 2, "--steps", 20, "--magcache_predictor", "reuse")
+    assert "computes 10 of 20" in text
+    report = json.loads(Path("magcache_flux.json").read_text())
+    assert report["computed"] == 10 and report["extra_bytes"] == 64 * 160 * 4
+
+
+def test_planned_guidance_weighs_each_branch(capsys):
+    two = ("--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2)
+    run(capsys, DEV, *two, "--magcache_calibration", "two.json")
+    assert read("two.json").statistics["gram"].keys() == {"cond", "uncond"}
+    run(capsys, DEV, *two, "--mag_ratios", "two.json", "--magcache_steps", 12, "--compare")
+    report = json.loads(Path("magcache_flux.json").read_text())
+    assert report["computed"] == 24 and report["extra_bytes"] == 4 * 64 * 160 * 4
+    assert report["quality"]["MagCache"]["psnr"] > report["quality"]["fewer steps"]["psnr"] + 3
 
 
 def test_prompt_file_seed_and_size(capsys, tmp_path):
@@ -217,6 +264,9 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     (["--magcache_K", "-1"], "magcache_K must be 0 (off) or more"),
     (["--retention_ratio", "2"], "retention_ratio is a share"),
     (["--mag_ratios", "nope"], "There is no preset 'nope'"),
+    (["--mag_ratios", "flux-dev", "--magcache_speedup", "2"], "needs the Gram matrix"),
+    (["--magcache_steps", "0"], "magcache_steps must be at least 1"),
+    (["--magcache_speedup", "2", "--magcache_steps", "9"], "not for both"),
     (["--mag_ratios", "nope.json"], "There is no calibration file nope.json"),
     (["--model", "missing/folder"], "cannot be loaded"),
     (["--prompt_file", "missing.txt"], "cannot be read"),
