@@ -53,7 +53,8 @@ def plan(args):
     if args.magcache_steps is None and args.magcache_speedup is None:
         schedule = planned(table, levels, thresholds(args, table), args.magcache_interp)
     else:
-        schedule = Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K).plan(table, levels)
+        target = Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)
+        schedule = target.plan(table, levels)
     print(plan_text(schedule, levels, table))
     if args.plot:
         plot_schedule(args.plot, schedule, levels, table.name)

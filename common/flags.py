@@ -18,8 +18,8 @@ def add_magcache_flags(parser):
     group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most reuses in a row; 0 turns it off")
     group.add_argument("--retention_ratio", type=float, metavar="SHARE", help="share of the steps, from the first on, "
                        "that always compute")
-    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the steps to be at most X times faster, and predict "
-                       "skipped residuals from the two newest; needs a calibration of this checkpoint")
+    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the run to be at most X times faster, and "
+                       "predict skipped residuals from the two newest; needs a calibration of this checkpoint")
     group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
     group.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear", help="how a planned run predicts")
     group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the model as it is")

@@ -1,8 +1,8 @@
 """Schedules with exactly as many computed steps as asked for, from the Gram matrix of one calibration run.
 
 G[i, j] = <r_i, r_j> for the block-stack residuals of a run. From it follows the exact squared error, on the calibration's
-tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least. So the schedule whose errors add up to
-the least is a shortest path over pairs of neighbouring computed steps. numpy only.
+tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least. So the schedule whose errors, each to the
+fourth power so that peaks count, add up to the least is a shortest path over pairs of neighbouring computed steps. numpy only.
 """
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ from .ratios import MagCacheError
 from .schedule import Schedule
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
+POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/design.md)
 PREDICTORS = ("linear", "reuse")
 
 
@@ -87,7 +88,7 @@ def pair_errors(gram, predictor="linear"):
 
 
 def plan_steps(grams, computed, predictor="linear", magcache_K=None):
-    """The schedule with exactly `computed` computed steps and the least sum of squared prediction errors.
+    """The schedule with exactly `computed` computed steps and the least sum of prediction errors to the fourth power.
 
     grams: (branches, steps, steps), each scaled by its own mean energy, so that branches count alike. magcache_K: most
     reuses in a row (None: any). Exact: dynamic programming over (anchor before, anchor). Returns a Schedule whose `error`
@@ -103,7 +104,7 @@ def plan_steps(grams, computed, predictor="linear", magcache_K=None):
     errors = np.mean([errors for errors, _ in by_branch], axis=0)
 
     # until[m, j, k]: error of reusing the steps j+1 .. m-1 from the anchors j and k.
-    finite = np.where(np.isfinite(errors), errors, 0)
+    finite = np.where(np.isfinite(errors), errors, 0) ** POWER
     total = np.concatenate([np.zeros((1, steps, steps)), np.cumsum(finite, axis=0)])
     until = total - total[np.arange(1, steps + 1), np.arange(steps)][None]
     if magcache_K is not None:

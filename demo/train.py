@@ -296,8 +296,8 @@ def main():
                                    lambda: save_model(building, vae, transformer, clip, t5))
     (building / "training.json").write_text(json.dumps({
         "glyphs": len(pictures), "latents": len(rows), "vae": str(args.vae) if args.vae else f"{args.vae_minutes} minutes",
-        "start": str(args.start or ""), "minutes": args.minutes, "steps": step, "batch": BATCH, "loss": round(loss, 5), "device": args.device,
-        "date": time.strftime("%Y-%m-%d")}, indent=2) + "\n")
+        "start": str(args.start or ""), "minutes": args.minutes, "steps": step, "batch": BATCH, "loss": round(loss, 5),
+        "device": args.device, "date": time.strftime("%Y-%m-%d")}, indent=2) + "\n")
     shutil.rmtree(args.out, ignore_errors=True)
     building.rename(args.out)
 
