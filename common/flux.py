@@ -64,6 +64,8 @@ def parse(script):
 def run(args, script):
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
+    if args.compare and not args.magcache:
+        raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
     choose_model(args, script)
     is_default_model = args.model == script["MODEL"]
     settings = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}

@@ -192,7 +192,7 @@ def write(path, ratios):
 def write_json(path, content):
     """JSON with one line a list of numbers."""
     text = json.dumps(content, indent=1)
-    write_text(path, re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
+    write_text(path, re.sub(r"\[\s+([-+.\deE,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def write_text(path, text):

@@ -260,6 +260,7 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
 
 @pytest.mark.parametrize("arguments, part", [
     (["--steps", "0"], "--steps must be at least 1"),
+    (["--compare", "--no-magcache"], "leave out --no-magcache"),
     (["--magcache_thresh", "-1"], "magcache_thresh must be 0 (off) or more"),
     (["--magcache_K", "-1"], "magcache_K must be 0 (off) or more"),
     (["--retention_ratio", "2"], "retention_ratio is a share"),

@@ -451,3 +451,10 @@ def test_calibrations_lie_in_the_home_folder_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     write(tmp_path / ".magcache" / "mine-0123456789ab.json", ratios_of("mine"))
     assert find("/anywhere/mine", "0123456789ab").name == "mine"
+
+
+def test_numbers_share_a_line_and_words_stay_as_they_are(tmp_path):
+    table = MagRatios("x", {"cond": [1.0, 0.9]}, [1.0, 0.5], "measured", provenance={"prompts": ["a  [cat], {two}\tspaces", "b"]})
+    write(tmp_path / "x.json", table)
+    assert '"cond": [1.0, 0.9]' in (tmp_path / "x.json").read_text()
+    assert read(tmp_path / "x.json").provenance == table.provenance
