@@ -27,7 +27,7 @@ def compare_residuals(residual, previous):
         new, old = new.float(), old.float().to(new.device)
         ratio = new.norm(dim=-1) / old.norm(dim=-1)
         distance = 1 - torch.cosine_similarity(new, old, dim=-1)
-        sums += torch.stack([ratio.sum(), ratio.square().sum(), distance.sum()]).double().cpu()
+        sums += torch.stack([part.double().sum() for part in (ratio, ratio.double().square(), distance)]).cpu()
     count = residual.shape[0] * residual.shape[1]
     mean, square, distance = (sums / count).tolist()
     variance = max(0.0, square - mean**2) * count / max(1, count - 1)

@@ -28,7 +28,7 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
     mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a planned
     schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
-        being 1000. A diffusers pipeline: `lambda: pipe.scheduler.timesteps`.
+        being 1000, as one object that lasts as long as the run. A diffusers pipeline: `lambda: pipe.scheduler.timesteps`.
     interpolation: "sigma" or "nearest" (`MagRatios.at`).
     device, dtype: where and how residuals are kept (None: as the model makes them).
     announce: gets the plan as text at the start of each run.
@@ -104,6 +104,7 @@ class Patch:
     def remove(self):
         """Restore the model. Where something else (an offload hook) has wrapped the patch since, the patch stays in
         that chain and only passes calls on."""
+        self.settle()
         self.active = False
         self.end_run()
         if self.model.__dict__.get("forward") is self.forward:
@@ -165,7 +166,13 @@ class Patch:
         self.latent = self.arguments = None
         self.end_run()
 
+    def settle(self):
+        """Complete a run that reached its last step with fewer branches than before: guidance ended there."""
+        if self.run and not self.run.report.complete and self.run.branches.get(self.run.schedule.steps - 1):
+            self.complete_run(self.run)
+
     def begin_run(self, timesteps, level, tolerance, arguments):
+        self.settle()
         self.end_run()
         if timesteps is None or len(timesteps) == 0:
             raise MagCacheError("The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts.")

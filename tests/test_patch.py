@@ -323,6 +323,24 @@ def test_guidance_that_pauses(model, euler, cached, executed):
     assert handle.reports[0].unplanned == {"no residual of this branch yet": 1}
 
 
+def test_a_batch_that_grows_in_the_middle_of_a_run(model, euler, cached, executed):
+    """A residual of another shape would be added to the wrong picture, or broadcast."""
+    class Doubled:
+        dtype = model.dtype
+
+        def __call__(self, **kwargs):
+            if sampler.step >= 5:
+                kwargs |= {name: torch.cat([kwargs[name]] * 2) for name in (
+                    "hidden_states", "timestep", "guidance", "pooled_projections", "encoder_hidden_states")}
+            return model(**kwargs)[0][:1],
+
+    sampler, blocks = euler(Doubled()), executed(model)
+    with cached(sampler, model) as handle:
+        sampler.run()
+    assert handle.reports[0].schedule.strip == "##..#..#..#." and blocks.strip == "##..##.#..#."
+    assert handle.reports[0].unplanned == {"the latent changed its shape, dtype or device": 1}
+
+
 # Putting it on and taking it off
 
 
@@ -690,6 +708,20 @@ def test_the_file_is_written_by_complete_runs_only(model, euler, calibrating, tm
             sampler.run(steps=6)
             assert handle.mag_ratios.mag_ratios == expected  # nothing of the broken run is in it
         path.write_bytes(old)
+
+
+def test_guidance_that_ends_with_the_last_step(model, euler, cached, calibrating, tmp_path):
+    """Whether another branch was to come is known when the next run begins or the patch goes."""
+    sampler, path = euler(model), tmp_path / "cond.json"
+    with calibrating(sampler, path):
+        sampler.run(steps=6, cfg=lambda step: step < 5)
+        assert not path.exists()
+        sampler.run(steps=6, cfg=lambda step: step < 5)
+        assert read(path).statistics["runs"] == 1
+    assert read(path).statistics["runs"] == 2 and read(path).mag_ratios.keys() == {"cond"}
+    with cached(sampler) as handle:
+        sampler.run(**{**BASE, "cfg": lambda step: step < 11})
+    assert handle.reports[0].complete and handle.residuals.bytes == 0
 
 
 def test_two_runs_are_averaged(model, euler, calibrating, tmp_path):
