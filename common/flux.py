@@ -14,7 +14,7 @@ from .blocks import Host
 from .calibration import fingerprint
 from .flags import DTYPES, add_magcache_flags, calibration_path, ratios_of, settings_of
 from .patch import magcache_calibration, magcache_forward
-from .quality import contact_sheet, quality, quality_table, save_frames
+from .quality import MAGNIFIED, contact_sheet, magnified_difference, quality, quality_table, save_frames
 from .ratios import MagCacheError, find
 from .report import plot_schedule, write_report
 from .schedule import rule_of
@@ -229,7 +229,7 @@ def compare(args, jobs, render):
         columns["fewer steps"].append(render(job, computed, f"{computed} steps"))
     figures = {name: [quality(reference[None], image[None]) | {"seconds": seconds} for (reference, _), (image, seconds)
                       in zip(columns["un-cached"], column)] for name, column in columns.items()}
-    titles = {"un-cached": f"un-cached, {args.steps} steps", "MagCache": f"MagCache, {computed} of {args.steps} computed",
+    titles = {"un-cached": f"un-cached, {args.steps} steps", "MagCache": f"MagCache, {computed} of {args.steps}",
               "fewer steps": f"plain sampler, {computed} steps"}
     table = {titles[name]: mean_figures(rows) | {"steps": args.steps if name == "un-cached" else computed}
              for name, rows in figures.items()}
@@ -242,10 +242,14 @@ def compare(args, jobs, render):
         job.quality = {name: rows[index] for name, rows in figures.items() if name != "un-cached"}
         job.quality["un-cached"] = {"seconds": figures["un-cached"][index]["seconds"]}
     sheet = args.output.with_name(f"{args.output.stem}_compare.png")
-    labels = [[job.prompt] + [f"{job.quality[name]['psnr']:.1f} dB, SSIM {job.quality[name]['ssim']:.3f}"
-                              for name in ("MagCache", "fewer steps")] for job in jobs]
-    contact_sheet(sheet, [[columns[name][index][0] for name in columns] for index in range(len(jobs))],
-                  list(titles.values()), labels)
+    others = ("MagCache", "fewer steps")
+    rows, labels = [], []
+    for index, job in enumerate(jobs):
+        images = {name: column[index][0] for name, column in columns.items()}
+        rows.append([*images.values(), *(magnified_difference(images["un-cached"], images[name]) for name in others)])
+        scores = [f"{job.quality[name]['psnr']:.1f} dB, SSIM {job.quality[name]['ssim']:.3f}" for name in others]
+        labels.append([job.prompt, *scores, "", ""])
+    contact_sheet(sheet, rows, [*titles.values(), *(f"difference x{MAGNIFIED}: {name}" for name in others)], labels)
     print(f"Side by side: {sheet}")
 
 

@@ -2,6 +2,7 @@
 import os
 from contextlib import suppress
 from pathlib import Path
+from textwrap import fill, shorten
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from .ratios import MagCacheError
 from .report import needs
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+MAGNIFIED = 10
 MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window
 
 
@@ -70,14 +72,14 @@ def side_by_side(path, columns, fps=None):
     """Write pictures, or videos when fps is given, next to each other: columns is a list of (frames, height, width, 3)."""
     tallest = max(frames.shape[1] for frames in columns)
     longest = max(len(frames) for frames in columns)
-    joined = np.concatenate([fit(frames, tallest, longest) for frames in columns], axis=2)
+    joined = np.concatenate([padded(frames, tallest, longest) for frames in columns], axis=2)
     save_frames(path, joined, fps)
 
 
-def fit(frames, height, length):
-    padded = np.pad(frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255)
-    padded[len(frames):, :frames.shape[1], :frames.shape[2]] = frames[-1]
-    return padded
+def padded(frames, height, length):
+    wide = np.pad(frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255)
+    wide[len(frames):, :frames.shape[1], :frames.shape[2]] = frames[-1]
+    return wide
 
 
 def save_frames(path, frames, fps=None):
@@ -104,6 +106,12 @@ def even(frames):
     return frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2]
 
 
+def magnified_difference(reference, result):
+    """Where two uint8 pictures differ, on white, MAGNIFIED times as strong."""
+    difference = np.abs(reference.astype(int) - result.astype(int))
+    return (255 - np.minimum(255, MAGNIFIED * difference)).astype(np.uint8)
+
+
 def contact_sheet(path, rows, titles, labels):
     """A picture of rows of uint8 images (height, width, 3) under column titles; labels[r][c] stands below an image."""
     figure_class = needs("matplotlib.figure", "matplotlib").Figure
@@ -116,7 +124,7 @@ def contact_sheet(path, rows, titles, labels):
             panel.imshow(image, interpolation="nearest")
             panel.set_xticks([])
             panel.set_yticks([])
-            panel.set_xlabel(labels[row][column], fontsize=9)
+            panel.set_xlabel(fill(shorten(labels[row][column], 120), 42), fontsize=9)
             for spine in panel.spines.values():
                 spine.set_visible(False)
             if row == 0:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.__main__ import main
 from common.install import MANIFEST, folders, install
-from common.quality import contact_sheet, quality, read_frames, save_frames, side_by_side
+from common.quality import contact_sheet, magnified_difference, quality, read_frames, save_frames, side_by_side
 from common.ratios import MagCacheError, preset_names
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -125,6 +125,14 @@ def test_compare_videos(capsys, tmp_path):
 def test_side_by_side_of_different_lengths_and_sizes(tmp_path):
     side_by_side(tmp_path / "x.png", [picture(0), picture(1, (32, 40), 3)])
     assert Image.open(tmp_path / "x.png").size == (64 + 4 + 32 + 4, 48)
+
+
+def test_magnified_difference():
+    one, other = picture(0)[0], picture(0)[0].copy()
+    other[3, 5] = one[3, 5] ^ 1  # each channel off by one
+    difference = magnified_difference(one, other)
+    assert (difference[3, 5] == 245).all() and (np.delete(difference.reshape(-1, 3), 3 * 64 + 5, axis=0) == 255).all()
+    assert (magnified_difference(np.zeros_like(one), np.full_like(one, 200)) == 0).all()
 
 
 def test_contact_sheet(tmp_path):
