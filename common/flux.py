@@ -62,83 +62,61 @@ def parse(script):
 
 
 def run(args, script):
+    check(args)
+    choose_model(args, script)
+    session = Session(args, script)
+    if args.magcache_calibration is not None:
+        calibrate(session)
+    elif args.magcache:
+        generate(session)
+    else:
+        generate_uncached(session)
+
+
+def check(args):
+    """Find what cannot work before anything is loaded or rendered."""
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
-    choose_model(args, script)
-    is_default_model = args.model == script["MODEL"]
-    settings = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    from PIL import Image
+    if args.output.suffix.lower() not in Image.registered_extensions():
+        raise MagCacheError(f"--output {args.output} is no picture format; end it in .png or .jpg.")
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MagCacheError(f"--output {args.output} cannot be written ({error.strerror}); choose another place.") from None
 
-    pipe = load_pipeline(args, dtype)
-    checkpoint = fingerprint(pipe.transformer)
-    height = args.height or (script["HEIGHT"] if is_default_model else pipe.vae.config.sample_size)
-    width = args.width or (script["WIDTH"] if is_default_model else pipe.vae.config.sample_size)
-    jobs = [Job(prompt, output) for prompt, output in zip(args.prompts, numbered(args.output, len(args.prompts)))]
-    call = pipeline_arguments(args, pipe, height, width)
 
-    def timesteps():
-        return pipe.scheduler.timesteps
+class Session:
+    """A loaded pipeline, what every call of it gets, and the pictures to draw."""
 
-    def render(job, steps, name):
-        pipe.set_progress_bar_config(desc=name)
+    def __init__(self, args, script):
+        self.args, self.script, self.is_default_model = args, script, args.model == script["MODEL"]
+        self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.dtype = getattr(torch, args.dtype or ("float32" if self.device == "cpu" else "bfloat16"))
+        self.pipe = load_pipeline(args, self.dtype)
+        self.checkpoint = fingerprint(self.pipe.transformer)
+        own_size = self.pipe.vae.config.sample_size
+        self.height = args.height or (script["HEIGHT"] if self.is_default_model else own_size)
+        self.width = args.width or (script["WIDTH"] if self.is_default_model else own_size)
+        self.call = pipeline_arguments(args, self.pipe, self.height, self.width)
+        self.jobs = [Job(prompt, output) for prompt, output in zip(args.prompts, numbered(args.output, len(args.prompts)))]
+
+    def timesteps(self):
+        return self.pipe.scheduler.timesteps
+
+    def render(self, job, steps, name):
+        """(uint8 picture, seconds of the whole pipeline)"""
+        self.pipe.set_progress_bar_config(desc=name)
         begin = time.perf_counter()
-        image = pipe(prompt=job.prompt, num_inference_steps=steps, output_type="np",
-                     generator=torch.Generator("cpu").manual_seed(args.seed), **call).images[0]
+        image = self.pipe(prompt=job.prompt, num_inference_steps=steps, output_type="np",
+                          generator=torch.Generator("cpu").manual_seed(self.args.seed), **self.call).images[0]
         return (image * 255).round().astype(np.uint8), time.perf_counter() - begin
 
-    if args.magcache_calibration is not None:
-        path = calibration_path(args, args.model, checkpoint)
-        published = find(args.model)  # its numbers are replaced, its settings and rule stay
-        handle = magcache_calibration(pipe.transformer, FLUX, timesteps, Path(args.model).name, path, {
-            "models": [] if Path(args.model).is_dir() and args.model != "demo" else [args.model],
-            **({"settings": published.settings, "rule": published.rule} if published else {}),
-            "sampler": {"scheduler": type(pipe.scheduler).__name__, "size": f"{width}x{height}",
-                        "guidance_scale": args.guidance_scale,
-                        **({"true_cfg_scale": args.true_cfg_scale} if args.negative_prompt else {})},
-            "provenance": {"fingerprint": checkpoint, "dtype": str(dtype).removeprefix("torch."), "lora": args.lora or "",
-                           "device": device, "torch": torch.__version__, "prompts": args.prompts, "seed": args.seed,
-                           "date": time.strftime("%Y-%m-%d")}})
-        place(pipe, args, device)
-        with handle:
-            for job in jobs:
-                save_frames(job.output, render(job, args.steps, "calibrating")[0][None])
-        hint = f"use it with --mag_ratios {path}." if args.magcache_calibration else "runs of this checkpoint use it from now on."
-        print(f"Measured in {len(jobs)} un-cached run{'s' * (len(jobs) > 1)}, saved as {path}; {hint}")
-        return
-
-    handle = None
-    if args.magcache:
-        mag_ratios = ratios_of(args, args.model, checkpoint)
-        if args.lora and mag_ratios.provenance.get("fingerprint") != checkpoint:
-            print(f"The LoRA changes the model; {mag_ratios.name} was measured without it. --magcache_calibration measures anew.")
-        handle = magcache_forward(
-            pipe.transformer, FLUX, mag_ratios, settings_of(args, settings, mag_ratios, is_default_model), timesteps,
-            replace(rule_of(mag_ratios), min_steps=script["MIN_STEPS"]), args.magcache_interp, args.magcache_cache_device,
-            dtype=getattr(torch, args.magcache_cache_dtype) if args.magcache_cache_dtype else None)
-    # Offload hooks are taken off and put on again after every image: the patch has to lie below them.
-    place(pipe, args, device)
-
-    for job in jobs:
-        job.image, job.seconds = render(job, args.steps, "MagCache" if handle else "un-cached")
-        save_frames(job.output, job.image[None])
-        print(f"{job.output}  ({job.prompt})")
-        if handle:
-            handle.require_reached()
-            job.report = handle.reports[-1]
-            print(f"  {job.report.line()}")
-            if args.magcache_plot:
-                plot_schedule(job.output.with_suffix(".schedule.png"), job.report.schedule, job.report.levels, mag_ratios.name)
-    if handle and args.compare:
-        with handle.paused():
-            compare(args, jobs, render)
-    if handle:
-        for job in jobs:
-            write_report(job.output.with_suffix(".json"), job.report, model=args.model, prompt=job.prompt, seed=args.seed,
-                         size=f"{width}x{height}", dtype=str(dtype).removeprefix("torch."), device=device,
-                         mag_ratios_of=mag_ratios.name, seconds_whole_pipeline=round(job.seconds, 4), quality=job.quality)
+    def about(self):
+        """What a file written by this session says of its circumstances."""
+        return {"size": f"{self.width}x{self.height}", "dtype": str(self.dtype).removeprefix("torch."), "device": self.device}
 
 
 class Job:
@@ -146,6 +124,69 @@ class Job:
 
     def __init__(self, prompt, output):
         self.prompt, self.output, self.quality = prompt, output, None
+
+
+def calibrate(session):
+    """Draw the prompts un-cached and save the magnitude ratios; a known checkpoint keeps its published settings and rule."""
+    args, pipe = session.args, session.pipe
+    path, published, about = calibration_path(args, args.model, session.checkpoint), find(args.model), session.about()
+    sampler = {"scheduler": type(pipe.scheduler).__name__, "size": about.pop("size"), "guidance_scale": args.guidance_scale}
+    if args.negative_prompt is not None:
+        sampler["true_cfg_scale"] = args.true_cfg_scale
+    handle = magcache_calibration(pipe.transformer, FLUX, session.timesteps, Path(args.model).name, path, {
+        "models": [] if Path(args.model).is_dir() and args.model != "demo" else [args.model],
+        "settings": published.settings if published else {}, "rule": published.rule if published else {}, "sampler": sampler,
+        "provenance": {"fingerprint": session.checkpoint, "lora": args.lora or "", "prompts": args.prompts, "seed": args.seed,
+                       **about, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}})
+    place(pipe, args, session.device)
+    with handle:
+        for job in session.jobs:
+            save_frames(job.output, session.render(job, args.steps, "calibrating")[0][None])
+    hint = f"use it with --mag_ratios {path}." if args.magcache_calibration else "runs of this checkpoint use it from now on."
+    print(f"Measured in {len(session.jobs)} un-cached run{'s' * (len(session.jobs) > 1)}, saved as {path}; {hint}")
+
+
+def generate_uncached(session):
+    place(session.pipe, session.args, session.device)
+    for job in session.jobs:
+        save_frames(job.output, session.render(job, session.args.steps, "un-cached")[0][None])
+        print(f"{job.output}  ({job.prompt})")
+
+
+def generate(session):
+    """Draw the prompts with MagCache; a report, on request a plot and a comparison, lie beside the pictures."""
+    args = session.args
+    mag_ratios = ratios_of(args, args.model, session.checkpoint)
+    if args.lora and mag_ratios.provenance.get("fingerprint") != session.checkpoint:
+        print(f"The LoRA changes the model; {mag_ratios.name} was measured without it. --magcache_calibration measures anew.")
+    handle = patch(session, mag_ratios)
+    # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
+    place(session.pipe, args, session.device)
+    for job in session.jobs:
+        job.image, job.seconds = session.render(job, args.steps, "MagCache")
+        save_frames(job.output, job.image[None])
+        handle.require_reached()
+        job.report = handle.reports[-1]
+        print(f"{job.output}  ({job.prompt})\n  {job.report.line()}")
+        if args.magcache_plot:
+            plot_schedule(job.output.with_suffix(".schedule.png"), job.report.schedule, job.report.levels, mag_ratios.name)
+    if args.compare:
+        with handle.paused():
+            compare(session)
+    for job in session.jobs:
+        write_report(job.output.with_suffix(".json"), job.report, model=args.model, prompt=job.prompt, seed=args.seed,
+                     **session.about(), mag_ratios_of=mag_ratios.name, seconds_whole_pipeline=round(job.seconds, 4),
+                     quality=job.quality)
+
+
+def patch(session, mag_ratios):
+    """Put MagCache on the session's transformer, with the settings of flags, script and table; returns the handle."""
+    args, script = session.args, session.script
+    lines = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
+    return magcache_forward(
+        session.pipe.transformer, FLUX, mag_ratios, settings_of(args, lines, mag_ratios, session.is_default_model),
+        session.timesteps, replace(rule_of(mag_ratios), min_steps=script["MIN_STEPS"]), args.magcache_interp,
+        args.magcache_cache_device, getattr(torch, args.magcache_cache_dtype) if args.magcache_cache_dtype else None)
 
 
 def choose_model(args, script):
@@ -219,8 +260,9 @@ def place(pipe, args, device):
         pipe.to(device)
 
 
-def compare(args, jobs, render):
+def compare(session):
     """Un-cached, cached and the plain sampler with as many steps as were computed, at one seed."""
+    args, jobs, render = session.args, session.jobs, session.render
     columns = {"un-cached": [], "MagCache": [], "fewer steps": []}
     for job in tqdm(jobs, desc="comparing", disable=len(jobs) < 2):
         computed = job.report.schedule.computed

@@ -273,6 +273,7 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     (["--prompt_file", "missing.txt"], "cannot be read"),
     (["--image", "missing.png"], "--image needs FLUX.1-Kontext"),
     (["--output", "/proc/nowhere/x.png"], "cannot be written"),
+    (["--output", "x.txt"], "is no picture format"),
     (["--offload", "model"], "leave it out"),
     (["--steps", "1", "--magcache_calibration", "one.json"], "run at least 2"),
 ])
