@@ -73,7 +73,7 @@ class Patch:
             raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
         # Of the class: a wrapper on the instance may hide the names. Keywords that it does not know are passed on as they are.
         self.argument_names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        self.active, self.reached, self.run, self.reports = True, False, None, []
+        self.active, self.reached, self.run, self.reports, self.short_runs = True, False, None, [], 0
 
         # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
         @functools.partial(torch.compiler.disable, recursive=False)
@@ -142,6 +142,8 @@ class Patch:
         call = None
         if self.run is not None and timesteps is self.run.timesteps:
             call = self.run.tracker.observe(level, latent, tolerance)
+        elif self.run is not None:
+            self.expect_lasting_timesteps(level)
         if call is None:
             self.begin_run(timesteps, level, tolerance, arguments)
             call = self.run.tracker.observe(level, latent, tolerance)
@@ -165,6 +167,14 @@ class Patch:
         self.stack.restore()
         self.latent = self.arguments = None
         self.end_run()
+
+    def expect_lasting_timesteps(self, level):
+        """New timesteps mean a new run. Raises MagCacheError if every call has new ones, so that no run gets beyond one call."""
+        goes_on = len(self.run.report.calls) == 1 and level < self.run.tracker.level
+        self.short_runs = self.short_runs + 1 if goes_on else 0
+        if self.short_runs == 3:
+            raise MagCacheError("The function `timesteps` returns a new object at each call, which tells one run from the next: "
+                                "let it return the sampler's own timesteps.")
 
     def settle(self):
         """Complete a run that reached its last step with fewer branches than before: guidance ended there."""

@@ -15,7 +15,7 @@ from diffusers import FluxTransformer2DModel
 
 import common.patch
 from common.blocks import BlockStack, Host
-from common.patch import magcache_calibration
+from common.patch import magcache_calibration, magcache_forward
 from common.ratios import MagCacheError, MagRatios, read
 from common.report import write_report
 from common.schedule import Settings, magcache_schedule
@@ -708,6 +708,14 @@ def test_the_file_is_written_by_complete_runs_only(model, euler, calibrating, tm
             sampler.run(steps=6)
             assert handle.mag_ratios.mag_ratios == expected  # nothing of the broken run is in it
         path.write_bytes(old)
+
+
+def test_timesteps_that_do_not_last_are_a_mistake(model, euler, host, ratios):
+    """A copy at every call would make every call a run of its own, and nothing would ever be reused."""
+    sampler = euler(model)
+    with pytest.raises(MagCacheError, match="new object at each call"):
+        with magcache_forward(model, host, ratios, Settings(0.1, 3, 0.2), lambda: sampler.timesteps.tolist(), announce=None):
+            sampler.run()
 
 
 def test_guidance_that_ends_with_the_last_step(model, euler, cached, calibrating, tmp_path):
