@@ -93,7 +93,7 @@ def main(arguments=None):
     command.add_argument("--magcache_K", type=int)
     command.add_argument("--retention_ratio", type=float)
     command.add_argument("--magcache_steps", type=int, help="plan for exactly so many computed steps")
-    command.add_argument("--magcache_speedup", type=float, help="plan for at most so many times faster")
+    command.add_argument("--magcache_speedup", type=float, help="plan for a bound nearest to this")
     command.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear")
     command.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error and skipped steps")

@@ -18,8 +18,8 @@ def add_magcache_flags(parser):
     group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most reuses in a row; 0 turns it off")
     group.add_argument("--retention_ratio", type=float, metavar="SHARE", help="share of the steps, from the first on, "
                        "that always compute")
-    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the run to be at most X times faster, and "
-                       "predict skipped residuals from the two newest; needs a calibration of this checkpoint")
+    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the run for a bound of X, and predict "
+                       "skipped residuals from the two newest; needs a calibration of this checkpoint")
     group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
     group.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear", help="how a planned run predicts")
     group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the model as it is")
@@ -41,6 +41,8 @@ def settings_of(args, script_settings, mag_ratios, is_default_model):
     if args.magcache_steps is not None or args.magcache_speedup is not None:
         if args.magcache_steps is not None and args.magcache_speedup is not None:
             raise MagCacheError("Ask for --magcache_steps or for --magcache_speedup, not for both.")
+        if args.magcache_thresh is not None or args.retention_ratio is not None:
+            raise MagCacheError("--magcache_thresh and --retention_ratio are of the paper's rule: leave them out of a planned run.")
         return Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)
     chosen = {**script_settings} if is_default_model else {**script_settings, **mag_ratios.settings}
     given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}

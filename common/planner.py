@@ -12,16 +12,17 @@ from .ratios import MagCacheError
 from .schedule import Schedule
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
-POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/design.md)
+POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/quality.md)
 PREDICTORS = ("linear", "reuse")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to plan for: exactly `magcache_steps` computed steps, or as many as are at most `magcache_speedup` times faster.
+    """What to plan for: exactly `magcache_steps` computed steps, or the number whose bound steps / computed is nearest to
+    `magcache_speedup`.
 
     predictor: "linear" weighs the two newest residuals, "reuse" takes the newest as it is, as the paper does.
-    magcache_K: most reuses in a row (None: any).
+    magcache_K: most reuses in a row (None: any; 0: every step computes).
     """
 
     magcache_steps: int = None
@@ -34,12 +35,15 @@ class Target:
             raise MagCacheError(f"magcache_steps must be at least 1, not {self.magcache_steps}.")
         if self.magcache_speedup is not None and not self.magcache_speedup >= 1:
             raise MagCacheError(f"magcache_speedup must be 1 or more, not {self.magcache_speedup}.")
+        if self.magcache_K is not None and self.magcache_K < 0:
+            raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
 
     def plan(self, table, levels):
         """The Schedule of a run at these noise levels. Raises MagCacheError if the table has no Gram matrix."""
         steps = len(levels)
         computed = self.magcache_steps if self.magcache_speedup is None else max(1, round(steps / self.magcache_speedup))
-        schedule = plan_steps(table_grams(table, levels), min(computed, steps), self.predictor, self.magcache_K)
+        computed = steps if self.magcache_K == 0 else min(computed, steps)
+        schedule = plan_steps(table_grams(table, levels), computed, self.predictor, self.magcache_K)
         return replace(schedule, settings=self, ratios=table.at(levels))
 
 

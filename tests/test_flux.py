@@ -268,6 +268,7 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     (["--mag_ratios", "flux-dev", "--magcache_speedup", "2"], "needs the Gram matrix"),
     (["--magcache_steps", "0"], "magcache_steps must be at least 1"),
     (["--magcache_speedup", "2", "--magcache_steps", "9"], "not for both"),
+    (["--magcache_speedup", "2", "--magcache_thresh", "0"], "leave them out of a planned run"),
     (["--mag_ratios", "nope.json"], "There is no calibration file nope.json"),
     (["--model", "missing/folder"], "cannot be loaded"),
     (["--prompt_file", "missing.txt"], "cannot be read"),
