@@ -42,7 +42,7 @@ def settings_of(args, script_settings, mag_ratios, is_default_model):
         if args.magcache_steps is not None and args.magcache_speedup is not None:
             raise MagCacheError("Ask for --magcache_steps or for --magcache_speedup, not for both.")
         if args.magcache_thresh is not None or args.retention_ratio is not None:
-            raise MagCacheError("--magcache_thresh and --retention_ratio are of the paper's rule: leave them out of a planned run.")
+            raise MagCacheError("--magcache_thresh and --retention_ratio are the paper's: leave them out of a planned run.")
         return Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)
     chosen = {**script_settings} if is_default_model else {**script_settings, **mag_ratios.settings}
     given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
