@@ -18,7 +18,12 @@ from .schedule import Settings, magcache_schedule, rule_of
 def presets(args):
     """List the ratio tables: those of the repository, then those measured on this machine."""
     tables = [load(name) for name in preset_names()]
-    own = [(path, read(path)) for path in sorted(calibrations_folder().glob("*.json"))]
+    own = []
+    for path in sorted(calibrations_folder().glob("*.json")):
+        try:
+            own.append((path, read(path)))
+        except MagCacheError as error:
+            print(error)
     rows = []
     for name, table in [(table.name, table) for table in tables] + [(str(path), table) for path, table in own]:
         schedule = planned(table, table.levels(table.steps), Settings(**table.settings)) if table.settings else None

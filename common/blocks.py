@@ -55,7 +55,7 @@ class BlockStack:
         self.shadow({start: (self.first, *lists[start][1:]), self.host.final_layer: self.final})
 
     def replace(self, residual):
-        """From here to `finish`, forward runs no block; `residual` is added to the tokens in front of the final layer."""
+        """From here to `restore`, forward runs no block; `residual` is added to the tokens in front of the final layer."""
         self.final.layer, self.final.residual = getattr(self.model, self.host.final_layer), residual
         self.shadow({**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final})
 

@@ -39,8 +39,6 @@ def settings_of(args, script_settings, mag_ratios, is_default_model):
     """What a run is to do: a Target if a number of steps or a speed-up is asked for, else Settings. Of these a flag wins; else
     the script's lines hold for the script's own model, and another takes what was published for it, where something was."""
     if args.magcache_steps is not None or args.magcache_speedup is not None:
-        if args.magcache_steps is not None and args.magcache_speedup is not None:
-            raise MagCacheError("Ask for --magcache_steps or for --magcache_speedup, not for both.")
         if args.magcache_thresh is not None or args.retention_ratio is not None:
             raise MagCacheError("--magcache_thresh and --retention_ratio are the paper's: leave them out of a planned run.")
         return Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)

@@ -1,6 +1,7 @@
 """The FLUX pipelines of diffusers with MagCache: what MagCache4FLUX and MagCache4FLUX_schnell share."""
 import argparse
 import sys
+import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -79,13 +80,20 @@ def check(args):
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
-    from PIL import Image
-    if args.output.suffix.lower() not in Image.registered_extensions():
-        raise MagCacheError(f"--output {args.output} is no picture format; end it in .png or .jpg.")
+    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
     try:
         args.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output.parent):
+            pass
     except OSError as error:
         raise MagCacheError(f"--output {args.output} cannot be written ({error.strerror}); choose another place.") from None
+    try:
+        torch.empty(0, device=args.magcache_cache_device)
+    except (RuntimeError, AssertionError):
+        raise MagCacheError(f"--magcache_cache_device {args.magcache_cache_device} is no device of this machine.") from None
+    if not 0 <= args.seed < 2**63:
+        raise MagCacheError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}.")
 
 
 class Session:
@@ -98,10 +106,16 @@ class Session:
         self.pipe = load_pipeline(args, self.dtype)
         self.checkpoint = fingerprint(self.pipe.transformer)
         own_size = self.pipe.vae.config.sample_size
-        self.height = args.height or (script["HEIGHT"] if self.is_default_model else own_size)
-        self.width = args.width or (script["WIDTH"] if self.is_default_model else own_size)
+        self.height = args.height if args.height is not None else script["HEIGHT"] if self.is_default_model else own_size
+        self.width = args.width if args.width is not None else script["WIDTH"] if self.is_default_model else own_size
+        multiple = 2 * self.pipe.vae_scale_factor
+        if min(self.height, self.width) < multiple or self.height % multiple or self.width % multiple:
+            raise MagCacheError(f"--height and --width must be multiples of {multiple}, not {self.height} and {self.width}.")
         self.call = pipeline_arguments(args, self.pipe, self.height, self.width)
         self.jobs = [Job(prompt, output) for prompt, output in zip(args.prompts, numbered(args.output, len(args.prompts)))]
+        tables = {Path(name).resolve() for name in (args.mag_ratios, args.magcache_calibration) if name}
+        if any(job.report_path.resolve() in tables for job in self.jobs):
+            raise MagCacheError(f"The report of --output {args.output} would overwrite a calibration file; rename one of them.")
 
     def timesteps(self):
         return self.pipe.scheduler.timesteps
@@ -123,7 +137,7 @@ class Job:
     """One prompt and what came of it."""
 
     def __init__(self, prompt, output):
-        self.prompt, self.output, self.quality = prompt, output, None
+        self.prompt, self.output, self.report_path, self.quality = prompt, output, output.with_suffix(".json"), None
 
 
 def calibrate(session):
@@ -174,7 +188,7 @@ def generate(session):
         with handle.paused():
             compare(session)
     for job in session.jobs:
-        write_report(job.output.with_suffix(".json"), job.report, model=args.model, prompt=job.prompt, seed=args.seed,
+        write_report(job.report_path, job.report, model=args.model, prompt=job.prompt, seed=args.seed,
                      **session.about(), mag_ratios_of=mag_ratios.name, seconds_whole_pipeline=round(job.seconds, 4),
                      quality=job.quality)
 
@@ -193,6 +207,8 @@ def choose_model(args, script):
     """Fill in the model and the prompts; without a GPU and without --model the bundled demo model runs."""
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if args.model is None and not has_gpu:
+        if not (DEMO / "model").is_dir():
+            raise MagCacheError(f"No GPU here, and no demo model at {DEMO / 'model'}: name a --model to run it on the CPU.")
         print("No GPU here: running the small bundled demo model (--model demo). Name a --model to run that one on the CPU.")
         args.model = "demo"
     args.model = args.model or script["MODEL"]
@@ -221,8 +237,9 @@ def load_pipeline(args, dtype):
             pipe = DiffusionPipeline.from_pretrained(DEMO / "model" if args.model == "demo" else args.model, torch_dtype=dtype)
         if args.lora:
             pipe.load_lora_weights(args.lora)
-    except (OSError, ValueError) as error:
-        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({str(error).splitlines()[0]}).") from None
+    except Exception as error:  # whatever the hub, the network or a malformed config brings
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
     if args.image and "Kontext" not in type(pipe).__name__:
         raise MagCacheError(f"--image needs FLUX.1-Kontext; {args.model} is a {type(pipe).__name__}.")
     return pipe

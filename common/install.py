@@ -35,15 +35,21 @@ def install(folder, target):
     files = {str(path.relative_to(REPOSITORY)): path for path in common}
     files |= {name: source / name for name in facts["files"]}
     manifest_path = target / MANIFEST
-    written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    foreign = [name for name in files if (target / name).exists() and digest(target / name) != written.get(name)
-               and digest(target / name) != digest(files[name])]
+    try:
+        written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    except (OSError, ValueError):
+        raise MagCacheError(f"{manifest_path} cannot be read; remove it and what was installed with it.") from None
+    foreign = [name for name in files if (target / name).exists() and not (
+        (target / name).is_file() and digest(target / name) in (written.get(name), digest(files[name])))]
     if foreign:
         raise MagCacheError(f"{target / foreign[0]} is in the way and was not written by this command, or was edited since; "
                             "move it away first.")
     for name, path in files.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(path.read_bytes())
+        try:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(path.read_bytes())
+        except OSError as error:
+            raise MagCacheError(f"{target / name} cannot be written ({error.strerror}); make the folder writable.") from None
     write_json(manifest_path, written | {name: digest(path) for name, path in files.items()})
     return facts["run"]
 

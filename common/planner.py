@@ -31,10 +31,12 @@ class Target:
     magcache_K: int = None
 
     def __post_init__(self):
+        if (self.magcache_steps is None) == (self.magcache_speedup is None):
+            raise MagCacheError("Ask for magcache_steps or for magcache_speedup, and not for both.")
         if self.magcache_steps is not None and self.magcache_steps < 1:
             raise MagCacheError(f"magcache_steps must be at least 1, not {self.magcache_steps}.")
-        if self.magcache_speedup is not None and not self.magcache_speedup >= 1:
-            raise MagCacheError(f"magcache_speedup must be 1 or more, not {self.magcache_speedup}.")
+        if self.magcache_speedup is not None and not 1 <= self.magcache_speedup < np.inf:
+            raise MagCacheError(f"magcache_speedup must be a number of 1 or more, not {self.magcache_speedup}.")
         if self.magcache_K is not None and self.magcache_K < 0:
             raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
 
@@ -53,7 +55,12 @@ def table_grams(table, levels):
     if not stored:
         raise MagCacheError(f"{table.name} has magnitude ratios only; planning needs the Gram matrix that --magcache_calibration "
                             "measures.")
-    grams = [unpacked(rows) for rows in stored.values()]
+    try:
+        grams = [unpacked(rows) for rows in stored.values()]
+    except (TypeError, ValueError, IndexError, AttributeError):
+        grams = []
+    if not grams or any(gram.shape != (table.steps, table.steps) for gram in grams):
+        raise MagCacheError(f"{table.name}: its Gram matrix cannot be read; calibrate again.")
     return np.stack(grams if table.fits(levels) else [resample_gram(gram, table.sigmas, levels) for gram in grams])
 
 

@@ -27,7 +27,8 @@ def read_frames(path):
         from PIL import Image
         return np.asarray(Image.open(path).convert("RGB"))[None], None
     except (OSError, ValueError, RuntimeError) as error:
-        raise MagCacheError(f"{path} cannot be read as a picture or video ({error}).") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise MagCacheError(f"{path} cannot be read as a picture or video ({reason}).") from None
 
 
 def quality(reference, result):

@@ -49,6 +49,12 @@ class MagRatios:
     provenance: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        for name in ("settings", "rule", "sampler", "statistics", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                raise MagCacheError(f"{self.name}: '{name}' must hold names and values; calibrate again.")
+        numbers = {**self.settings, **{key: self.sampler[key] for key in ("shift", "boundary") if key in self.sampler}}
+        if not all(isinstance(value, (int, float)) for value in numbers.values()):
+            raise MagCacheError(f"{self.name}: settings, shift and boundary must be numbers; calibrate again.")
         steps = len(self.sigmas)
         levels = np.asarray(self.sigmas, dtype=float)
         if not steps or not (levels.min() >= 0 and levels.max() <= 1):
@@ -100,8 +106,8 @@ def flow_sigmas(steps, shift=1.0):
     """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, bent by sigma' = shift*sigma / (1 + (shift-1)*sigma)."""
     if steps <= 0:
         raise MagCacheError(f"The number of steps must be at least 1, not {steps}.")
-    if not shift > 0:
-        raise MagCacheError(f"The shift of a sampler is larger than 0, not {shift}.")
+    if not 0 < shift < np.inf:
+        raise MagCacheError(f"The shift of a sampler is a number larger than 0, not {shift}.")
     sigma = np.linspace(1, 1 / steps, steps)
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -192,7 +198,7 @@ def write(path, ratios):
 def write_json(path, content):
     """JSON with one line a list of numbers."""
     text = json.dumps(content, indent=1)
-    write_text(path, re.sub(r"\[\s+([-+.\deE,\s]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
+    write_text(path, re.sub(r"\[\n\s+([-+.\deE,\s]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
 
 
 def write_text(path, text):

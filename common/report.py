@@ -1,5 +1,7 @@
 """What will be skipped, and what was: one line, JSON, a picture."""
 from collections import Counter
+from math import isfinite
+from pathlib import Path
 from statistics import median
 
 from .ratios import MagCacheError, write_json
@@ -105,7 +107,14 @@ class RunReport:
 
 def write_report(path, report, **about):
     """Save one run's report as JSON; about: further entries (prompt, seed, model, quality, ...)."""
-    write_json(path, {**about, **report.to_dict()})
+    write_json(path, finite({**about, **report.to_dict()}))
+
+
+def finite(content):
+    """JSON has no infinity: the PSNR of equal pictures becomes null."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    return None if isinstance(content, float) and not isfinite(content) else content
 
 
 def plot_schedule(path, schedule, levels, title):
@@ -141,6 +150,8 @@ def plot_schedule(path, schedule, levels, title):
 
 
 def save_figure(path, figure):
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        raise MagCacheError(f"{path} is no picture format; end it in .png.")
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:

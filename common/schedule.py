@@ -201,5 +201,11 @@ def rule_of(preset):
     unknown = preset.rule.keys() - Rule.__dataclass_fields__.keys()
     if unknown:
         raise MagCacheError(f"{preset.name}: there is no rule named {', '.join(sorted(unknown))}.")
-    rule = Rule(**preset.rule)
-    return replace(rule, never_reuse=tuple(tuple(pair) for pair in rule.never_reuse))
+    try:
+        rule = Rule(**preset.rule)
+        rule = replace(rule, never_reuse=tuple((int(step), int(steps)) for step, steps in rule.never_reuse),
+                       min_steps=int(rule.min_steps))
+        first_reusable(10, 0.5, rule.start)
+    except (TypeError, ValueError, KeyError) as error:
+        raise MagCacheError(f"{preset.name}: its 'rule' cannot be read ({error!r}).") from None
+    return rule

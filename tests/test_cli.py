@@ -76,6 +76,11 @@ def test_presets_lists_every_table_with_its_bound(capsys):
     (("plan", "nope.json"), "There is no calibration file nope.json"),
     (("plan", "flux-dev", "--steps", 0), "must be at least 1"),
     (("plan", "flux-dev", "--shift", 0), "larger than 0"),
+    (("plan", "flux-dev", "--shift", "inf"), "larger than 0"),
+    (("plan", "demo", "--magcache_steps", 3, "--magcache_speedup", 2), "not for both"),
+    (("plan", "demo", "--magcache_steps", 3, "--magcache_K", -1), "magcache_K must be 0"),
+    (("plan", "demo", "--magcache_speedup", "inf"), "must be a number of 1 or more"),
+    (("plan", "flux-dev", "--plot", "folder"), "is no picture format"),
     (("plan", "flux-dev", "--magcache_thresh", -1), "must be 0 (off) or more"),
     (("plan", "flux-dev", "--plot", "no/folder/x.png"), "cannot be written"),
     (("compare", "a.png", "b.png"), "There is no file a.png"),
@@ -171,6 +176,22 @@ def test_install_copies_and_never_overwrites_what_it_did_not_write(tmp_path):
     with pytest.raises(MagCacheError, match="was edited since"):
         install("MagCache4FLUX", target)
     assert (target / "common" / "patch.py").read_text() == "edited"
+
+
+def test_install_into_a_broken_place(tmp_path):
+    (tmp_path / "common").write_text("a file")
+    with pytest.raises(MagCacheError, match="cannot be written"):
+        install("MagCache4FLUX", tmp_path)
+    (tmp_path / MANIFEST).write_text("no json")
+    with pytest.raises(MagCacheError, match="cannot be read; remove it"):
+        install("MagCache4FLUX", tmp_path)
+
+
+def test_a_broken_calibration_does_not_hide_the_others(capsys, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "x.json").write_text("{}")
+    text = say(capsys, "presets")
+    assert "x.json is not a calibration file" in text and "flux-dev" in text
 
 
 def test_install_refuses_the_wrong_checkout(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, Flux
 from PIL import Image
 
 from common import flux
+from common.calibration import fingerprint
 from common.quality import quality
 from common.ratios import load, read
 from common.schedule import Settings, magcache_schedule, rule_of
@@ -221,6 +222,21 @@ def test_residuals_in_another_type(capsys):
     assert json.loads(Path("magcache_flux.json").read_text())["extra_bytes"] == 64 * 160 * 2
 
 
+def test_fingerprint_tells_checkpoints_apart_and_not_their_types():
+    transformer = FluxPipeline.from_pretrained(DEMO).transformer.float()
+    known = fingerprint(transformer)
+    assert fingerprint(transformer.bfloat16()) == known
+    for name in ("transformer_blocks.1.attn.to_q.weight", "single_transformer_blocks.6.proj_out.weight"):
+        weight = transformer.get_parameter(name)
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.01)
+        assert fingerprint(transformer) != known
+        with torch.no_grad():
+            weight.copy_(before)
+    assert fingerprint(transformer) == known
+
+
 def test_lora_is_another_model(capsys, tmp_path):
     peft = pytest.importorskip("peft")
     pipe = FluxPipeline.from_pretrained(DEMO).to(torch.float32)
@@ -275,6 +291,13 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     (["--image", "missing.png"], "--image needs FLUX.1-Kontext"),
     (["--output", "/proc/nowhere/x.png"], "cannot be written"),
     (["--output", "x.txt"], "is no picture format"),
+    (["--output", "flux.png", "--mag_ratios", "flux.json"], "would overwrite a calibration file"),
+    (["--magcache_cache_device", "nonsense"], "is no device of this machine"),
+    (["--seed", "99999999999999999999999"], "--seed must be between"),
+    (["--height", "0"], "must be multiples of 8"),
+    (["--width", "-8"], "must be multiples of 8"),
+    (["--height", "30"], "must be multiples of 8"),
+    (["--lora", "missing.safetensors"], "cannot be loaded"),
     (["--offload", "model"], "leave it out"),
     (["--steps", "1", "--magcache_calibration", "one.json"], "run at least 2"),
 ])

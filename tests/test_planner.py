@@ -121,7 +121,8 @@ def test_a_hundred_steps_are_planned_at_once():
 
 @pytest.mark.parametrize("make, part", [
     (lambda: Target(0), "magcache_steps must be at least 1"),
-    (lambda: Target(magcache_speedup=0.5), "magcache_speedup must be 1 or more"),
+    (lambda: Target(magcache_speedup=0.5), "magcache_speedup must be a number of 1 or more"),
+    (lambda: Target(9, magcache_speedup=2), "not for both"),
     (lambda: Target(9, magcache_K=-1), "magcache_K must be 0 (off) or more"),
     (lambda: Target(14).plan(load("flux-dev"), flow_sigmas(28, 3.0)), "needs the Gram matrix that --magcache_calibration"),
     (lambda: plan_steps(gram_of(residuals(20))[None], 5, magcache_K=2), "between 7 and 20 can be computed, not 5"),

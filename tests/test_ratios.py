@@ -454,7 +454,8 @@ def test_calibrations_lie_in_the_home_folder_by_default(tmp_path, monkeypatch):
 
 
 def test_numbers_share_a_line_and_words_stay_as_they_are(tmp_path):
-    table = MagRatios("x", {"cond": [1.0, 0.9]}, [1.0, 0.5], "measured", provenance={"prompts": ["a  [cat], {two}\tspaces", "b"]})
+    prompts = ["a  [cat], {two}\tspaces, [ 1  2 ]", "b"]
+    table = MagRatios("x", {"cond": [1.0, 0.9]}, [1.0, 0.5], "measured", provenance={"prompts": prompts})
     write(tmp_path / "x.json", table)
     assert '"cond": [1.0, 0.9]' in (tmp_path / "x.json").read_text()
     assert read(tmp_path / "x.json").provenance == table.provenance
