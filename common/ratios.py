@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 PRESETS = Path(__file__).parent / "presets"
+SETTINGS = {"magcache_thresh", "magcache_K", "retention_ratio"}
 
 
 class MagCacheError(Exception):
@@ -55,6 +56,8 @@ class MagRatios:
         numbers = {**self.settings, **{key: self.sampler[key] for key in ("shift", "boundary") if key in self.sampler}}
         if not all(isinstance(value, (int, float)) for value in numbers.values()):
             raise MagCacheError(f"{self.name}: settings, shift and boundary must be numbers; calibrate again.")
+        if self.settings and self.settings.keys() != SETTINGS:
+            raise MagCacheError(f"{self.name}: 'settings' must be {', '.join(sorted(SETTINGS))}, or none of them.")
         steps = len(self.sigmas)
         levels = np.asarray(self.sigmas, dtype=float)
         if not steps or not (levels.min() >= 0 and levels.max() <= 1):
