@@ -97,6 +97,8 @@ class Patch:
         return self
 
     def __exit__(self, kind, error, trace):
+        if kind is not None:
+            self.end_run()  # broken off, perhaps between the branches of its last step: not to be settled as complete
         self.remove()
         if kind is None:
             self.require_reached()

@@ -136,6 +136,21 @@ def test_guidance_that_ends_with_the_last_step(model, euler, cached, calibrating
     assert handle.reports[0].complete and handle.residuals.bytes == 0
 
 
+def test_a_cancel_between_the_last_two_calls_leaves_the_old_file(model, euler, calibrating, tmp_path):
+    """The conditional call of the last step is through, its other branch never comes."""
+    sampler, path = euler(model), tmp_path / "old.json"
+    path.write_text("old")
+
+    def cancel(step, branch):
+        if (step, branch) == (5, 1):
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt), calibrating(sampler, path) as handle:
+        sampler.run(steps=6, cfg=True, extra=cancel)
+    assert path.read_text() == "old" and handle.mag_ratios is None and len(handle.reports[0].calls) == 11
+
+
 def test_two_runs_are_averaged(model, euler, calibrating, tmp_path):
     sampler, single = euler(model), []
     for prompt in (0, 1):
