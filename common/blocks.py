@@ -23,7 +23,9 @@ class Host:
     timestep_scale: what forward's timestep is at noise level 1.
     residual_shape: (model, arguments of forward by name) -> shape of the residual, known before the first step.
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
-        follow them (reference pictures); statistics are taken of these only. None: all are.
+        follow them (reference pictures, padding); statistics are taken of these only. None: all are.
+    hint_methods: methods whose product goes into the blocks and nowhere else (the branch of a control net that forward
+        runs first); they return an empty list on a reused step.
     """
 
     blocks: tuple
@@ -34,18 +36,20 @@ class Host:
     timestep_scale: float = 1000.0
     residual_shape: Callable | None = None
     noise_tokens: Callable | None = None
+    hint_methods: tuple = ()
 
 
 class BlockStack:
     """The block stack of one model instance."""
 
     def __init__(self, model, host):
-        missing = [name for name in (*host.blocks, host.final_layer) if not hasattr(model, name)]
+        missing = [name for name in (*host.blocks, host.final_layer, *host.hint_methods) if not hasattr(model, name)]
         if missing:
             raise MagCacheError(f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
                                 "of the model; run it with --no-magcache.")
         self.model, self.host = model, host
-        self.first, self.final, self.shadows = FirstBlock(host.image_tokens), FinalLayer(), {}
+        self.first, self.final = FirstBlock(host.image_tokens), FinalLayer()
+        self.shadows, self.shadowed = {}, {}
 
     def record(self):
         """From here to `finish`, forward runs every block and the image tokens before and after them are remembered."""
@@ -57,13 +61,16 @@ class BlockStack:
     def replace(self, residual):
         """From here to `restore`, forward runs no block; `residual` is added to the tokens in front of the final layer."""
         self.final.layer, self.final.residual = getattr(self.model, self.host.final_layer), residual
-        self.shadow({**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final})
+        self.shadow({**dict.fromkeys(self.host.blocks, ()), **dict.fromkeys(self.host.hint_methods, no_hints),
+                     self.host.final_layer: self.final})
 
     def shadow(self, attributes):
         self.shadows, self.plain_class = attributes, type(self.model)
+        # Sequence parallelism puts methods of its own there.
+        self.shadowed = {name: self.model.__dict__[name] for name in attributes if name in self.model.__dict__}
         self.model.__dict__.update(attributes)
         # A graph that torch.compile made of the un-cached model does not notice shadows, but it does check the class.
-        self.model.__class__ = shadowed(self.plain_class)
+        self.model.__class__ = class_while_shadowed(self.plain_class)
 
     def finish(self):
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
@@ -80,12 +87,17 @@ class BlockStack:
             self.model.__class__ = self.plain_class
         for name in self.shadows:
             self.model.__dict__.pop(name, None)
-        self.shadows = {}
+        self.model.__dict__.update(self.shadowed)
+        self.shadows, self.shadowed = {}, {}
         self.first.tokens = self.final.tokens = self.final.residual = None
 
 
+def no_hints(*args, **kwargs):
+    return []
+
+
 @cache
-def shadowed(plain_class):
+def class_while_shadowed(plain_class):
     """The class of a model while stand-ins are in place: the same in all but identity."""
     return type(plain_class)(plain_class.__name__, (plain_class,), {"__module__": plain_class.__module__})
 

@@ -9,6 +9,7 @@ from .ratios import MagCacheError, MagRatios, fitted_shift
 
 BRANCHES = ("cond", "uncond")
 TOKENS_AT_ONCE = 4096
+NO_CHANGE = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # one token, ratio 1
 SAMPLE_BYTES = 2**28  # a branch, all steps together
 
 
@@ -22,14 +23,24 @@ def compare_residuals(residual, previous):
     residual, previous: (batch, tokens, width) of any dtype; norms in float32, a few thousand tokens at a time, so that
     the memory stays small. Paper, section 3.2; a release in bfloat16 takes the norms in bfloat16.
     """
+    return moments(comparison_sums(residual, previous))
+
+
+def comparison_sums(residual, previous):
+    """float64 tensor (4,): sums over tokens of |r_t| / |r_{t-1}|, of its square and of 1 - cos, and the number of tokens.
+    Sums, so that ranks that hold a part of the tokens each can add theirs up."""
     sums = torch.zeros(3, dtype=torch.float64)
     for new, old in zip(residual.split(TOKENS_AT_ONCE, dim=1), previous.split(TOKENS_AT_ONCE, dim=1)):
         new, old = new.float(), old.float().to(new.device)
         ratio = new.norm(dim=-1) / old.norm(dim=-1)
         distance = 1 - torch.cosine_similarity(new, old, dim=-1)
         sums += torch.stack([part.double().sum() for part in (ratio, ratio.double().square(), distance)]).cpu()
-    count = residual.shape[0] * residual.shape[1]
-    mean, square, distance = (sums / count).tolist()
+    return torch.cat([sums, sums.new_tensor([residual.shape[0] * residual.shape[1]])])
+
+
+def moments(sums):
+    *sums, count = sums.tolist()
+    mean, square, distance = (value / count for value in sums)
     variance = max(0.0, square - mean**2) * count / max(1, count - 1)
     return mean, math.sqrt(variance), distance
 
@@ -53,7 +64,8 @@ class Sample:
 
 
 class Statistics:
-    """Collects one row a step and branch; several runs at the same noise levels are averaged."""
+    """Collects one row a step and branch; several runs at the same noise levels are averaged. Ranks of one process group
+    run the same steps; what each saw of the tokens is added up at the end of a run, so that all hold one table."""
 
     def __init__(self):
         self.runs, self.grams, self.levels = [], [], None
@@ -65,9 +77,14 @@ class Statistics:
     def add(self, call, residual):
         rows = self.current.setdefault(branch_name(call.branch), {})
         if call.branch in self.previous and call.step not in rows:
-            rows[call.step] = compare_residuals(residual, self.previous[call.branch])
+            previous = self.previous[call.branch]
+            rows[call.step] = NO_CHANGE if previous is None else comparison_sums(residual, previous)
         self.previous[call.branch] = residual
         self.samples.setdefault(branch_name(call.branch), Sample(residual, len(self.current_levels))).add(call.step, residual)
+
+    def expert_changed(self):
+        """From here another model's residuals come, which no ratio relates to the last ones."""
+        self.previous = dict.fromkeys(self.previous)
 
     def finish(self):
         """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out."""
@@ -79,8 +96,9 @@ class Statistics:
                 (self.levels is not None and self.levels != self.current_levels):
             raise MagCacheError("Calibration needs runs of one kind: the same steps, size and guidance, each to its end.")
         self.levels = self.current_levels
-        self.runs.append(complete)
-        self.grams.append({branch: self.samples[branch].gram() for branch in complete})
+        self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows))]
+                          for branch, rows in complete.items()})
+        self.grams.append({branch: summed_over_ranks(self.samples[branch].gram()) for branch in complete})
         self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):
@@ -95,6 +113,16 @@ class Statistics:
                          origin="measured", statistics={**column, "runs": len(self.runs)},
                          sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},
                          **description)
+
+
+def summed_over_ranks(tensor):
+    """The sum over all processes of the default group; the tensor itself where there is one process."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return tensor
+    shared = tensor.to("cuda" if distributed.get_backend() == "nccl" else "cpu", copy=True)
+    distributed.all_reduce(shared)
+    return shared.to(tensor.device)
 
 
 def fingerprint(model):

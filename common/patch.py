@@ -21,10 +21,11 @@ from .steps import TRAIN_TIMESTEPS, StepTracker
 
 
 def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, interpolation="sigma",
-                     device=None, dtype=None, announce=tqdm.write):
+                     device=None, dtype=None, announce=tqdm.write, boundary=None):
     """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
 
-    model: the transformer, also compiled, offloaded or sharded; host: `blocks.Host`, the facts of its class.
+    model: the transformer, also compiled, offloaded or sharded, or a list of those among which the sampler divides its
+        steps (a high-noise and a low-noise expert); host: `blocks.Host`, the facts of its class.
     mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a planned
     schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
@@ -32,19 +33,21 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
     interpolation: "sigma" or "nearest" (`MagRatios.at`).
     device, dtype: where and how residuals are kept (None: as the model makes them).
     announce: gets the plan as text at the start of each run.
+    boundary: with two experts, the noise level below which the second works (None: one model).
     """
     rule = rule or rule_of(mag_ratios)
 
     def plan(levels):
+        switch_step = None if boundary is None else int((levels >= boundary).sum())
         if isinstance(settings, Target):
-            return settings.plan(mag_ratios, levels)
-        return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule)
+            return settings.plan(mag_ratios, levels, switch_step)
+        return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule, switch_step)
 
     return MagCache(model, host, timesteps, plan, Residuals(device, dtype), announce, mag_ratios)
 
 
 def magcache_calibration(model, host, timesteps, name, path=None, description=None):
-    """Measure a model's magnitude ratios in ordinary un-cached runs. Returns a handle.
+    """Measure the magnitude ratios of a model, or of experts, in ordinary un-cached runs. Returns a handle.
 
     After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
     description: further fields of `MagRatios` (models, sampler, provenance, ...).
@@ -60,11 +63,11 @@ class Run:
         self.branches = {}
 
 
-class Patch:
-    """The forward of one model instance, replaced. `remove()` or the end of a `with` block restores it."""
+class Expert:
+    """One model instance with its forward replaced. Most samplers have one; some divide their steps between two."""
 
-    def __init__(self, model, host, timesteps):
-        self.model, self.host, self.timesteps = inner_module(model), host, timesteps
+    def __init__(self, model, host, patch):
+        self.model, self.patch = inner_module(model), patch
         self.stack = BlockStack(self.model, host)
         self.had_own_forward = "forward" in self.model.__dict__
         self.original = self.model.forward
@@ -73,25 +76,48 @@ class Patch:
             raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
         # Of the class: a wrapper on the instance may hide the names. Keywords that it does not know are passed on as they are.
         self.argument_names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        self.active, self.reached, self.run, self.reports, self.short_runs = True, False, None, [], 0
 
         # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
         @functools.partial(torch.compiler.disable, recursive=False)
         @functools.wraps(self.original)
         def forward(*args, **kwargs):
-            if not self.active:
+            if not patch.active:
                 return self.original(*args, **kwargs)
             try:
-                self.before(args, kwargs)
+                patch.before(self, args, kwargs)
                 output = self.original(*args, **kwargs)
-                self.after()
+                patch.after()
             except BaseException:
-                self.abort()
+                patch.abort()
                 raise
             return output
 
-        forward.magcache = self
-        self.forward = self.model.forward = forward
+        forward.magcache = patch
+        self.forward = forward
+
+    def put_on(self):
+        self.model.forward = self.forward
+
+    def take_off(self):
+        """Restore the model. Where something else (an offload hook) has wrapped the patch since, the patch stays in
+        that chain and only passes calls on."""
+        if self.model.__dict__.get("forward") is self.forward:
+            if self.had_own_forward:
+                self.model.forward = self.original
+            else:
+                del self.model.forward
+
+
+class Patch:
+    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores it."""
+
+    def __init__(self, models, host, timesteps):
+        self.host, self.timesteps = host, timesteps
+        self.active, self.reached, self.run, self.reports, self.short_runs = True, False, None, [], 0
+        self.expert = None
+        self.experts = [Expert(model, host, self) for model in (models if isinstance(models, (list, tuple)) else [models])]
+        for expert in self.experts:
+            expert.put_on()
 
     def __enter__(self):
         return self
@@ -104,16 +130,12 @@ class Patch:
             self.require_reached()
 
     def remove(self):
-        """Restore the model. Where something else (an offload hook) has wrapped the patch since, the patch stays in
-        that chain and only passes calls on."""
+        """Restore the model."""
         self.settle()
         self.active = False
         self.end_run()
-        if self.model.__dict__.get("forward") is self.forward:
-            if self.had_own_forward:
-                self.model.forward = self.original
-            else:
-                del self.model.forward
+        for expert in self.experts:
+            expert.take_off()
 
     @contextmanager
     def paused(self):
@@ -127,17 +149,19 @@ class Patch:
 
     def require_reached(self):
         if not self.reached:
-            raise MagCacheError(f"The patched forward of {type(self.model).__name__} was never called, so nothing was cached: "
-                                "patch the instance that the sampler runs, after its last wrapper was put on.")
+            name = type(self.experts[0].model).__name__
+            raise MagCacheError(f"The patched forward of {name} was never called, so nothing was cached: patch the instance that "
+                                "the sampler runs, after its last wrapper was put on.")
 
     @torch.compiler.disable
-    def before(self, args, kwargs):
+    def before(self, expert, args, kwargs):
         """Find out which call of which run this is, and let the block stack run or be replaced."""
         self.reached = True
-        arguments = {**dict(zip(self.argument_names, args)), **kwargs}
+        arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
         latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
         latent = latent[0] if isinstance(latent, (list, tuple)) else latent
-        level = float(timestep.flatten()[0] if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
+        # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
+        level = float(timestep.max() if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
         tolerance = level_tolerance(timestep)
 
         timesteps = self.timesteps()
@@ -147,8 +171,11 @@ class Patch:
         elif self.run is not None:
             self.expect_lasting_timesteps(level)
         if call is None:
-            self.begin_run(timesteps, level, tolerance, arguments)
+            self.begin_run(timesteps, level, tolerance, expert.model, arguments)
             call = self.run.tracker.observe(level, latent, tolerance)
+        if expert is not self.expert:
+            self.expert = expert
+            self.expert_changed()
         self.run.branches[call.step] = max(self.run.branches.get(call.step, 0), call.branch + 1)
         self.call, self.latent, self.arguments = call, latent, arguments
         self.prepare(self.run, call)
@@ -166,7 +193,8 @@ class Patch:
     @torch.compiler.disable
     def abort(self):
         """An exception or a cancel leaves nothing behind."""
-        self.stack.restore()
+        for expert in self.experts:
+            expert.stack.restore()
         self.latent = self.arguments = None
         self.end_run()
 
@@ -183,7 +211,7 @@ class Patch:
         if self.run and not self.run.report.complete and self.run.branches.get(self.run.schedule.steps - 1):
             self.complete_run(self.run)
 
-    def begin_run(self, timesteps, level, tolerance, arguments):
+    def begin_run(self, timesteps, level, tolerance, model, arguments):
         self.settle()
         self.end_run()
         if timesteps is None or len(timesteps) == 0:
@@ -193,26 +221,30 @@ class Patch:
         schedule = self.plan(tracker.levels)
         self.reports.append(RunReport(schedule, tracker.levels.tolist()))
         self.run = Run(timesteps, tracker, schedule, self.reports[-1])
-        self.started(arguments)
+        self.started(model, arguments)
+
+    def expert_changed(self):
+        """Another model than in the call before: its residuals have nothing to do with those kept so far."""
 
     def end_run(self):
         """Forget the run in progress, whole or not."""
-        self.run = None
+        self.run = self.expert = None
 
 
 class MagCache(Patch):
     """A model that computes or reuses as its schedule says. `reports` has one `RunReport` a run."""
 
-    def __init__(self, model, host, timesteps, plan, residuals, announce, mag_ratios):
+    def __init__(self, models, host, timesteps, plan, residuals, announce, mag_ratios):
         self.plan, self.residuals, self.announce, self.mag_ratios = plan, residuals, announce, mag_ratios
-        super().__init__(model, host, timesteps)
+        super().__init__(models, host, timesteps)
 
-    def started(self, arguments):
+    def started(self, model, arguments):
         bytes_a_branch = None
         if self.host.residual_shape:
             latent = arguments[self.host.latent]
+            latent = latent[0] if isinstance(latent, (list, tuple)) else latent
             itemsize = (self.residuals.dtype or latent.dtype).itemsize
-            elements = int(np.prod(self.host.residual_shape(self.model, arguments)))
+            elements = int(np.prod(self.host.residual_shape(model, arguments)))
             bytes_a_branch = elements * itemsize * self.run.schedule.depth
         if self.announce:
             self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
@@ -223,17 +255,20 @@ class MagCache(Patch):
             residual, self.why = self.residuals.predict(call, self.latent, run.schedule)
         self.reusing = residual is not None
         if self.reusing:
-            self.stack.replace(residual)
+            self.expert.stack.replace(residual)
         else:
             self.residuals.drop_unneeded(call, run.schedule)
-            self.stack.record()
+            self.expert.stack.record()
+
+    def expert_changed(self):
+        self.residuals.clear()
 
     def served(self, run, call, seconds):
         if self.reusing:
-            self.stack.restore()
+            self.expert.stack.restore()
             run.report.add(call, "reused", seconds)
             return
-        residual = self.stack.finish()
+        residual = self.expert.stack.finish()
         run.report.add(call, "computed", seconds, self.why)
         if needed_by(run.schedule, call.step):
             self.residuals.keep(call, self.latent, residual)
@@ -252,22 +287,25 @@ class MagCache(Patch):
 class Calibration(Patch):
     """A model that computes everything and measures. `mag_ratios` holds the result of the complete runs."""
 
-    def __init__(self, model, host, timesteps, name, path, description):
+    def __init__(self, models, host, timesteps, name, path, description):
         self.name, self.path, self.description = name, path, description
         self.statistics, self.mag_ratios = Statistics(), None
         self.plan = lambda levels: compute_all(len(levels))
-        super().__init__(model, host, timesteps)
+        super().__init__(models, host, timesteps)
 
-    def started(self, arguments):
+    def expert_changed(self):
+        self.statistics.expert_changed()
+
+    def started(self, model, arguments):
         if self.run.schedule.steps < 2:
             raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
         self.statistics.begin(self.run.tracker.levels)
 
     def prepare(self, run, call):
-        self.stack.record()
+        self.expert.stack.record()
 
     def served(self, run, call, seconds):
-        residual = self.stack.finish()
+        residual = self.expert.stack.finish()
         run.report.add(call, "computed", seconds)
         tokens = self.host.noise_tokens(self.arguments) if self.host.noise_tokens else None
         self.statistics.add(call, residual[:, :tokens])

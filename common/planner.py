@@ -40,12 +40,13 @@ class Target:
         if self.magcache_K is not None and self.magcache_K < 0:
             raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
 
-    def plan(self, table, levels):
-        """The Schedule of a run at these noise levels. Raises MagCacheError if the table has no Gram matrix."""
+    def plan(self, table, levels, switch_step=None):
+        """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
+        Raises MagCacheError if the table has no Gram matrix."""
         steps = len(levels)
         computed = self.magcache_steps if self.magcache_speedup is None else max(1, round(steps / self.magcache_speedup))
         computed = steps if self.magcache_K == 0 else min(computed, steps)
-        schedule = plan_steps(table_grams(table, levels), computed, self.predictor, self.magcache_K)
+        schedule = plan_steps(table_grams(table, levels), computed, self.predictor, self.magcache_K, switch_step)
         return replace(schedule, settings=self, ratios=table.at(levels))
 
 
@@ -98,26 +99,32 @@ def pair_errors(gram, predictor="linear"):
     return errors, weights
 
 
-def plan_steps(grams, computed, predictor="linear", magcache_K=None):
+def plan_steps(grams, computed, predictor="linear", magcache_K=None, switch_step=None):
     """The schedule with exactly `computed` computed steps and the least sum of prediction errors to the fourth power.
 
     grams: (branches, steps, steps), each scaled by its own mean energy, so that branches count alike. magcache_K: most
-    reuses in a row (None: any). Exact: dynamic programming over (anchor before, anchor). Returns a Schedule whose `error`
-    is each step's expected relative error; with the linear predictor it has `weights`.
+    reuses in a row (None: any). switch_step: where a second expert takes over, whom no residual of the first serves (None:
+    one model). Exact: dynamic programming over (anchor before, anchor). Returns a Schedule whose `error` is each step's
+    expected relative error; with the linear predictor it has `weights`.
     """
     grams = np.asarray(grams, dtype=float)
     steps = grams.shape[1]
-    least = 1 if magcache_K is None else -(-steps // (magcache_K + 1))
+    second = np.arange(steps) >= (steps if switch_step is None else switch_step)
+    spans = [span for span in (int((~second).sum()), int(second.sum())) if span]
+    least = sum(1 if magcache_K is None else -(-span // (magcache_K + 1)) for span in spans)
     if not least <= computed <= steps:
         raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
     scaled = grams / np.einsum("bii->b", grams)[:, None, None] * steps
     by_branch = [pair_errors(gram, predictor) for gram in scaled]
     errors = np.mean([errors for errors, _ in by_branch], axis=0)
+    alone = errors[:, np.arange(steps), np.arange(steps)]
+    errors = np.where(second[:, None] == second, errors, alone[:, :, None])
 
     # until[m, j, k]: error of reusing the steps j+1 .. m-1 from the anchors j and k.
     finite = np.where(np.isfinite(errors), errors, 0) ** POWER
     total = np.concatenate([np.zeros((1, steps, steps)), np.cumsum(finite, axis=0)])
     until = total - total[np.arange(1, steps + 1), np.arange(steps)][None]
+    until[1:][second[:, None] != second] = np.inf  # m - 1 would be reused from the other expert's j
     if magcache_K is not None:
         gap = np.arange(steps + 1)[:, None] - np.arange(steps)[None] - 1
         until[gap > magcache_K] = np.inf
@@ -140,16 +147,17 @@ def plan_steps(grams, computed, predictor="linear", magcache_K=None):
     for choice in reversed(choices):
         anchors.append(int(before))
         newest, before = before, choice[newest, before]
-    return scheduled(sorted(set(anchors)), steps, by_branch, predictor)
+    return scheduled(sorted(set(anchors)), second, by_branch, predictor)
 
 
-def scheduled(anchors, steps, by_branch, predictor):
-    """The Schedule that computes at `anchors` (which begin with 0)."""
+def scheduled(anchors, second, by_branch, predictor):
+    """The Schedule that computes at `anchors` (which begin with 0); second: mask (steps,) of the second expert's steps."""
+    steps = len(second)
     reuse = np.ones(steps, dtype=bool)
     reuse[anchors] = False
     error, weights = np.zeros(steps), np.zeros((len(by_branch), steps, 2))
     for i in np.flatnonzero(reuse):
-        past = [anchor for anchor in anchors if anchor < i]
+        past = [anchor for anchor in anchors if anchor < i and second[anchor] == second[i]]
         j, k = past[-1], past[-2] if predictor == "linear" and len(past) > 1 else past[-1]
         error[i] = np.sqrt(np.mean([errors[i, j, k] for errors, _ in by_branch]))
         weights[:, i] = [chosen[i, j, k] for _, chosen in by_branch]

@@ -90,8 +90,15 @@ class MagRatios:
         elif self.fits(sigmas):
             rows = [np.asarray(ratios, dtype=float) for ratios in self.mag_ratios.values()]
         else:
-            rows = [resample(ratios, self.sigmas, sigmas) for ratios in self.mag_ratios.values()]
+            rows = [resample(self.within_experts(ratios), self.sigmas, sigmas) for ratios in self.mag_ratios.values()]
         return np.stack(rows)
+
+    def within_experts(self, ratios):
+        """The ratios with 1 at the step where the second of two experts takes over: that jump belongs to no noise level."""
+        ratios, boundary = np.array(ratios, dtype=float), self.sampler.get("boundary")
+        if boundary:
+            ratios[np.flatnonzero(np.asarray(self.sigmas) < boundary)[:1]] = 1
+        return ratios
 
     def fits(self, sigmas):
         """Whether a run at these noise levels is the one that was calibrated, so that no interpolation is needed."""

@@ -112,7 +112,9 @@ def test_identity_at_the_calibrated_levels(name):
     for ratios in table:
         assert np.allclose(resample(ratios, preset.sigmas, preset.sigmas), ratios, rtol=1e-12, atol=0)
     tail = preset.at(preset.sigmas[1:])
-    assert (tail[:, 0] == 1).all() and np.allclose(tail[:, 1:], table[:, 2:], rtol=1e-12, atol=0)
+    within = np.stack([preset.within_experts(ratios) for ratios in table])
+    assert (tail[:, 0] == 1).all() and np.allclose(tail[:, 1:], within[:, 2:], rtol=1e-12, atol=0)
+    assert (within != table).any() == ("boundary" in preset.sampler)
 
 
 def test_at_resamples_each_branch_by_noise_level():
