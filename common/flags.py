@@ -1,5 +1,6 @@
 """The command-line flags that all scripts share, and what they mean."""
 import sys
+import tempfile
 from pathlib import Path
 
 from .planner import PREDICTORS, Target
@@ -32,7 +33,37 @@ def add_magcache_flags(parser):
     group.add_argument("--magcache_cache_device", metavar="DEVICE", help="keep residuals there (cpu saves GPU memory)")
     group.add_argument("--magcache_cache_dtype", choices=DTYPES, help="keep residuals in this type")
     group.add_argument("--magcache_plot", action="store_true", help="also draw ratios, error and skipped steps as a PNG")
+    group.add_argument("--compare", action="store_true", help="also render un-cached, and with the plain sampler at as many "
+                       "steps as MagCache computes, at the same seed; write them side by side with the figures")
     return group
+
+
+def check_flags(args):
+    """Find what cannot work before anything is loaded or rendered."""
+    import torch
+    if args.compare and not args.magcache:
+        raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+    try:
+        torch.empty(0, device=args.magcache_cache_device)
+    except (RuntimeError, AssertionError):
+        raise MagCacheError(f"--magcache_cache_device {args.magcache_cache_device} is no device of this machine.") from None
+
+
+def check_writable(flag, path):
+    """Make the folder of an output file. Raises MagCacheError if nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise MagCacheError(f"{flag} {path} cannot be written ({error.strerror}); choose another place.") from None
+
+
+def cache_options(args):
+    """How ratios are carried over and residuals kept: arguments of `magcache_forward`."""
+    import torch
+    return {"interpolation": args.magcache_interp, "device": args.magcache_cache_device,
+            "dtype": getattr(torch, args.magcache_cache_dtype) if args.magcache_cache_dtype else None}
 
 
 def settings_of(args, script_settings, mag_ratios, is_default_model):

@@ -1,7 +1,6 @@
 """The FLUX pipelines of diffusers with MagCache: what MagCache4FLUX and MagCache4FLUX_schnell share."""
 import argparse
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -13,7 +12,16 @@ from tqdm import tqdm
 
 from .blocks import Host
 from .calibration import fingerprint
-from .flags import DTYPES, add_magcache_flags, calibration_path, ratios_of, settings_of
+from .flags import (
+    DTYPES,
+    add_magcache_flags,
+    cache_options,
+    calibration_path,
+    check_flags,
+    check_writable,
+    ratios_of,
+    settings_of,
+)
 from .patch import magcache_calibration, magcache_forward
 from .quality import MAGNIFIED, contact_sheet, magnified_difference, quality, quality_table, save_frames
 from .ratios import MagCacheError, find
@@ -56,8 +64,6 @@ def parse(script):
                         "'model' moves whole models, 'group' one block at a time")
     parser.add_argument("--lora", help="hub id, folder or file of LoRA weights")
     parser.add_argument("--output", type=Path, default=Path(script["OUTPUT"]), help="picture to write; several are numbered")
-    parser.add_argument("--compare", action="store_true", help="also render un-cached, and with the plain sampler at as many "
-                        "steps as MagCache computes, at the same seed; write them side by side with the figures")
     add_magcache_flags(parser)
     return parser.parse_args()
 
@@ -78,20 +84,10 @@ def check(args):
     """Find what cannot work before anything is loaded or rendered."""
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
-    if args.compare and not args.magcache:
-        raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+    check_flags(args)
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output.parent):
-            pass
-    except OSError as error:
-        raise MagCacheError(f"--output {args.output} cannot be written ({error.strerror}); choose another place.") from None
-    try:
-        torch.empty(0, device=args.magcache_cache_device)
-    except (RuntimeError, AssertionError):
-        raise MagCacheError(f"--magcache_cache_device {args.magcache_cache_device} is no device of this machine.") from None
+    check_writable("--output", args.output)
     if not 0 <= args.seed < 2**63:
         raise MagCacheError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}.")
 
@@ -199,8 +195,7 @@ def patch(session, mag_ratios):
     lines = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
     return magcache_forward(
         session.pipe.transformer, FLUX, mag_ratios, settings_of(args, lines, mag_ratios, session.is_default_model),
-        session.timesteps, replace(rule_of(mag_ratios), min_steps=script["MIN_STEPS"]), args.magcache_interp,
-        args.magcache_cache_device, getattr(torch, args.magcache_cache_dtype) if args.magcache_cache_dtype else None)
+        session.timesteps, replace(rule_of(mag_ratios), min_steps=script["MIN_STEPS"]), **cache_options(args))
 
 
 def choose_model(args, script):
