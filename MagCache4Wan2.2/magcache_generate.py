@@ -1,0 +1,30 @@
+"""Wan2.2's generate.py with MagCache: the same flags, the same files, sooner.
+
+    python magcache_generate.py --task t2v-A14B --size 1280*720 --ckpt_dir ./Wan2.2-T2V-A14B --offload_model True \\
+        --convert_model_dtype --prompt "..." --use_magcache
+
+Lies beside generate.py in a Wan2.2 checkout, with `common/`.
+"""
+from common.wan import main
+
+# Settings of each task; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
+# task: (bound on the accumulated error, most reuses in a row, share of each expert's steps that always computes)
+SETTINGS = {
+    "t2v-A14B": (0.06, 2, 0.4),
+    "i2v-A14B": (0.06, 2, 0.1),
+    "ti2v-5B": (0.06, 2, 0.2),
+}
+
+# Ratio tables (common/presets) by what a checkpoint's config.json says: model_type and dim; TI2V serves two tasks.
+TABLES = {
+    "t2v 5120": "wan2.2-t2v-a14b",
+    "i2v 5120": "wan2.2-i2v-a14b",
+    "ti2v 3072 ti2v-5B-t2v": "wan2.2-ti2v-5b-t2v",
+    "ti2v 3072 ti2v-5B-i2v": "wan2.2-ti2v-5b-i2v",
+}
+
+UPSTREAM, FOLDER = "Wan2.2", "MagCache4Wan2.2"
+PIPELINES = ("WanT2V", "WanI2V", "WanTI2V")
+
+if __name__ == "__main__":
+    main(globals())

@@ -1,0 +1,260 @@
+"""A drop-in beside an upstream checkout's own script: the script's parser with the MagCache flags, its rendering cached,
+calibrated or compared, its output saved whole with a report beside it."""
+import argparse
+import functools
+import os
+import sys
+import time
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from .calibration import fingerprint
+from .flags import cache_options, check_flags, check_writable, settings_of
+from .patch import is_writer, magcache_calibration, magcache_forward
+from .quality import quality, quality_table, side_by_side
+from .ratios import MagCacheError, calibrations_folder, load, read
+from .report import plot_schedule, write_report
+
+SETTING_FLAGS = ("magcache_thresh", "magcache_K", "retention_ratio", "magcache_speedup", "magcache_steps", "mag_ratios")
+
+
+def run_script(run, script):
+    """Run a drop-in, given its settings by name (`globals()`); a mistake of the user ends it with one sentence."""
+    try:
+        run(script)
+    except MagCacheError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+def checkouts_script(name, upstream, folder):
+    """The module of the checkout's own script `name`. Raises MagCacheError where there is none."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise MagCacheError(f"There is no {name}.py of {upstream} beside this script: python -m common install {folder} "
+                            f"/path/to/{upstream} puts it there.") from None
+
+
+@contextmanager
+def flags_added(module, add):
+    """For its duration, every ArgumentParser that `module` makes also has the flags of `add(parser)`."""
+
+    class Parser(argparse.ArgumentParser):
+        def parse_args(self, *args, **kwargs):
+            add(self)
+            return super().parse_args(*args, **kwargs)
+
+    module.argparse, plain = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser}), module.argparse
+    try:
+        yield
+    finally:
+        module.argparse = plain
+
+
+@contextmanager
+def timesteps_noted(scheduler_classes):
+    """A function that returns the timesteps last set on a scheduler of these classes, for samplers that keep theirs local."""
+    noted = [None]
+
+    def noting(set_timesteps):
+        @functools.wraps(set_timesteps)
+        def noting_set_timesteps(self, *args, **kwargs):
+            result = set_timesteps(self, *args, **kwargs)
+            noted[0] = self.timesteps
+            return result
+        return noting_set_timesteps
+
+    plain = {scheduler: scheduler.set_timesteps for scheduler in scheduler_classes}
+    for scheduler, set_timesteps in plain.items():
+        scheduler.set_timesteps = noting(set_timesteps)
+    try:
+        yield lambda: noted[0]
+    finally:
+        for scheduler, set_timesteps in plain.items():
+            scheduler.set_timesteps = set_timesteps
+
+
+@contextmanager
+def checkpoints_noted(loader_class):
+    """A dict {id of model: fingerprint} of all that `loader_class.from_pretrained` loads meanwhile: taken at once, since
+    sharding and other types change what the weights look like."""
+    noted, plain = {}, loader_class.__dict__["from_pretrained"]
+
+    def from_pretrained(cls, *args, **kwargs):
+        model = plain.__func__(cls, *args, **kwargs)
+        noted[id(model)] = fingerprint(model)
+        return model
+
+    loader_class.from_pretrained = classmethod(from_pretrained)
+    try:
+        yield noted
+    finally:
+        loader_class.from_pretrained = plain
+
+
+class Session:
+    """One command of a drop-in: what its models' forward is replaced by, and what came of it.
+
+    args: the parsed flags, the host's and ours; lines: the script's (magcache_thresh, magcache_K, retention_ratio) for this
+    task; task: what ratios hold for besides the checkpoint ("t2v-14B"); size: "832x480"; frames: their number;
+    preset: name of the published table, or None; about: further entries of reports and calibration files.
+    """
+
+    def __init__(self, args, lines, task, size, frames, preset, about):
+        self.args, self.lines, self.task, self.size, self.frames, self.preset = args, lines, task, size, frames, preset
+        self.about = about
+        self.calibrating = args.magcache_calibration is not None
+        self.report = self.mag_ratios = self.comparison = None
+        self.frames_rendered = {}
+
+    def check(self, output):
+        """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
+        check_flags(self.args)
+        check_writable("The output", Path(output or "output"))
+        if self.calibrating and self.args.compare:
+            raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
+        if not self.calibrating and not self.args.mag_ratios and not self.preset and not own_tables(self.task):
+            raise MagCacheError(self.no_table())
+
+    def no_table(self):
+        return (f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same command with "
+                "--magcache_calibration in place of --use_magcache, or name a table with --mag_ratios PRESET|FILE, or leave out "
+                "--use_magcache.")
+
+    def table(self, checkpoint):
+        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones."""
+        if self.args.mag_ratios:
+            return load(self.args.mag_ratios)
+        own = [table for table in own_tables(self.task) if table.provenance.get("fingerprint") == checkpoint]
+        if own:
+            return min(own, key=lambda table: abs(volume(table.sampler) - volume({"size": self.size, "frames": self.frames})))
+        if not self.preset:
+            raise MagCacheError(self.no_table())
+        return load(self.preset)
+
+    def render(self, models, host, timesteps, draw, steps, checkpoint, boundary=None):
+        """Render as asked for. models: the pipeline's transformer, or its experts; draw: steps -> video as the host's pipeline
+        returns it (None on ranks that do not save). Returns the video that the host is to save."""
+        if self.calibrating:
+            return self.calibrate(models, host, timesteps, lambda: draw(steps), checkpoint, boundary)
+        self.mag_ratios = self.table(checkpoint)
+        self.say_what_differs()
+        handle = magcache_forward(models, host, self.mag_ratios, settings_of(self.args, self.lines, self.mag_ratios, True),
+                                  timesteps, announce=tqdm.write if is_writer() else None, boundary=boundary,
+                                  **cache_options(self.args))
+        with handle:
+            video, seconds = timed(draw, steps)
+        self.report, self.seconds = handle.reports[-1], seconds
+        self.say(self.report.line())
+        if self.args.compare:
+            self.compare(draw, steps, video)
+        return video
+
+    def calibrate(self, models, host, timesteps, draw, checkpoint, boundary):
+        """Render un-cached and save the magnitude ratios, from the writing rank alone."""
+        path = Path(self.args.magcache_calibration or
+                    calibrations_folder() / f"{self.task}-{self.size}x{self.frames}-{checkpoint}.json")
+        sampler = {"task": self.task, "size": self.size, "frames": self.frames, **({"boundary": boundary} if boundary else {})}
+        name = f"{self.task}-{self.size}x{self.frames}"
+        with magcache_calibration(models, host, timesteps, name, path, {"sampler": sampler, "provenance": {
+                "fingerprint": checkpoint, **self.about, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}}):
+            video = draw()
+        hint = f"use it with --mag_ratios {path}." if self.args.magcache_calibration else \
+            f"runs of {self.task} with this checkpoint use it from now on."
+        self.say(f"Measured in an un-cached run, saved as {path}; {hint}")
+        return video
+
+    def compare(self, draw, steps, video):
+        """Render un-cached and by the plain sampler with as many steps as were computed, at the same seed."""
+        computed = self.report.schedule.computed
+        rows = {f"un-cached, {steps} steps": timed(draw, steps), f"MagCache, {computed} of {steps}": (video, self.seconds),
+                f"plain sampler, {computed} steps": timed(draw, computed)}
+        if video is None:
+            return
+        self.frames_rendered = {title: as_frames(rendered) for title, (rendered, _) in rows.items()}
+        (first, reference), *others = self.frames_rendered.items()
+        self.comparison = {first: {"steps": steps}} | {title: {"steps": computed} | quality(reference, frames)
+                                                       for title, frames in others}
+        for title, (_, seconds) in rows.items():
+            self.comparison[title]["seconds"] = seconds
+        self.say(quality_table(self.comparison))
+        self.say("PSNR, SSIM and MS-SSIM are against the un-cached rendering at the same seed; seconds are the whole pipeline's.")
+
+    def saving(self, write, rename=None):
+        """The host's `write(tensor=..., save_file=..., ...)`, made whole: under a temporary name, renamed, with a report."""
+        @functools.wraps(write)
+        def save(tensor, save_file, **kwargs):
+            target = Path(save_file)
+            if rename and self.report:
+                target = target.with_name(rename(target.name))
+            part = target.with_name(f".{os.getpid()}.part{target.suffix}")
+            try:
+                write(tensor=tensor, save_file=str(part), **kwargs)
+                if not part.is_file():
+                    raise MagCacheError(f"{target} could not be written; the host's message above says why.")
+                part.replace(target)
+            finally:
+                with suppress(OSError):
+                    part.unlink()
+            self.saved(target, kwargs.get("fps"))
+            return str(target)
+        return save
+
+    def saved(self, target, fps):
+        """What lies beside the output: a report, on request a plot and a comparison."""
+        self.say(f"Saved {target}")
+        if not self.report:
+            return
+        if self.args.magcache_plot:
+            plot_schedule(target.with_suffix(".schedule.png"), self.report.schedule, self.report.levels, self.mag_ratios.name)
+        if self.frames_rendered:
+            sheet = target.with_name(f"{target.stem}_compare{target.suffix}")
+            side_by_side(sheet, list(self.frames_rendered.values()), fps)
+            self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {sheet}")
+        write_report(target.with_suffix(".json"), self.report, task=self.task, size=self.size, frames=self.frames, **self.about,
+                     mag_ratios_of=self.mag_ratios.name, seconds_whole_pipeline=round(self.seconds, 4), quality=self.comparison)
+
+    def say_what_differs(self):
+        sampler = self.mag_ratios.sampler
+        if "size" in sampler and (sampler["size"], sampler.get("frames", self.frames)) != (self.size, self.frames):
+            frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
+            self.say(f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} frames. "
+                     "--magcache_calibration measures anew.")
+
+    def say(self, text):
+        if is_writer():
+            tqdm.write(text)
+
+
+def switched_on(args):
+    """Whether the flags ask for MagCache: --use_magcache itself, or any of its settings."""
+    return args.magcache and (args.use_magcache or args.compare or any(getattr(args, name) is not None for name in SETTING_FLAGS))
+
+
+def own_tables(task):
+    """The calibrations of this machine that are for this task."""
+    tables = (read(path) for path in sorted(calibrations_folder().glob(f"{task}-*.json")))
+    return [table for table in tables if table.sampler.get("task") == task]
+
+
+def volume(sampler):
+    """Pixels of all frames: how alike two sizes are."""
+    width, height = map(int, sampler["size"].split("x"))
+    return width * height * sampler["frames"]
+
+
+def timed(draw, steps):
+    begin = time.perf_counter()
+    return draw(steps), time.perf_counter() - begin
+
+
+def as_frames(video):
+    """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3)."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
