@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .calibration import fingerprint
-from .flags import cache_options, check_flags, check_writable, settings_of
+from .flags import cache_options, check_writable, settings_of
 from .patch import is_writer, magcache_calibration, magcache_forward
 from .quality import quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
@@ -116,7 +116,6 @@ class Session:
 
     def check(self, output):
         """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
-        check_flags(self.args)
         check_writable("The output", Path(output or "output"))
         if self.calibrating and self.args.compare:
             raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
@@ -163,8 +162,10 @@ class Session:
                     calibrations_folder() / f"{self.task}-{self.size}x{self.frames}-{checkpoint}.json")
         sampler = {"task": self.task, "size": self.size, "frames": self.frames, **({"boundary": boundary} if boundary else {})}
         name = f"{self.task}-{self.size}x{self.frames}"
-        with magcache_calibration(models, host, timesteps, name, path, {"sampler": sampler, "provenance": {
-                "fingerprint": checkpoint, **self.about, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}}):
+        description = {"sampler": sampler, "settings": self.lines, "rule": load(self.preset).rule if self.preset else {},
+                       "provenance": {"fingerprint": checkpoint, **self.about, "torch": torch.__version__,
+                                      "date": time.strftime("%Y-%m-%d")}}
+        with magcache_calibration(models, host, timesteps, name, path, description):
             video = draw()
         hint = f"use it with --mag_ratios {path}." if self.args.magcache_calibration else \
             f"runs of {self.task} with this checkpoint use it from now on."

@@ -18,7 +18,7 @@ from .checkout import (
     switched_on,
     timesteps_noted,
 )
-from .flags import add_magcache_flags
+from .flags import add_magcache_flags, check_flags
 from .patch import inner_module, is_writer
 from .ratios import MagCacheError
 
@@ -36,6 +36,7 @@ def run(script):
     generate = checkouts_script("generate", script["UPSTREAM"], script["FOLDER"])
     with flags_added(generate, add_flags):
         args = generate._parse_args()
+    check_flags(args)
     if args.magcache_calibration is None and not switched_on(args):
         if is_writer() and args.magcache:
             print("MagCache is off; --use_magcache turns it on.")

@@ -153,6 +153,13 @@ class CpuTorch(types.ModuleType):
         return torch.device("cpu")
 
 
+def small_source(self, src_video, src_mask, src_ref_images, num_frames, image_size, device):
+    """An empty video to be filled and the reference pictures; the original insists on full size."""
+    width, height = image_size
+    references = src_ref_images[0] and [torch.randn(3, 1, height, width, generator=seeded(path)) for path in src_ref_images[0]]
+    return [torch.zeros(3, num_frames, height, width)], [torch.ones(3, num_frames, height, width)], [references]
+
+
 def sequence_parallelism():
     """What Wan2.1 takes of xfuser, on the default process group."""
     def all_gather(tensor, dim):
@@ -205,10 +212,11 @@ def import_wan():
             plain = module.shard_model
             module.shard_model = lambda model, plain=plain, **kwargs: plain(
                 model, device_id=torch.device("cpu"), param_dtype=torch.float32, sync_module_states=False)
-    if os.environ.get("WAN_CPU_SMALL", "1") == "1":
-        from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
-        SIZE_CONFIGS["832*480"] = SIZE_CONFIGS["1280*704"] = (96, 64)
-        MAX_AREA_CONFIGS["832*480"] = MAX_AREA_CONFIGS["1280*704"] = 96 * 64
+    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
+    SIZE_CONFIGS["832*480"] = SIZE_CONFIGS["1280*704"] = (96, 64)
+    MAX_AREA_CONFIGS["832*480"] = MAX_AREA_CONFIGS["1280*704"] = 96 * 64
+    if hasattr(wan, "WanVace"):
+        wan.WanVace.prepare_source = small_source
     return wan
 
 
