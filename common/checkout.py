@@ -153,7 +153,10 @@ class Session:
         self.report, self.seconds = handle.reports[-1], seconds
         self.say(self.report.line())
         if self.args.compare:
-            self.compare(draw, steps, video)
+            try:
+                self.compare(draw, steps, video)
+            except (KeyboardInterrupt, RuntimeError) as error:  # hours may lie in what is rendered already
+                self.say(f"The comparison broke off ({type(error).__name__} {error}); what MagCache rendered is kept.")
         return video
 
     def calibrate(self, models, host, timesteps, draw, checkpoint, boundary):

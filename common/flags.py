@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .planner import PREDICTORS, Target
 from .ratios import MagCacheError, calibrations_folder, find, load
+from .report import needs
 from .schedule import Settings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,6 +44,8 @@ def check_flags(args):
     import torch
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+    for package in ("torchmetrics", "tabulate") * args.compare + ("matplotlib",) * args.magcache_plot:
+        needs(package, package)
     try:
         torch.empty(0, device=args.magcache_cache_device)
     except (RuntimeError, AssertionError):

@@ -138,7 +138,7 @@ def plot_schedule(path, schedule, levels, title):
         bottom.set_ylim(0, 2.5 * max(schedule.settings.magcache_thresh, 0.01))
     bottom.set_ylabel("accumulated error" if thresholded else "expected relative error")
     bottom.set_xlabel("step")
-    bottom.legend(frameon=False, ncols=3, loc="upper right")
+    bottom.legend(frameon=False, ncols=3, loc="upper left")
     bottom.xaxis.get_major_locator().set_params(integer=True)
     if levels is not None:
         noise = top.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))

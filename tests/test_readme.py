@@ -6,7 +6,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from common.__main__ import main
+from common.__main__ import main, planned
+from common.ratios import load
+from common.schedule import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("[!.]*/*.md")])
@@ -29,6 +31,15 @@ def test_the_plan_in_the_readme_is_the_plan(capsys):
     shown = re.search(r"```\n\$ python -m common plan flux-dev --steps 28\n(.*?)```", README, re.DOTALL)[1]
     main(["plan", "flux-dev", "--steps", "28"])
     assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_tables_of_computed_steps_are_what_the_rule_gives(page):
+    row = r"^\| `([\w.-]+)` \| ([\d.]+) / (\d+) / ([\d.]+) \| (\d+) of (\d+) \| ([\d.]+)x \|$"
+    for name, thresh, K, retention, computed, steps, bound in re.findall(row, page.read_text(), re.MULTILINE):
+        table = load(name)
+        schedule = planned(table, table.levels(table.steps), Settings(float(thresh), int(K), float(retention)))
+        assert (schedule.computed, schedule.steps, f"{schedule.bound:.2f}") == (int(computed), int(steps), bound), name
 
 
 def test_ci_runs_the_two_commands():
