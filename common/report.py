@@ -68,9 +68,17 @@ class RunReport:
 
         The first computed call is left out of the median: it warms up and compiles.
         """
-        times = {kind: [seconds() for _, _, this, seconds, _ in self.calls if this == kind] for kind in ("computed", "reused")}
-        typical = median(times["computed"][1:] or times["computed"] or [0.0])
-        return sum(times["computed"]) + sum(times["reused"]), len(times["reused"]) * typical - sum(times["reused"])
+        computed, reused = self.times("computed"), self.times("reused")
+        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(reused)
+
+    def times(self, kind):
+        return [seconds() for _, _, this, seconds, _ in self.calls if this == kind]
+
+    @property
+    def typical_seconds(self):
+        """Of a computed call."""
+        computed = self.times("computed")
+        return median(computed[1:] or computed or [0.0])
 
     @property
     def speedup(self):
