@@ -120,7 +120,7 @@ class Statistics:
         column = {key: by_branch(table, index, first) for key, table, index, first in (
             ("mag_ratios", means, 0, 1.0), ("mag_std", means, 1, 0.0), ("cos_dis", means, 2, 0.0), ("spread", spread, 0, 0.0))}
         for payload, key in GRAMS.items():
-            column[key] = {branch: packed(sum(grams[payload, branch] for grams in self.grams) / len(self.grams)) for branch in runs}
+            column[key] = {branch: packed(sum(run[payload, branch] for run in self.grams) / len(self.grams)) for branch in runs}
         seconds = {kind: round(sum(one[kind] for one in self.seconds) / len(self.seconds), 6) for kind in self.seconds[0]}
         return MagRatios(name=name, mag_ratios=column.pop("mag_ratios"), sigmas=[round(level, 6) for level in self.levels],
                          origin="measured", statistics={**column, "seconds": seconds, "runs": len(self.runs)},

@@ -333,8 +333,8 @@ class Calibration(Patch):
             self.reused_seconds = self.time_reuse(residual)
 
     def time_reuse(self, residual):
-        """Seconds, a function, of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not compiled, so
-        with torch.compile around the whole model a reused step costs at most this."""
+        """Seconds, a function, of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not
+        compiled, so with torch.compile around the whole model a reused step costs at most this."""
         args, kwargs = self.inputs
         seconds = []
         for _ in range(REHEARSALS):

@@ -162,11 +162,12 @@ def unpacked(rows):
 
 @dataclass(frozen=True)
 class Forecast:
-    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before it, k < j < i;
-    k = j where there is only one. What cannot be is infinite.
+    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before it,
+    k < j < i; k = j where there is only one. What cannot be is infinite.
 
     errors: mean over the branches of the squared error, in the branch's mean energy a step, so that branches count alike;
-    relative: the same, in the energy of what is predicted; weights: (branches, steps, steps, steps, 2), None for the newest as it is.
+    relative: the same, in the energy of what is predicted.
+    weights: (branches, steps, steps, steps, 2); None: the newest as it is.
     """
 
     errors: np.ndarray
@@ -180,7 +181,8 @@ class Forecast:
     @classmethod
     def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
         """Of a `MagRatios` at the noise levels of a run."""
-        forecast = cls.of_grams(table_grams(table, levels, payload), predictor) if has_gram(table) else cls.of_ratios(table.at(levels))
+        forecast = cls.of_ratios(table.at(levels)) if not has_gram(table) else \
+            cls.of_grams(table_grams(table, levels, payload), predictor)
         return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
 
     @classmethod
@@ -267,9 +269,10 @@ def fourth_powers(errors):
 def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None, cost=fourth_powers):
     """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of costs.
 
-    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on the expected
-    relative error of every reused step; cost: of squared errors, elementwise. Exact: dynamic programming over (anchor, the one
-    before). Returns a Schedule whose `error` is each step's expected relative error; with the linear predictor it has `weights`.
+    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on the
+    expected relative error of every reused step; cost: of squared errors, elementwise. Exact: dynamic programming over (anchor,
+    the one before). Returns a Schedule whose `error` is each step's expected relative error; with the linear predictor it has
+    `weights`.
     """
     steps = forecast.steps
     i, j, _ = np.indices((steps,) * 3)
@@ -316,6 +319,12 @@ def scheduled(anchors, forecast, kept=1):
     why_none = "" if reuse.any() else "every step was asked to compute"
     return Schedule(reuse, forecast.error_of(reuse), np.arange(forecast.steps) < kept, None, why_none, None, len(anchors),
                     forecast.weights_of(reuse))
+
+
+def error_by_gram(schedule, levels, table):
+    """Expected relative error of every step that a schedule of the paper's rule reuses."""
+    forecast = Forecast.of_table(table, levels, "reuse", "residual", table.switch_step(levels))
+    return forecast.error_of(schedule.reuse)[schedule.reuse]
 
 
 def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
