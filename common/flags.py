@@ -56,8 +56,8 @@ def target_of(args):
     guard = getattr(args, "magcache_guard", None)
     if all(value is None for value in asked.values()):
         if args.magcache_predictor is not None or args.magcache_payload != "residual" or guard is not None:
-            raise MagCacheError("--magcache_predictor, --magcache_payload and --magcache_guard are for planned runs: ask for one with "
-                                "--magcache_speedup, --magcache_steps or --magcache_max_error.")
+            raise MagCacheError("--magcache_predictor, --magcache_payload and --magcache_guard are for planned runs: ask for one "
+                                "with --magcache_speedup, --magcache_steps or --magcache_max_error.")
         return None
     if args.magcache_thresh is not None:
         raise MagCacheError("--magcache_thresh is the paper's: leave it out of a planned run.")

@@ -280,10 +280,18 @@ def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None,
     if max_error is not None:
         possible &= forecast.relative <= max_error**2
 
-    # until[m, j, k]: cost of reusing the steps j+1 .. m-1 from the anchors j and k.
     until = sum_until(cost(np.where(possible, forecast.errors, 0)))
     until[sum_until((i > j) & ~possible) > 0] = np.inf
 
+    return scheduled(cheapest_path(until, computed), forecast, kept)
+
+
+def cheapest_path(until, computed=None):
+    """The `computed` anchors (None: as few as can be) whose costs add up to the least, the first of them step 0.
+
+    until: (steps + 1, steps, steps), the cost at [m, j, k] of reusing the steps j+1 .. m-1 from the anchors j and k.
+    """
+    steps = until.shape[1]
     # through[j, k]: least cost so far with newest anchor j and the one before it k; k = j while there is only one.
     through, choices = np.full((steps, steps), np.inf), []
     through[0, 0] = 0
@@ -302,7 +310,7 @@ def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None,
     for choice in reversed(choices):
         anchors.append(int(before))
         newest, before = before, choice[newest, before]
-    return scheduled(sorted(set(anchors)), forecast, kept)
+    return sorted(set(anchors))
 
 
 def sum_until(values):

@@ -36,8 +36,9 @@ def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
                      f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
         if has_gram(mag_ratios):
             other = Target(schedule.computed).plan(mag_ratios, levels, mag_ratios.switch_step(levels))
-            lines.append(f"  expected relative error of a reused residual {error_text(error_by_gram(schedule, levels, mag_ratios))}\n"
-                         f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}")
+            lines += ["  expected relative error of a reused residual " +
+                      error_text(error_by_gram(schedule, levels, mag_ratios)),
+                      f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}"]
     else:
         lines += target_text(schedule, levels, mag_ratios)
     if bytes_a_branch is not None and not schedule.why_none:
@@ -55,8 +56,8 @@ def target_text(schedule, levels, mag_ratios):
     elif asked.payload == "residual":
         lines[0] += " (the table has no step times)"
     if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
-        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: with magcache_K, retention_ratio and what a reused step takes, "
-                     "this is the nearest")
+        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and what a reused step takes allow "
+                     "this")
     if not has_gram(mag_ratios):
         return [*lines, "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
                 "--magcache_calibration measures it"]
