@@ -56,8 +56,8 @@ def target_text(schedule, levels, mag_ratios):
     elif asked.payload == "residual":
         lines[0] += " (the table has no step times)"
     if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
-        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and what a reused step takes allow "
-                     "this")
+        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused step "
+                     "allow this")
     if not has_gram(mag_ratios):
         return [*lines, "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
                 "--magcache_calibration measures it"]
