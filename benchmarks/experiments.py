@@ -69,11 +69,17 @@ def residuals_of(pipe, prompts, steps):
     runs = []
     for prompt in prompts:
         with magcache_calibration(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, "measured") as handle:
-            rows, add = [], handle.statistics.add
-            handle.statistics.add = lambda call, residual, output: (rows.append(residual[0].clone()), add(call, residual, output))
+            handle.statistics.add = listening(handle.statistics.add, rows := [])
             render(pipe, prompt, steps, 0)
         runs.append(torch.stack(rows))
     return torch.stack(runs).double().numpy()
+
+
+def listening(add, rows):
+    def add_and_keep(call, residual, output):
+        rows.append(residual[0].clone())
+        add(call, residual, output)
+    return add_and_keep
 
 
 def fit(grams, step, past):
@@ -227,7 +233,8 @@ def measure(pipe, table, trial, steps, computed, reference):
         handle.plan = lambda levels: schedule
         if trial.residuals:
             handle.residuals = trial.residuals()
-        psnr = [quality(picture[None], render(pipe, prompt, steps, SEED)[0][None])["psnr"] for prompt, picture in reference.items()]
+        psnr = [quality(picture[None], render(pipe, prompt, steps, SEED)[0][None])["psnr"]
+                for prompt, picture in reference.items()]
     assert handle.reports[-1].computed == computed and not handle.reports[-1].unplanned
     return f"{np.mean(psnr):.1f}"
 
