@@ -6,6 +6,7 @@ errors, each to the fourth power so that peaks count, add up to the least is a s
 steps. Where only ratios are known, their changes stand in for the errors (`ratio_errors`): weaker, and named so. numpy only.
 """
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -338,10 +339,9 @@ def error_by_gram(schedule, levels, table):
 def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
     """The paper's rule at the settings with which it computes as nearly as possible `computed` steps, and then errs least."""
     ratios, forecast, found = table.at(levels), Forecast.of_table(table, levels, "reuse", "residual", switch_step), {}
-    for K in range(1, 7):
-        for thresh in np.geomspace(0.01, 2, 24):
-            schedule = magcache_schedule(ratios, Settings(float(thresh), K, 0.2), rule, switch_step)
-            found[schedule.strip] = replace(schedule, error=forecast.error_of(schedule.reuse))
+    for K, retention, thresh in product(range(1, 7), (0.1, 0.2), np.geomspace(0.01, 2, 24)):
+        schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
+        found[schedule.strip] = replace(schedule, error=forecast.error_of(schedule.reuse))
     return min(found.values(), key=lambda one: (abs(one.computed - computed), one.error[one.reuse].sum()))
 
 
