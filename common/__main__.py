@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .planner import PREDICTORS, Target
+from .flags import add_target_flags, target_of
 from .ratios import MagCacheError, calibrations_folder, load, preset_names, read
 from .report import needs, plan_text, plot_schedule
 from .schedule import Settings, magcache_schedule, rule_of
@@ -36,9 +36,7 @@ def presets(args):
 
 def planned(table, levels, settings, interpolation="sigma"):
     """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary lies."""
-    boundary = table.sampler.get("boundary")
-    switch_step = int((levels >= boundary).sum()) if boundary else None
-    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), switch_step)
+    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
 
 
 def thresholds(args, table):
@@ -55,11 +53,9 @@ def plan(args):
     """Print which steps a run would skip."""
     table = load(args.preset)
     levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
-    if args.magcache_steps is None and args.magcache_speedup is None:
-        schedule = planned(table, levels, thresholds(args, table), args.magcache_interp)
-    else:
-        target = Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)
-        schedule = target.plan(table, levels)
+    target = target_of(args)
+    schedule = planned(table, levels, thresholds(args, table), args.magcache_interp) if target is None else \
+        target.plan(table, levels, table.switch_step(levels))
     print(plan_text(schedule, levels, table))
     if args.plot:
         plot_schedule(args.plot, schedule, levels, table.name)
@@ -97,9 +93,7 @@ def main(arguments=None):
     command.add_argument("--magcache_thresh", type=float)
     command.add_argument("--magcache_K", type=int)
     command.add_argument("--retention_ratio", type=float)
-    command.add_argument("--magcache_steps", type=int, help="plan for exactly so many computed steps")
-    command.add_argument("--magcache_speedup", type=float, help="plan for a bound nearest to this")
-    command.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear")
+    add_target_flags(command)
     command.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error and skipped steps")
     command.set_defaults(run=plan)

@@ -72,7 +72,7 @@ class BlockStack:
         # A graph that torch.compile made of the un-cached model does not notice shadows, but it does check the class.
         self.model.__class__ = class_while_shadowed(self.plain_class)
 
-    def finish(self):
+    def finish(self, output=None):
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
         before the first. Raises MagCacheError if forward came past neither."""
         before, after = self.first.tokens, self.final.tokens

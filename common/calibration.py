@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .planner import packed
+from .planner import GRAMS, packed
 from .ratios import MagCacheError, MagRatios, fitted_shift
 
 BRANCHES = ("cond", "uncond")
@@ -68,26 +68,34 @@ class Statistics:
     run the same steps; what each saw of the tokens is added up at the end of a run, so that all hold one table."""
 
     def __init__(self):
-        self.runs, self.grams, self.levels = [], [], None
+        self.runs, self.grams, self.seconds, self.levels = [], [], [], None
 
     def begin(self, levels):
         """A new run: nothing of it counts until `finish`."""
         self.current, self.previous, self.samples, self.current_levels = {}, {}, {}, list(map(float, levels))
 
-    def add(self, call, residual):
-        rows = self.current.setdefault(branch_name(call.branch), {})
+    def add(self, call, residual, output):
+        """residual: (batch, tokens, width); output: (1, elements, 1)."""
+        branch = branch_name(call.branch)
+        rows = self.current.setdefault(branch, {})
         if call.branch in self.previous and call.step not in rows:
             previous = self.previous[call.branch]
             rows[call.step] = NO_CHANGE if previous is None else comparison_sums(residual, previous)
         self.previous[call.branch] = residual
-        self.samples.setdefault(branch_name(call.branch), Sample(residual, len(self.current_levels))).add(call.step, residual)
+        for payload, tensor in (("residual", residual), ("output", output)):
+            if (payload, branch) not in self.samples:
+                self.samples[payload, branch] = Sample(tensor, len(self.current_levels))
+            self.samples[payload, branch].add(call.step, tensor)
 
     def expert_changed(self):
         """From here another model's residuals come, which no ratio relates to the last ones."""
         self.previous = dict.fromkeys(self.previous)
 
-    def finish(self):
-        """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out."""
+    def finish(self, seconds):
+        """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out.
+
+        seconds: {"computed": .., "reused": ..}, of one call.
+        """
         steps = len(self.current_levels)
         complete = {name: [rows[step] for step in range(1, steps)] for name, rows in self.current.items()
                     if len(rows) == steps - 1}
@@ -98,21 +106,31 @@ class Statistics:
         self.levels = self.current_levels
         self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows))]
                           for branch, rows in complete.items()})
-        self.grams.append({branch: summed_over_ranks(self.samples[branch].gram()) for branch in complete})
+        self.grams.append({key: summed_over_ranks(sample.gram()) for key, sample in self.samples.items() if key[1] in complete})
+        self.seconds.append(seconds)
         self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):
         """MagRatios of the counted runs, rounded to six decimals."""
-        mean = {branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).mean(0).reshape(-1, 3)
+        runs = {branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)
                 for branch in self.runs[0]}
-        column = {key: {branch: [first, *(round(value, 6) for value in table[:, index].tolist())]
-                        for branch, table in mean.items()}
-                  for index, (key, first) in enumerate((("mag_ratios", 1.0), ("mag_std", 0.0), ("cos_dis", 0.0)))}
-        column["gram"] = {branch: packed(sum(grams[branch] for grams in self.grams) / len(self.grams)) for branch in self.runs[0]}
+        means, spread = {}, {}
+        for branch, rows in runs.items():
+            means[branch], spread[branch] = rows.mean(0), rows.std(0, unbiased=False)
+        column = {key: by_branch(table, index, first) for key, table, index, first in (
+            ("mag_ratios", means, 0, 1.0), ("mag_std", means, 1, 0.0), ("cos_dis", means, 2, 0.0), ("spread", spread, 0, 0.0))}
+        for payload, key in GRAMS.items():
+            column[key] = {branch: packed(sum(run[payload, branch] for run in self.grams) / len(self.grams)) for branch in runs}
+        seconds = {kind: round(sum(one[kind] for one in self.seconds) / len(self.seconds), 6) for kind in self.seconds[0]}
         return MagRatios(name=name, mag_ratios=column.pop("mag_ratios"), sigmas=[round(level, 6) for level in self.levels],
-                         origin="measured", statistics={**column, "runs": len(self.runs)},
+                         origin="measured", statistics={**column, "seconds": seconds, "runs": len(self.runs)},
                          sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},
                          **description)
+
+
+def by_branch(tables, index, first):
+    """One column of every branch's table, rounded, with a value for the first step."""
+    return {branch: [first, *(round(value, 6) for value in table[:, index].tolist())] for branch, table in tables.items()}
 
 
 def summed_over_ranks(tensor):

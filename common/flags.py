@@ -3,7 +3,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .planner import PREDICTORS, Target
+from .planner import GRAMS, PREDICTORS, Target
 from .ratios import MagCacheError, calibrations_folder, find, load
 from .report import needs
 from .schedule import Settings
@@ -20,10 +20,9 @@ def add_magcache_flags(parser):
     group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most reuses in a row; 0 turns it off")
     group.add_argument("--retention_ratio", type=float, metavar="SHARE", help="share of the steps, from the first on, "
                        "that always compute")
-    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the run for a bound of X, and predict "
-                       "skipped residuals from the two newest; needs a calibration of this checkpoint")
-    group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
-    group.add_argument("--magcache_predictor", choices=PREDICTORS, default="linear", help="how a planned run predicts")
+    add_target_flags(group)
+    group.add_argument("--magcache_guard", type=float, metavar="X", help="stop skipping in a planned run once a computed step is "
+                       "predicted X times worse than in the calibration")
     group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the model as it is")
     group.add_argument("--magcache_calibration", nargs="?", const="", metavar="FILE",
                        help="run un-cached, measure the magnitude ratios and save them, by default where the next run of "
@@ -37,6 +36,34 @@ def add_magcache_flags(parser):
     group.add_argument("--compare", action="store_true", help="also render un-cached, and with the plain sampler at as many "
                        "steps as MagCache computes, at the same seed; write them side by side with the figures")
     return group
+
+
+def add_target_flags(group):
+    """The flags of a planned run."""
+    group.add_argument("--magcache_speedup", type=float, metavar="X", help="plan the run to be X times faster, by the step times "
+                       "of the calibration, and predict skipped residuals from the two newest")
+    group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
+    group.add_argument("--magcache_max_error", type=float, metavar="ERROR", help="the same, with the fewest computed steps for "
+                       "which no skipped one's expected relative error exceeds this")
+    group.add_argument("--magcache_predictor", choices=PREDICTORS, help="how a planned run predicts; default: linear, or reuse "
+                       "where there are published ratios only")
+    group.add_argument("--magcache_payload", choices=GRAMS, default="residual", help="what a planned run keeps and predicts: the "
+                       "residual of the blocks, or the model's output (least memory, and skipped steps cost nothing)")
+
+
+def target_of(args):
+    """The Target that the flags ask for, or None: the paper's rule."""
+    asked = {name: getattr(args, name) for name in ("magcache_steps", "magcache_speedup", "magcache_max_error")}
+    guard = getattr(args, "magcache_guard", None)
+    if all(value is None for value in asked.values()):
+        if args.magcache_predictor is not None or args.magcache_payload != "residual" or guard is not None:
+            raise MagCacheError("--magcache_predictor, --magcache_payload and --magcache_guard are for planned runs: ask for one "
+                                "with --magcache_speedup, --magcache_steps or --magcache_max_error.")
+        return None
+    if args.magcache_thresh is not None:
+        raise MagCacheError("--magcache_thresh is the paper's: leave it out of a planned run.")
+    return Target(**asked, predictor=args.magcache_predictor, magcache_K=args.magcache_K, retention_ratio=args.retention_ratio,
+                  payload=args.magcache_payload, magcache_guard=guard)
 
 
 def check_flags(args):
@@ -70,12 +97,11 @@ def cache_options(args):
 
 
 def settings_of(args, script_settings, mag_ratios, is_default_model):
-    """What a run is to do: a Target if a number of steps or a speed-up is asked for, else Settings. Of these a flag wins; else
+    """What a run is to do: a Target if steps, a speed-up or an error is asked for, else Settings. Of these a flag wins; else
     the script's lines hold for the script's own model, and another takes what was published for it, where something was."""
-    if args.magcache_steps is not None or args.magcache_speedup is not None:
-        if args.magcache_thresh is not None or args.retention_ratio is not None:
-            raise MagCacheError("--magcache_thresh and --retention_ratio are the paper's: leave them out of a planned run.")
-        return Target(args.magcache_steps, args.magcache_speedup, args.magcache_predictor, args.magcache_K)
+    target = target_of(args)
+    if target is not None:
+        return target
     chosen = {**script_settings} if is_default_model else {**script_settings, **mag_ratios.settings}
     given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
     return Settings(**{**chosen, **given})

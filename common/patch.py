@@ -12,12 +12,16 @@ from tqdm import tqdm
 from . import ratios as ratio_files
 from .blocks import BlockStack
 from .calibration import Statistics
+from .guard import Guard
+from .payloads import PAYLOADS, ModelOutput
 from .planner import Target
 from .ratios import MagCacheError
 from .report import RunReport, plan_text
-from .residuals import Residuals, needed_by
+from .residuals import Residuals
 from .schedule import compute_all, magcache_schedule, rule_of
-from .steps import TRAIN_TIMESTEPS, StepTracker
+from .steps import TRAIN_TIMESTEPS, Call, StepTracker
+
+REHEARSALS = 3  # of a reused step, at the end of a calibration
 
 
 def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, interpolation="sigma",
@@ -43,7 +47,9 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
             return settings.plan(mag_ratios, levels, switch_step)
         return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule, switch_step)
 
-    return MagCache(model, host, timesteps, plan, Residuals(device, dtype), announce, mag_ratios)
+    factor = getattr(settings, "magcache_guard", None)
+    return MagCache(model, host, timesteps, plan, Residuals(device, dtype, for_all=factor is not None), announce, mag_ratios,
+                    PAYLOADS[getattr(settings, "payload", "residual")], factor and Guard(factor))
 
 
 def magcache_calibration(model, host, timesteps, name, path=None, description=None):
@@ -60,15 +66,15 @@ class Run:
 
     def __init__(self, timesteps, tracker, schedule, report):
         self.timesteps, self.tracker, self.schedule, self.report = timesteps, tracker, schedule, report
-        self.branches = {}
+        self.branches, self.stopped = {}, ""
 
 
 class Expert:
     """One model instance with its forward replaced. Most samplers have one; some divide their steps between two."""
 
-    def __init__(self, model, host, patch):
+    def __init__(self, model, host, patch, payload):
         self.model, self.patch = inner_module(model), patch
-        self.stack = BlockStack(self.model, host)
+        self.payload = payload(self.model, host)
         self.had_own_forward = "forward" in self.model.__dict__
         self.original = self.model.forward
         earlier = getattr(self.original, "magcache", None)
@@ -84,9 +90,10 @@ class Expert:
             if not patch.active:
                 return self.original(*args, **kwargs)
             try:
-                patch.before(self, args, kwargs)
-                output = self.original(*args, **kwargs)
-                patch.after()
+                output = patch.before(self, args, kwargs)
+                if output is None:
+                    output = self.original(*args, **kwargs)
+                patch.after(output)
             except BaseException:
                 patch.abort()
                 raise
@@ -111,11 +118,12 @@ class Expert:
 class Patch:
     """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores it."""
 
-    def __init__(self, models, host, timesteps):
+    def __init__(self, models, host, timesteps, payload=BlockStack):
         self.host, self.timesteps = host, timesteps
         self.active, self.reached, self.run, self.reports, self.short_runs = True, False, None, [], 0
         self.expert = None
-        self.experts = [Expert(model, host, self) for model in (models if isinstance(models, (list, tuple)) else [models])]
+        models = models if isinstance(models, (list, tuple)) else [models]
+        self.experts = [Expert(model, host, self, payload) for model in models]
         for expert in self.experts:
             expert.put_on()
 
@@ -155,7 +163,8 @@ class Patch:
 
     @torch.compiler.disable
     def before(self, expert, args, kwargs):
-        """Find out which call of which run this is, and let the block stack run or be replaced."""
+        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the output where it is
+        predicted as a whole, so that no forward is needed, else None."""
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
         latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
@@ -177,15 +186,15 @@ class Patch:
             self.expert = expert
             self.expert_changed()
         self.run.branches[call.step] = max(self.run.branches.get(call.step, 0), call.branch + 1)
-        self.call, self.latent, self.arguments = call, latent, arguments
-        self.prepare(self.run, call)
+        self.call, self.latent, self.arguments, self.inputs = call, latent, arguments, (args, kwargs)
         self.stopwatch = Stopwatch(latent.device)
+        return self.prepare(self.run, call)
 
     @torch.compiler.disable
-    def after(self):
+    def after(self, output):
         run, call, seconds = self.run, self.call, self.stopwatch.stop()
-        self.served(run, call, seconds)
-        self.latent = self.arguments = None
+        self.served(run, call, seconds, output)
+        self.latent = self.arguments = self.inputs = None
         last = run.schedule.steps - 1
         if call.step == last and run.branches[last] >= run.branches.get(last - 1, 1):
             self.complete_run(run)
@@ -194,8 +203,8 @@ class Patch:
     def abort(self):
         """An exception or a cancel leaves nothing behind."""
         for expert in self.experts:
-            expert.stack.restore()
-        self.latent = self.arguments = None
+            expert.payload.restore()
+        self.latent = self.arguments = self.inputs = None
         self.end_run()
 
     def expect_lasting_timesteps(self, level):
@@ -234,9 +243,10 @@ class Patch:
 class MagCache(Patch):
     """A model that computes or reuses as its schedule says. `reports` has one `RunReport` a run."""
 
-    def __init__(self, models, host, timesteps, plan, residuals, announce, mag_ratios):
+    def __init__(self, models, host, timesteps, plan, residuals, announce, mag_ratios, payload=BlockStack, guard=None):
         self.plan, self.residuals, self.announce, self.mag_ratios = plan, residuals, announce, mag_ratios
-        super().__init__(models, host, timesteps)
+        self.payload, self.guard = payload, guard
+        super().__init__(models, host, timesteps, payload)
 
     def started(self, model, arguments):
         bytes_a_branch = None
@@ -244,7 +254,8 @@ class MagCache(Patch):
             latent = arguments[self.host.latent]
             latent = latent[0] if isinstance(latent, (list, tuple)) else latent
             itemsize = (self.residuals.dtype or latent.dtype).itemsize
-            elements = int(np.prod(self.host.residual_shape(model, arguments)))
+            elements = latent.numel() if self.payload is ModelOutput else \
+                int(np.prod(self.host.residual_shape(model, arguments)))
             bytes_a_branch = elements * itemsize * self.run.schedule.depth
         if self.announce:
             self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
@@ -252,27 +263,36 @@ class MagCache(Patch):
     def prepare(self, run, call):
         residual, self.why = None, ""
         if run.schedule.reuse[call.step]:
-            residual, self.why = self.residuals.predict(call, self.latent, run.schedule)
+            residual, self.why = (None, run.stopped) if run.stopped else self.residuals.predict(call, self.latent, run.schedule)
         self.reusing = residual is not None
         if self.reusing:
-            self.expert.stack.replace(residual)
-        else:
+            return self.expert.payload.replace(residual)
+        if not self.guard:
             self.residuals.drop_unneeded(call, run.schedule)
-            self.expert.stack.record()
+        return self.expert.payload.record()
 
     def expert_changed(self):
         self.residuals.clear()
 
-    def served(self, run, call, seconds):
+    def served(self, run, call, seconds, output):
         if self.reusing:
-            self.expert.stack.restore()
+            self.expert.payload.restore()
             run.report.add(call, "reused", seconds)
             return
-        residual = self.expert.stack.finish()
+        residual = self.expert.payload.finish(output)
         run.report.add(call, "computed", seconds, self.why)
-        if needed_by(run.schedule, call.step):
+        if self.guard and not run.stopped:
+            self.watch(run, call, residual)
+        if self.residuals.needed_by(run.schedule, call.step) and not run.stopped:
             self.residuals.keep(call, self.latent, residual)
             run.report.peak_bytes = self.residuals.peak_bytes
+
+    def watch(self, run, call, residual):
+        """Skip nothing more in this run if the guard says so."""
+        predicted, missing = self.residuals.predict(call, self.latent, run.schedule)
+        if not missing:
+            run.stopped = self.guard.judge(call.step, residual, predicted, run.schedule.error[call.step])
+        self.residuals.drop_unneeded(call, run.schedule)
 
     def complete_run(self, run):
         run.report.complete = True
@@ -302,17 +322,32 @@ class Calibration(Patch):
         self.statistics.begin(self.run.tracker.levels)
 
     def prepare(self, run, call):
-        self.expert.stack.record()
+        self.expert.payload.record()
 
-    def served(self, run, call, seconds):
-        residual = self.expert.stack.finish()
+    def served(self, run, call, seconds, output):
+        residual = self.expert.payload.finish()
         run.report.add(call, "computed", seconds)
         tokens = self.host.noise_tokens(self.arguments) if self.host.noise_tokens else None
-        self.statistics.add(call, residual[:, :tokens])
+        self.statistics.add(call, residual[:, :tokens], ModelOutput().finish(output))
+        if call == Call(run.schedule.steps - 1, 0):
+            self.reused_seconds = self.time_reuse(residual)
+
+    def time_reuse(self, residual):
+        """Seconds, a function, of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not
+        compiled, so with torch.compile around the whole model a reused step costs at most this."""
+        args, kwargs = self.inputs
+        seconds = []
+        for _ in range(REHEARSALS):
+            self.expert.payload.replace(residual)
+            stopwatch = Stopwatch(self.latent.device)
+            self.expert.original(*args, **kwargs)
+            seconds.append(stopwatch.stop())
+            self.expert.payload.restore()
+        return lambda: min(read() for read in seconds)
 
     def complete_run(self, run):
         run.report.complete = True
-        self.statistics.finish()
+        self.statistics.finish({"computed": run.report.typical_seconds, "reused": self.reused_seconds()})
         self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
         if self.path and is_writer():
             ratio_files.write(self.path, self.mag_ratios)

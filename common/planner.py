@@ -1,61 +1,145 @@
-"""Schedules with exactly as many computed steps as asked for, from the Gram matrix of one calibration run.
+"""Schedules for a number of computed steps, a speed-up or an error, from the Gram matrix of one calibration run.
 
-G[i, j] = <r_i, r_j> for the block-stack residuals of a run. From it follows the exact squared error, on the calibration's
-tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least. So the schedule whose errors, each to the
-fourth power so that peaks count, add up to the least is a shortest path over pairs of neighbouring computed steps. numpy only.
+G[i, j] = <r_i, r_j>, for the block-stack residuals of a run or for the model's outputs. From it follows the exact squared error,
+on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least. So the schedule whose
+errors, each to the fourth power so that peaks count, add up to the least is a shortest path over pairs of neighbouring computed
+steps. Where only ratios are known, their changes stand in for the errors (`ratio_errors`): weaker, and named so. numpy only.
 """
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 from .ratios import MagCacheError
-from .schedule import Schedule
+from .schedule import Schedule, Settings, magcache_schedule
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
-POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/quality.md)
-PREDICTORS = ("linear", "reuse")
+POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/beyond-the-paper.md)
+TURN = 0.02  # how much a residual is taken to change a step besides its magnitude, where only ratios are known
+GRAMS = {"residual": "gram", "output": "gram_of_outputs"}  # payload: where a calibration's statistics have its Gram matrices
+
+
+def least_squares(anchors, products):
+    """The weights that predict best. anchors: Gram matrices (..., 2, 2) of the newest two; products: theirs with what is to be
+    predicted, (..., 2, steps). Returns weights (..., 2, steps), as every predictor."""
+    return np.linalg.solve(anchors, products)
+
+
+def newest(anchors, products):
+    """The newest as it is, as the paper has it."""
+    return np.zeros(products.shape) + np.array([[1.0], [0.0]])
+
+
+PREDICTORS = {"linear": least_squares, "reuse": newest}
 
 
 @dataclass(frozen=True)
 class Target:
-    """What to plan for: exactly `magcache_steps` computed steps, or the number whose bound steps / computed is nearest to
-    `magcache_speedup`.
+    """What to plan for, one of: exactly `magcache_steps` computed steps; the number of them that comes nearest to
+    `magcache_speedup`, by the calibration's step times where it has some, else by the bound steps / computed; the fewest with no
+    expected relative error above `magcache_max_error`.
 
-    predictor: "linear" weighs the two newest residuals, "reuse" takes the newest as it is, as the paper does.
-    magcache_K: most reuses in a row (None: any; 0: every step computes).
+    predictor: "linear" weighs the two newest, "reuse" takes the newest as it is (None: linear, or reuse where the table has
+    ratios only). payload: what is kept and predicted, the block stack's "residual" or the model's "output".
+    magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the first on,
+    that compute (None: the first).
+    magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
     """
 
     magcache_steps: int = None
     magcache_speedup: float = None
-    predictor: str = "linear"
+    predictor: str = None
     magcache_K: int = None
+    retention_ratio: float = None
+    magcache_max_error: float = None
+    payload: str = "residual"
+    magcache_guard: float = None
 
     def __post_init__(self):
-        if (self.magcache_steps is None) == (self.magcache_speedup is None):
-            raise MagCacheError("Ask for magcache_steps or for magcache_speedup, and not for both.")
+        asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
+        if sum(value is not None for value in asked) != 1:
+            raise MagCacheError("Ask for one of magcache_steps, magcache_speedup and magcache_max_error, and not for both.")
         if self.magcache_steps is not None and self.magcache_steps < 1:
             raise MagCacheError(f"magcache_steps must be at least 1, not {self.magcache_steps}.")
         if self.magcache_speedup is not None and not 1 <= self.magcache_speedup < np.inf:
             raise MagCacheError(f"magcache_speedup must be a number of 1 or more, not {self.magcache_speedup}.")
+        if self.magcache_max_error is not None and not self.magcache_max_error >= 0:
+            raise MagCacheError(f"magcache_max_error must be 0 (off) or more, not {self.magcache_max_error}.")
         if self.magcache_K is not None and self.magcache_K < 0:
             raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
+        if self.retention_ratio is not None and not 0 <= self.retention_ratio <= 1:
+            raise MagCacheError(f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}.")
+        if self.magcache_guard is not None and not self.magcache_guard >= 1:
+            raise MagCacheError(f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}.")
 
     def plan(self, table, levels, switch_step=None):
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
-        Raises MagCacheError if the table has no Gram matrix."""
-        steps = len(levels)
-        computed = self.magcache_steps if self.magcache_speedup is None else max(1, round(steps / self.magcache_speedup))
-        computed = steps if self.magcache_K == 0 else min(computed, steps)
-        schedule = plan_steps(table_grams(table, levels), computed, self.predictor, self.magcache_K, switch_step)
-        return replace(schedule, settings=self, ratios=table.at(levels))
+        Raises MagCacheError if the table lacks what the target needs."""
+        target = replace(self, predictor=self.predictor or "linear") if has_gram(table) else self.for_ratios(table)
+        forecast = Forecast.of_table(table, levels, target.predictor, self.payload, switch_step)
+        return replace(target.place(forecast, reused_share(table, self.payload), switch_step), settings=target,
+                       ratios=table.at(levels))
+
+    def for_ratios(self, table):
+        """This target where only ratios are known: with the published magcache_K and retention_ratio if none are asked for."""
+        if self.predictor == "linear" or self.payload == "output" or self.magcache_guard is not None:
+            raise MagCacheError(f"{table.name} has magnitude ratios only; the linear predictor, the payload output and the guard "
+                                "need the Gram matrix that --magcache_calibration measures.")
+        given = {name: getattr(self, name) for name in ("magcache_K", "retention_ratio")}
+        caps = {name: table.settings.get(name) if value is None else value for name, value in given.items()}
+        return replace(self, predictor="reuse", **caps)
+
+    def place(self, forecast, share=0.0, switch_step=None):
+        """The Schedule that these errors ask for; share: cost of a reused step, in computed ones."""
+        steps = forecast.steps
+        kept = max(1, int(steps * (self.retention_ratio or 0)))
+        least = fewest_computed(steps, self.magcache_K, kept, switch_step)
+        computed = self.magcache_steps
+        if self.magcache_speedup is not None:
+            counts = np.arange(least, steps + 1)
+            computed = int(counts[np.abs(speedup(steps, counts, share) - self.magcache_speedup).argmin()])
+        elif computed is not None:
+            computed = steps if self.magcache_K == 0 else min(computed, steps)
+            if computed < least:
+                raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
+        return plan_steps(forecast, computed, self.magcache_K, kept, self.magcache_max_error)
 
 
-def table_grams(table, levels):
+def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None):
+    """How many steps compute at least: the first `kept`, the first of each expert, and one after every magcache_K reuses."""
+    reuse, run = np.zeros(steps, dtype=bool), 0
+    for step in range(steps):
+        reuse[step] = step >= kept and step != switch_step and (magcache_K is None or run < magcache_K)
+        run = run + 1 if reuse[step] else 0
+    return int(steps - reuse.sum())
+
+
+def speedup(steps, computed, share):
+    """Transformer time of computing every step over that with `computed` computed ones; share: `reused_share`."""
+    return steps / (computed + share * (steps - computed))
+
+
+def reused_share(table, payload="residual"):
+    """Cost of a reused step in computed ones, as the calibration measured it; 0, which gives the bound, where it did not. With
+    the payload "output" nothing of the model runs."""
+    seconds = table.statistics.get("seconds")
+    if not seconds or payload == "output":
+        return 0.0
+    try:
+        return min(1.0, seconds["reused"] / seconds["computed"])
+    except (TypeError, KeyError, ZeroDivisionError):
+        raise MagCacheError(f"{table.name}: its step times cannot be read; calibrate again.") from None
+
+
+def has_gram(table):
+    return bool(table.statistics.get("gram"))
+
+
+def table_grams(table, levels, payload="residual"):
     """The Gram matrices (branches, steps, steps) of a `MagRatios` at the noise levels of a run."""
-    stored = table.statistics.get("gram")
+    stored = table.statistics.get(GRAMS[payload])
     if not stored:
-        raise MagCacheError(f"{table.name} has magnitude ratios only; planning needs the Gram matrix that --magcache_calibration "
-                            "measures.")
+        raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
     try:
         grams = [unpacked(rows) for rows in stored.values()]
     except (TypeError, ValueError, IndexError, AttributeError):
@@ -77,94 +161,188 @@ def unpacked(rows):
     return gram
 
 
-def pair_errors(gram, predictor="linear"):
-    """Errors and weights of predicting each residual from two earlier ones.
+@dataclass(frozen=True)
+class Forecast:
+    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before it,
+    k < j < i; k = j where there is only one. What cannot be is infinite.
 
-    gram: (steps, steps). Returns errors (steps, steps, steps) and weights (steps, steps, steps, 2), both indexed
-    [i, j, k] for r_i predicted by weights @ (r_j, r_k) with k < j < i; k = j means r_j alone, as it is. Errors are squared
-    norms; combinations that cannot be are infinite.
+    errors: mean over the branches of the squared error, in the branch's mean energy a step, so that branches count alike;
+    relative: the same, in the energy of what is predicted.
+    weights: (branches, steps, steps, steps, 2); None: the newest as it is.
+    """
+
+    errors: np.ndarray
+    relative: np.ndarray
+    weights: np.ndarray = None
+
+    @property
+    def steps(self):
+        return len(self.errors)
+
+    @classmethod
+    def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
+        """Of a `MagRatios` at the noise levels of a run."""
+        forecast = cls.of_ratios(table.at(levels)) if not has_gram(table) else \
+            cls.of_grams(table_grams(table, levels, payload), predictor)
+        return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
+
+    @classmethod
+    def of_grams(cls, grams, predictor="linear"):
+        """grams: (branches, steps, steps)."""
+        grams = np.asarray(grams, dtype=float)
+        energy = np.einsum("bii->bi", grams)
+        by_branch = [pair_errors(gram / mean, predictor) for gram, mean in zip(grams, energy.mean(1))]
+        shares = energy / energy.mean(1, keepdims=True)
+        relative = np.mean([errors / share[:, None, None] for (errors, _), share in zip(by_branch, shares)], axis=0)
+        return cls(np.mean([errors for errors, _ in by_branch], axis=0), relative,
+                   None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]))
+
+    @classmethod
+    def of_ratios(cls, ratios):
+        """ratios: (branches, steps)."""
+        errors = np.mean([ratio_errors(row) for row in ratios], axis=0)
+        return cls(errors, errors)
+
+    def of_experts(self, second):
+        """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's steps."""
+        lone, other = np.arange(self.steps), second[:, None] != second
+
+        def divided(errors):
+            errors = np.where(other, errors[:, lone, lone][:, :, None], errors)
+            return np.where(other[:, :, None], np.inf, errors)
+
+        weights = None if self.weights is None else \
+            np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
+        return Forecast(divided(self.errors), divided(self.relative), weights)
+
+    def anchors_of(self, reuse):
+        """(i, j, k) of every step but the first, where `reuse` (steps,) says which steps do not compute."""
+        computed, steps = np.flatnonzero(~reuse), np.arange(1, len(reuse))
+        newest = np.searchsorted(computed, steps) - 1
+        return steps, computed[newest], computed[np.maximum(newest - 1, 0)]
+
+    def error_of(self, reuse):
+        """Expected relative error (steps,) of predicting each step; that of a computed step is what it saved."""
+        error = np.sqrt(self.relative[self.anchors_of(reuse)])
+        return np.append(0.0, np.where(np.isfinite(error), error, 0))
+
+    def weights_of(self, reuse):
+        """(branches, steps, 2), or None"""
+        if self.weights is None:
+            return None
+        weights = np.zeros((len(self.weights), len(reuse), 2))
+        weights[:, 1:] = self.weights[(slice(None), *self.anchors_of(reuse))]
+        return weights
+
+
+def pair_errors(gram, predictor="linear"):
+    """Squared errors (steps, steps, steps) and weights (steps, steps, steps, 2) of one branch, indexed as in `Forecast`.
+
+    gram: (steps, steps). Where there is one anchor it is taken as it is.
     """
     steps, energy = len(gram), np.diag(gram)
-    ridge = RIDGE * energy.mean() * np.eye(2)
-    errors, weights = np.full((steps,) * 3, np.inf), np.zeros((steps, steps, steps, 2))
-    for j in range(steps):
-        later = slice(j + 1, steps)
-        errors[later, j, j] = np.maximum(energy[later] - 2 * gram[later, j] + energy[j], 0)
-        weights[later, j, j, 0] = 1
-        for k in range(j if predictor == "linear" else 0):
-            anchors, products = gram[np.ix_((j, k), (j, k))], gram[later][:, (j, k)]
-            best = np.linalg.solve(anchors + ridge, products.T).T
-            missed = energy[later] - 2 * (best * products).sum(1) + np.einsum("ia,ab,ib->i", best, anchors, best)
-            errors[later, j, k], weights[later, j, k] = np.maximum(missed, 0), best
-    return errors, weights
+    anchors, products = np.empty((steps, steps, 2, 2)), np.empty((steps, steps, 2, steps))  # [j, k, ...]
+    anchors[..., 0, 0], anchors[..., 1, 1], anchors[..., 0, 1], anchors[..., 1, 0] = energy[:, None], energy, gram, gram
+    products[..., 0, :], products[..., 1, :] = gram[:, None], gram
+    weights = PREDICTORS[predictor](anchors + RIDGE * energy.mean() * np.eye(2), products)
+    weights[np.arange(steps), np.arange(steps)] = [[1.0], [0.0]]
+    missed = energy - 2 * (weights * products).sum(2) + np.einsum("jkai,jkab,jkbi->jki", weights, anchors, weights)
+    i, j, k = np.indices((steps,) * 3)
+    errors = np.where((k <= j) & (j < i), np.maximum(missed, 0).transpose(2, 0, 1), np.inf)
+    return errors, weights.transpose(3, 0, 1, 2)
 
 
-def plan_steps(grams, computed, predictor="linear", magcache_K=None, switch_step=None):
-    """The schedule with exactly `computed` computed steps and the least sum of prediction errors to the fourth power.
+def ratio_errors(ratios):
+    """Squared errors of taking the newest as it is, indexed as in `Forecast`, guessed from one branch's ratios (steps,).
 
-    grams: (branches, steps, steps), each scaled by its own mean energy, so that branches count alike. magcache_K: most
-    reuses in a row (None: any). switch_step: where a second expert takes over, whom no residual of the first serves (None:
-    one model). Exact: dynamic programming over (anchor before, anchor). Returns a Schedule whose `error` is each step's
-    expected relative error; with the linear predictor it has `weights`.
+    Every change of the magnitude counts, up or down, so that ratios above and below 1 do not cancel (FLUX, Qwen-Image); and
+    TURN a step for the change of direction, which ratios do not show.
     """
-    grams = np.asarray(grams, dtype=float)
-    steps = grams.shape[1]
-    second = np.arange(steps) >= (steps if switch_step is None else switch_step)
-    spans = [span for span in (int((~second).sum()), int(second.sum())) if span]
-    least = sum(1 if magcache_K is None else -(-span // (magcache_K + 1)) for span in spans)
-    if not least <= computed <= steps:
-        raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
-    scaled = grams / np.einsum("bii->b", grams)[:, None, None] * steps
-    by_branch = [pair_errors(gram, predictor) for gram in scaled]
-    errors = np.mean([errors for errors, _ in by_branch], axis=0)
-    alone = errors[:, np.arange(steps), np.arange(steps)]
-    errors = np.where(second[:, None] == second, errors, alone[:, :, None])
+    way = np.cumsum(np.abs(np.log(ratios)) + TURN)
+    i, j, k = np.indices((len(ratios),) * 3)
+    return np.where((k <= j) & (j < i), np.expm1(way[i] - way[j]) ** 2, np.inf)
 
-    # until[m, j, k]: error of reusing the steps j+1 .. m-1 from the anchors j and k.
-    finite = np.where(np.isfinite(errors), errors, 0) ** POWER
-    total = np.concatenate([np.zeros((1, steps, steps)), np.cumsum(finite, axis=0)])
-    until = total - total[np.arange(1, steps + 1), np.arange(steps)][None]
-    until[1:][second[:, None] != second] = np.inf  # m - 1 would be reused from the other expert's j
-    if magcache_K is not None:
-        gap = np.arange(steps + 1)[:, None] - np.arange(steps)[None] - 1
-        until[gap > magcache_K] = np.inf
 
-    # cost[j, k]: least error so far with newest anchor j and the one before it k; k = j while there is only one.
-    cost, choices = np.full((steps, steps), np.inf), []
-    cost[0, 0] = 0
-    for _ in range(computed - 1):
+def fourth_powers(errors):
+    return errors**POWER
+
+
+def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None, cost=fourth_powers):
+    """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of costs.
+
+    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on the
+    expected relative error of every reused step; cost: of squared errors, elementwise. Exact: dynamic programming over (anchor,
+    the one before). Returns a Schedule whose `error` is each step's expected relative error; with the linear predictor it has
+    `weights`.
+    """
+    steps = forecast.steps
+    i, j, _ = np.indices((steps,) * 3)
+    possible = np.isfinite(forecast.errors) & (i >= kept) & (i - j <= (steps if magcache_K is None else magcache_K))
+    if max_error is not None:
+        possible &= forecast.relative <= max_error**2
+
+    until = sum_until(cost(np.where(possible, forecast.errors, 0)))
+    until[sum_until((i > j) & ~possible) > 0] = np.inf
+
+    return scheduled(cheapest_path(until, computed), forecast, kept)
+
+
+def cheapest_path(until, computed=None):
+    """The `computed` anchors (None: as few as can be) whose costs add up to the least, the first of them step 0.
+
+    until: (steps + 1, steps, steps), the cost at [m, j, k] of reusing the steps j+1 .. m-1 from the anchors j and k.
+    """
+    steps = until.shape[1]
+    # through[j, k]: least cost so far with newest anchor j and the one before it k; k = j while there is only one.
+    through, choices = np.full((steps, steps), np.inf), []
+    through[0, 0] = 0
+    while len(choices) + 1 < (computed or steps) and (computed or not np.isfinite(through + until[steps]).any()):
         following, choice = np.full((steps, steps), np.inf), np.zeros((steps, steps), dtype=int)
         for m in range(1, steps):
             # Newest anchor m, before it j; the best anchor before that one is choice[m, j].
-            through = cost[:m] + (until[m, :m] if predictor == "linear" else np.diag(until[m])[:m, None])
-            choice[m, :m] = through.argmin(axis=1)
-            following[m, :m] = through.min(axis=1)
-        cost = following
+            costs = through[:m] + until[m, :m]
+            choice[m, :m] = costs.argmin(axis=1)
+            following[m, :m] = costs.min(axis=1)
+        through = following
         choices.append(choice)
-    ends = cost + (until[steps] if predictor == "linear" else np.diag(until[steps])[:, None])
+    ends = through + until[steps]
     newest, before = np.unravel_index(ends.argmin(), ends.shape)
     anchors = [int(newest)]
     for choice in reversed(choices):
         anchors.append(int(before))
         newest, before = before, choice[newest, before]
-    return scheduled(sorted(set(anchors)), second, by_branch, predictor)
+    return sorted(set(anchors))
 
 
-def scheduled(anchors, second, by_branch, predictor):
-    """The Schedule that computes at `anchors` (which begin with 0); second: mask (steps,) of the second expert's steps."""
-    steps = len(second)
-    reuse = np.ones(steps, dtype=bool)
+def sum_until(values):
+    """(steps + 1, steps, steps): the sum of values[j+1 .. m-1, j, k] at [m, j, k]."""
+    steps = len(values)
+    total = np.concatenate([np.zeros((1, steps, steps)), np.cumsum(values, axis=0)])
+    return total - total[np.arange(1, steps + 1), np.arange(steps)][None]
+
+
+def scheduled(anchors, forecast, kept=1):
+    """The Schedule that computes at `anchors` (which begin with 0)."""
+    reuse = np.ones(forecast.steps, dtype=bool)
     reuse[anchors] = False
-    error, weights = np.zeros(steps), np.zeros((len(by_branch), steps, 2))
-    for i in np.flatnonzero(reuse):
-        past = [anchor for anchor in anchors if anchor < i and second[anchor] == second[i]]
-        j, k = past[-1], past[-2] if predictor == "linear" and len(past) > 1 else past[-1]
-        error[i] = np.sqrt(np.mean([errors[i, j, k] for errors, _ in by_branch]))
-        weights[:, i] = [chosen[i, j, k] for _, chosen in by_branch]
-    retained = np.zeros(steps, dtype=bool)
-    retained[0] = True
-    return Schedule(reuse, error, retained, None, "" if reuse.any() else "every step was asked to compute", None, len(anchors),
-                    weights if predictor == "linear" else None)
+    why_none = "" if reuse.any() else "every step was asked to compute"
+    return Schedule(reuse, forecast.error_of(reuse), np.arange(forecast.steps) < kept, None, why_none, None, len(anchors),
+                    forecast.weights_of(reuse))
+
+
+def error_by_gram(schedule, levels, table):
+    """Expected relative error of every step that a schedule of the paper's rule reuses."""
+    forecast = Forecast.of_table(table, levels, "reuse", "residual", table.switch_step(levels))
+    return forecast.error_of(schedule.reuse)[schedule.reuse]
+
+
+def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
+    """The paper's rule at the settings with which it computes as nearly as possible `computed` steps, and then errs least."""
+    ratios, forecast, found = table.at(levels), Forecast.of_table(table, levels, "reuse", "residual", switch_step), {}
+    for K, retention, thresh in product(range(1, 7), (0.1, 0.2), np.geomspace(0.01, 2, 24)):
+        schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
+        found[schedule.strip] = replace(schedule, error=forecast.error_of(schedule.reuse))
+    return min(found.values(), key=lambda one: (abs(one.computed - computed), one.error[one.reuse].sum()))
 
 
 def resample_gram(gram, sigmas, new_sigmas):

@@ -104,6 +104,11 @@ class MagRatios:
         """Whether a run at these noise levels is the one that was calibrated, so that no interpolation is needed."""
         return len(sigmas) == self.steps and bool(np.allclose(sigmas, self.sigmas, rtol=0, atol=2e-3))
 
+    def switch_step(self, levels):
+        """The step at which a second expert takes over in a run at these noise levels; None: one model."""
+        boundary = self.sampler.get("boundary")
+        return int((np.asarray(levels) >= boundary).sum()) if boundary else None
+
     def levels(self, steps, shift=None):
         """The noise levels of a run with other steps or shift by the sampler of the calibration."""
         shift = shift if shift is not None else self.sampler.get("shift", 1.0)

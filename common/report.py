@@ -4,8 +4,11 @@ from math import isfinite
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
+from .planner import Target, error_by_gram, has_gram, nearest_by_the_rule, reused_share, speedup
 from .ratios import MagCacheError, write_json
-from .schedule import Settings
+from .schedule import Settings, rule_of
 
 
 def memory_text(count):
@@ -27,16 +30,44 @@ def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
         lines.append(f"  {mag_ratios.notes}")
     if schedule.why_none:
         lines.append(f"  nothing will be reused: {schedule.why_none}")
-    elif not isinstance(schedule.settings, Settings):
-        lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster; expected "
-                     f"relative error of a predicted residual {schedule.error[schedule.reuse].mean():.4f}")
-    else:
+    elif isinstance(schedule.settings, Settings):
         ceiling = schedule.fewest_computed
         lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
                      f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
+        if has_gram(mag_ratios):
+            other = Target(schedule.computed).plan(mag_ratios, levels, mag_ratios.switch_step(levels))
+            lines += ["  expected relative error of a reused residual " +
+                      error_text(error_by_gram(schedule, levels, mag_ratios)),
+                      f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}"]
+    else:
+        lines += target_text(schedule, levels, mag_ratios)
     if bytes_a_branch is not None and not schedule.why_none:
         lines.append(f"  extra memory: {memory_text(bytes_a_branch)} a branch")
     return "\n".join(lines)
+
+
+def target_text(schedule, levels, mag_ratios):
+    """What a planned run is expected to gain and to lose."""
+    asked, share = schedule.settings, reused_share(mag_ratios, schedule.settings.payload)
+    expected = speedup(schedule.steps, schedule.computed, share)
+    lines = [f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"]
+    if share:
+        lines[0] += f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
+    elif asked.payload == "residual":
+        lines[0] += " (the table has no step times)"
+    if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
+        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused step "
+                     "allow this")
+    if not has_gram(mag_ratios):
+        return [*lines, "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
+                "--magcache_calibration measures it"]
+    rule = nearest_by_the_rule(mag_ratios, levels, rule_of(mag_ratios), schedule.computed, mag_ratios.switch_step(levels))
+    return [*lines, f"  expected relative error of a predicted {asked.payload} {error_text(schedule.error[schedule.reuse])}",
+            f"    the paper's rule with {rule.computed} computed steps, of a residual: {error_text(rule.error[rule.reuse])}"]
+
+
+def error_text(errors):
+    return f"{np.mean(errors):.4f} (at most {np.max(errors):.4f})" if len(errors) else "none"
 
 
 class RunReport:
@@ -68,9 +99,17 @@ class RunReport:
 
         The first computed call is left out of the median: it warms up and compiles.
         """
-        times = {kind: [seconds() for _, _, this, seconds, _ in self.calls if this == kind] for kind in ("computed", "reused")}
-        typical = median(times["computed"][1:] or times["computed"] or [0.0])
-        return sum(times["computed"]) + sum(times["reused"]), len(times["reused"]) * typical - sum(times["reused"])
+        computed, reused = self.times("computed"), self.times("reused")
+        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(reused)
+
+    def times(self, kind):
+        return [seconds() for _, _, this, seconds, _ in self.calls if this == kind]
+
+    @property
+    def typical_seconds(self):
+        """Of a computed call."""
+        computed = self.times("computed")
+        return median(computed[1:] or computed or [0.0])
 
     @property
     def speedup(self):

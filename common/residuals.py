@@ -13,42 +13,56 @@ class Kept:
     dtype: torch.dtype
     device: torch.device
 
+    def as_made(self):
+        return self.residual.to(self.device, self.dtype)
+
 
 class Residuals:
-    """The newest residuals of each branch, on a device and in a dtype of choice (None: as the model made them)."""
+    """The newest residuals (or model outputs) of each branch, on a device and in a dtype of choice (None: as the model made
+    them). for_all: keep what predicts every later step, computed ones too (`guard.Guard`)."""
 
-    def __init__(self, device=None, dtype=None):
-        self.device, self.dtype, self.kept, self.peak_bytes = device, dtype, {}, 0
+    def __init__(self, device=None, dtype=None, for_all=False):
+        self.device, self.dtype, self.for_all, self.kept, self.peak_bytes = device, dtype, for_all, {}, 0
 
     def keep(self, call, latent, residual):
-        """Keep a residual (batch, tokens, width) computed at `call` for a latent of this shape, dtype and device."""
+        """Keep a residual computed at `call` for a latent of this shape, dtype and device."""
         kept = Kept(call.step, signature(latent), residual.to(self.device or residual.device, self.dtype), residual.dtype,
                     residual.device)
         self.kept.setdefault(call.branch, []).insert(0, kept)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def predict(self, call, latent, schedule):
-        """(residual, "") for a reused call, or (None, why nothing kept belongs here).
+        """(residual, "") for a call, or (None, why nothing kept belongs here).
 
-        Two residuals of the planned steps are weighed as planned; where only the newest is there, it is taken as it is. A
+        Residuals of the planned steps are weighed as planned; where only the newest is there, it is taken as it is. A
         residual older than planned is not used.
         """
         anchors, kept = schedule.anchors(call.step), self.kept.get(call.branch, [])
-        if not kept or kept[0].step < anchors[0]:
+        if not anchors or not kept or kept[0].step < anchors[0]:
             return None, "no residual of this branch yet"
         if kept[0].latent != signature(latent):
             return None, "the latent changed its shape, dtype or device"
-        newest = kept[0]
-        residual = newest.residual.to(newest.device, newest.dtype)
-        if len(anchors) == 2 and [one.step for one in kept] == anchors and kept[1].latent == newest.latent:
-            a, b = schedule.weights[min(call.branch, len(schedule.weights) - 1), call.step].tolist()
-            residual = (a * residual).add_(kept[1].residual.to(newest.device, newest.dtype), alpha=b)
+        kept = kept[:len(anchors)]
+        as_planned = [one.step for one in kept] == anchors and all(one.latent == kept[0].latent for one in kept)
+        if schedule.weights is None or not as_planned:
+            return kept[0].as_made(), ""
+        weights = schedule.weights[min(call.branch, len(schedule.weights) - 1), call.step].tolist()
+        if weights[0] == 1.0 and not any(weights[1:]):
+            return kept[0].as_made(), ""
+        residual = weights[0] * kept[0].as_made()
+        for weight, one in zip(weights[1:], kept[1:]):
+            residual.add_(one.as_made(), alpha=weight)
         return residual, ""
 
     def drop_unneeded(self, call, schedule):
         """Let go of this branch's residuals that no step after the computed `call` takes."""
-        later = {anchor for step in needed_by(schedule, call.step) for anchor in schedule.anchors(step)}
+        later = {anchor for step in self.needed_by(schedule, call.step) for anchor in schedule.anchors(step)}
         self.kept[call.branch] = [one for one in self.kept.get(call.branch, []) if one.step in later]
+
+    def needed_by(self, schedule, step):
+        """The steps after `step` that take a residual of it or of an earlier step."""
+        steps = range(schedule.steps) if self.for_all else np.flatnonzero(schedule.reuse)
+        return [later for later in steps if later > step and schedule.anchors(later)[-1] <= step]
 
     def clear(self):
         self.kept.clear()
@@ -56,11 +70,6 @@ class Residuals:
     @property
     def bytes(self):
         return sum(one.residual.numel() * one.residual.element_size() for kept in self.kept.values() for one in kept)
-
-
-def needed_by(schedule, step):
-    """The reused steps after `step` that take a residual of it or of an earlier step."""
-    return [later for later in np.flatnonzero(schedule.reuse) if later > step and schedule.anchors(later)[-1] <= step]
 
 
 def signature(latent):

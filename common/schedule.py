@@ -60,7 +60,7 @@ class Schedule:
     compute whatever the error; why_none: why nothing is reused; ratios: (branches, steps).
     settings: what was asked for, a `Settings` or a `planner.Target`.
     fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
-    weights: (branches, steps, 2), how a reused step weighs the two newest residuals; None: the newest as it is.
+    weights: (branches, steps, 2), how a step weighs the two newest residuals; None: the newest as it is.
     """
 
     reuse: np.ndarray
@@ -95,14 +95,13 @@ class Schedule:
         return "".join(".#"[not reuse] for reuse in self.reuse)
 
     def anchors(self, step):
-        """The computed steps whose residuals a reused step takes, the newest first: one, or two where it weighs two."""
-        past = np.flatnonzero(~self.reuse[:step + 1])[::-1]
-        return past[:1 if self.weights is None else 2].tolist()
+        """The computed steps before this one from which it is predicted, the newest first: at most `depth`."""
+        return np.flatnonzero(~self.reuse[:step])[::-1][:self.depth].tolist()
 
     @property
     def depth(self):
         """Residuals kept a branch."""
-        return 1 if self.weights is None else 2
+        return 1 if self.weights is None else self.weights.shape[-1]
 
 
 def first_reusable(steps, retention_ratio, start="floor"):
