@@ -20,7 +20,8 @@ from .quality import quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
 from .report import plot_schedule, write_report
 
-SETTING_FLAGS = ("magcache_thresh", "magcache_K", "retention_ratio", "magcache_speedup", "magcache_steps", "mag_ratios")
+SETTING_FLAGS = ("magcache_thresh", "magcache_K", "retention_ratio", "magcache_speedup", "magcache_steps", "magcache_max_error",
+                 "mag_ratios")
 
 
 def run_script(run, script):
