@@ -24,6 +24,7 @@ class Host:
     residual_shape: (model, arguments of forward by name) -> shape of the residual, known before the first step.
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
         follow them (reference pictures, padding); statistics are taken of these only. None: all are.
+    in_place: the first block writes into the tokens that it is given, so they are copied before.
     hint_methods: methods whose product goes into the blocks and nowhere else (the branch of a control net that forward
         runs first); they return an empty list on a reused step.
     """
@@ -36,6 +37,7 @@ class Host:
     timestep_scale: float = 1000.0
     residual_shape: Callable | None = None
     noise_tokens: Callable | None = None
+    in_place: bool = False
     hint_methods: tuple = ()
 
 
@@ -48,7 +50,7 @@ class BlockStack:
             raise MagCacheError(f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
                                 "of the model; run it with --no-magcache.")
         self.model, self.host = model, host
-        self.first, self.final = FirstBlock(host.image_tokens), FinalLayer()
+        self.first, self.final = FirstBlock(host.image_tokens, host.in_place), FinalLayer()
         self.shadows, self.shadowed = {}, {}
 
     def record(self):
@@ -74,13 +76,14 @@ class BlockStack:
 
     def finish(self, output=None):
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
-        before the first. Raises MagCacheError if forward came past neither."""
+        before the first. Leading tokens that forward cuts off in between (a reference picture) have none. Raises MagCacheError
+        if forward came past neither."""
         before, after = self.first.tokens, self.final.tokens
         self.restore()
         if before is None or after is None:
             raise MagCacheError(f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                                 f"{self.host.final_layer}; run it with --no-magcache.")
-        return after - before
+        return after - before[:, -after.shape[1]:]
 
     def restore(self):
         if self.shadows:
@@ -105,14 +108,15 @@ def class_while_shadowed(plain_class):
 class FirstBlock:
     """Stands in for the first block and remembers the image tokens that come in."""
 
-    __slots__ = ("image_tokens", "block", "tokens")
+    __slots__ = ("image_tokens", "in_place", "block", "tokens")
 
-    def __init__(self, image_tokens):
-        self.image_tokens, self.tokens = image_tokens, None
+    def __init__(self, image_tokens, in_place):
+        self.image_tokens, self.in_place, self.tokens = image_tokens, in_place, None
 
     def __call__(self, *args, **kwargs):
         key = self.image_tokens
-        self.tokens = args[key] if isinstance(key, int) else kwargs[key] if key in kwargs else args[0]
+        tokens = args[key] if isinstance(key, int) else kwargs[key] if key in kwargs else args[0]
+        self.tokens = tokens.clone() if self.in_place else tokens
         return self.block(*args, **kwargs)
 
 

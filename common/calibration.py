@@ -148,7 +148,12 @@ def fingerprint(model):
 
     The same in float32 and bfloat16; other after a LoRA is loaded. Take it before weights are moved or quantised.
     """
-    parameters = dict(sorted(model.named_parameters()))
+    return fingerprint_of(model.named_parameters())
+
+
+def fingerprint_of(named_parameters):
+    """`fingerprint` of (name, tensor) pairs."""
+    parameters = dict(sorted(named_parameters))
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -1,7 +1,7 @@
 """Copy a drop-in script and `common/` into an upstream checkout, without touching anybody else's file.
 
-Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, and
-what to run then.
+Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in which
+folder there everything goes (`into`; none: its root), and what to run then.
 """
 import hashlib
 import json
@@ -34,6 +34,7 @@ def install(folder, target):
     common = [path for path in sorted((REPOSITORY / "common").rglob("*")) if path.suffix in (".py", ".json")]
     files = {str(path.relative_to(REPOSITORY)): path for path in common}
     files |= {name: source / name for name in facts["files"]}
+    target = target / facts.get("into", "")
     manifest_path = target / MANIFEST
     try:
         written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}

@@ -25,10 +25,11 @@ class Residuals:
         self.device, self.dtype, self.for_all, self.kept, self.peak_bytes = device, dtype, for_all, {}, 0
 
     def keep(self, call, latent, residual):
-        """Keep a residual computed at `call` for a latent of this shape, dtype and device."""
+        """Keep a residual computed at `call` for a latent of this shape, dtype and device. It takes the place of an earlier
+        evaluation at the same step."""
         kept = Kept(call.step, signature(latent), residual.to(self.device or residual.device, self.dtype), residual.dtype,
                     residual.device)
-        self.kept.setdefault(call.branch, []).insert(0, kept)
+        self.kept[call.branch] = [kept, *(one for one in self.kept.get(call.branch, []) if one.step != call.step)]
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def predict(self, call, latent, schedule):

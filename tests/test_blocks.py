@@ -1,0 +1,57 @@
+"""`BlockStack` on forwards that diffusers does not have: blocks that write into their input, tokens cut off in between."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.blocks import BlockStack, Host
+
+HOST = Host(blocks=("blocks",), final_layer="head", image_tokens=0, in_place=True)
+
+
+class Add(torch.nn.Module):
+    def forward(self, tokens):
+        tokens += 1
+        return tokens
+
+
+class Model(torch.nn.Module):
+    """Three blocks that each add 1 in place, a control net that adds 10 behind the first; two leading reference tokens are
+    cut off before the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = torch.nn.ModuleList([Add() for _ in range(3)]), torch.nn.Identity()
+
+    def forward(self, latent):
+        tokens = torch.cat([torch.zeros(1, 2, 4), latent], dim=1)
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index == 0:
+                tokens += 10
+        return self.head(tokens[:, 2:])
+
+
+def test_residual_of_blocks_in_place_with_tokens_cut_off():
+    model, latent = Model(), torch.randn(1, 5, 4)
+    stack = BlockStack(model, HOST)
+    stack.record()
+    output = model(latent)
+    residual = stack.finish()
+    assert torch.equal(output, latent + 1 + 10 + 1 + 1)
+    assert residual.shape == latent.shape and torch.allclose(residual, torch.full_like(residual, 13))
+
+    stack.replace(residual)
+    assert torch.allclose(model(latent), output)
+    stack.restore()
+    assert torch.equal(model(latent), output) and "blocks" not in model.__dict__
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_input_is_copied_only_where_it_must_be(in_place):
+    model, latent = Model(), torch.randn(1, 5, 4)
+    stack = BlockStack(model, replace(HOST, in_place=in_place))
+    stack.record()
+    model(latent)
+    residual = stack.finish()
+    assert torch.allclose(residual, torch.full_like(residual, 13.0 if in_place else 0.0))
