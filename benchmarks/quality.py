@@ -9,8 +9,8 @@ settings that come nearest and are expected to err least; planned runs here; the
 diffusers; DBCache and its TaylorSeer variant of cache-dit where that is installed (pip install cache-dit==1.5.3). Thresholds of
 the others are searched for, on one picture, so that they compute as many steps. Computed steps are counted as executions of the
 last block's query projection. PSNR (mean with a 95 % interval, worst picture), SSIM and MS-SSIM are against the un-cached picture
-of the same prompt and seed; seconds are of the whole pipeline; extra memory is what is alive between two steps beyond an un-cached
-run.
+of the same prompt and seed; seconds are of the whole pipeline; extra memory is what is alive between two steps beyond that of an
+un-cached run.
 
 Another model than the demo is calibrated first, on the first prompts of its file, and measured on the others. Prints the table as
 Markdown; writes it and a figure to --output.

@@ -2,8 +2,9 @@
 
 G[i, j] = <r_i, r_j>, for the block-stack residuals of a run or for the model's outputs. From it follows the exact squared error,
 on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least. So the schedule whose
-errors, each to the fourth power so that peaks count, add up to the least is a shortest path over pairs of neighbouring computed
-steps. Where only ratios are known, their changes stand in for the errors (`ratio_errors`): weaker, and named so. numpy only.
+relative errors, each to the fourth power so that peaks count, add up to the least is a shortest path over pairs of neighbouring
+computed steps. Where only ratios are known, their changes stand in for the errors (`ratio_errors`): weaker, and named so.
+numpy only.
 """
 from dataclasses import dataclass, replace
 from itertools import product
@@ -166,13 +167,11 @@ class Forecast:
     """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before it,
     k < j < i; k = j where there is only one. What cannot be is infinite.
 
-    errors: mean over the branches of the squared error, in the branch's mean energy a step, so that branches count alike;
-    relative: the same, in the energy of what is predicted.
+    errors: squared and relative, |r_i - prediction|^2 / |r_i|^2, the mean over the branches.
     weights: (branches, steps, steps, steps, 2); None: the newest as it is.
     """
 
     errors: np.ndarray
-    relative: np.ndarray
     weights: np.ndarray = None
 
     @property
@@ -189,31 +188,22 @@ class Forecast:
     @classmethod
     def of_grams(cls, grams, predictor="linear"):
         """grams: (branches, steps, steps)."""
-        grams = np.asarray(grams, dtype=float)
-        energy = np.einsum("bii->bi", grams)
-        by_branch = [pair_errors(gram / mean, predictor) for gram, mean in zip(grams, energy.mean(1))]
-        shares = energy / energy.mean(1, keepdims=True)
-        relative = np.mean([errors / share[:, None, None] for (errors, _), share in zip(by_branch, shares)], axis=0)
-        return cls(np.mean([errors for errors, _ in by_branch], axis=0), relative,
+        by_branch = [pair_errors(np.asarray(gram, dtype=float), predictor) for gram in grams]
+        return cls(np.mean([errors for errors, _ in by_branch], axis=0),
                    None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]))
 
     @classmethod
     def of_ratios(cls, ratios):
         """ratios: (branches, steps)."""
-        errors = np.mean([ratio_errors(row) for row in ratios], axis=0)
-        return cls(errors, errors)
+        return cls(np.mean([ratio_errors(row) for row in ratios], axis=0))
 
     def of_experts(self, second):
         """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's steps."""
         lone, other = np.arange(self.steps), second[:, None] != second
-
-        def divided(errors):
-            errors = np.where(other, errors[:, lone, lone][:, :, None], errors)
-            return np.where(other[:, :, None], np.inf, errors)
-
+        errors = np.where(other, self.errors[:, lone, lone][:, :, None], self.errors)
         weights = None if self.weights is None else \
             np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
-        return Forecast(divided(self.errors), divided(self.relative), weights)
+        return Forecast(np.where(other[:, :, None], np.inf, errors), weights)
 
     def anchors_of(self, reuse):
         """(i, j, k) of every step but the first, where `reuse` (steps,) says which steps do not compute."""
@@ -223,7 +213,7 @@ class Forecast:
 
     def error_of(self, reuse):
         """Expected relative error (steps,) of predicting each step; that of a computed step is what it saved."""
-        error = np.sqrt(self.relative[self.anchors_of(reuse)])
+        error = np.sqrt(self.errors[self.anchors_of(reuse)])
         return np.append(0.0, np.where(np.isfinite(error), error, 0))
 
     def weights_of(self, reuse):
@@ -236,7 +226,7 @@ class Forecast:
 
 
 def pair_errors(gram, predictor="linear"):
-    """Squared errors (steps, steps, steps) and weights (steps, steps, steps, 2) of one branch, indexed as in `Forecast`.
+    """Errors (steps, steps, steps) and weights (steps, steps, steps, 2) of one branch, as in `Forecast`.
 
     gram: (steps, steps). Where there is one anchor it is taken as it is.
     """
@@ -248,12 +238,12 @@ def pair_errors(gram, predictor="linear"):
     weights[np.arange(steps), np.arange(steps)] = [[1.0], [0.0]]
     missed = energy - 2 * (weights * products).sum(2) + np.einsum("jkai,jkab,jkbi->jki", weights, anchors, weights)
     i, j, k = np.indices((steps,) * 3)
-    errors = np.where((k <= j) & (j < i), np.maximum(missed, 0).transpose(2, 0, 1), np.inf)
+    errors = np.where((k <= j) & (j < i), (np.maximum(missed, 0) / energy).transpose(2, 0, 1), np.inf)
     return errors, weights.transpose(3, 0, 1, 2)
 
 
 def ratio_errors(ratios):
-    """Squared errors of taking the newest as it is, indexed as in `Forecast`, guessed from one branch's ratios (steps,).
+    """Errors, as in `Forecast`, of taking the newest as it is, guessed from one branch's ratios (steps,).
 
     Every change of the magnitude counts, up or down, so that ratios above and below 1 do not cancel (FLUX, Qwen-Image); and
     TURN a step for the change of direction, which ratios do not show.
@@ -271,15 +261,15 @@ def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None,
     """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of costs.
 
     magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on the
-    expected relative error of every reused step; cost: of squared errors, elementwise. Exact: dynamic programming over (anchor,
-    the one before). Returns a Schedule whose `error` is each step's expected relative error; with the linear predictor it has
-    `weights`.
+    expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic programming over
+    (anchor, the one before). Returns a Schedule whose `error` is each step's expected relative error; with the linear predictor
+    it has `weights`.
     """
     steps = forecast.steps
     i, j, _ = np.indices((steps,) * 3)
     possible = np.isfinite(forecast.errors) & (i >= kept) & (i - j <= (steps if magcache_K is None else magcache_K))
     if max_error is not None:
-        possible &= forecast.relative <= max_error**2
+        possible &= forecast.errors <= max_error**2
 
     until = sum_until(cost(np.where(possible, forecast.errors, 0)))
     until[sum_until((i > j) & ~possible) > 0] = np.inf

@@ -1,0 +1,258 @@
+"""What a reused step costs, what the patch costs, and how much of the possible speed-up is realised.
+
+    python benchmarks/speed.py               # on a GPU: models of real size, under ten minutes; else small ones on the CPU
+
+Models have random weights, which changes no time. A sampler drives the transformer alone. Every other step is skipped, by this
+project and by diffusers' own hook alike, so that at most 2x can be gained; blocks run as they are and compiled
+(compile_repeated_blocks). Columns: seconds of an un-cached call; the same with the patch on and skipping off (paper's rule with
+magcache_K 0), in percent more; a reused call in percent of a computed one; realised speed-up of the run, and its share of steps
+over computed steps; extra memory. The least of REPEATS runs counts, and rows take turns, so that other work on the machine hurts
+all alike.
+
+Prints the table as Markdown and writes it to --output. A model that does not fit into the memory or into what is left of
+--seconds is named and left out.
+"""
+import argparse
+import gc
+import platform
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from hosts import host_of  # noqa: E402
+
+from common.patch import magcache_forward  # noqa: E402
+from common.planner import Target, packed  # noqa: E402
+from common.ratios import MagRatios, flow_sigmas  # noqa: E402
+from common.report import memory_text, needs  # noqa: E402
+from common.schedule import Rule, Settings  # noqa: E402
+
+REPEATS = 3
+RUN_SECONDS, MOST_STEPS, FEWEST_STEPS = 12.0, 28, 6  # how long an un-cached run may take
+WORST_RUNS = 30  # of a row's model, in un-cached runs, to decide whether there is time for it
+
+
+def flux(device, dtype, tokens, **config):
+    from diffusers import FluxTransformer2DModel
+    model, side = FluxTransformer2DModel(guidance_embeds=True, **config), int(tokens**0.5)
+    image = torch.zeros(tokens, 3)
+    image[:, 1], image[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
+    return model, (1, tokens, 64), 1.0, {
+        "guidance": torch.full((1,), 3.5), "pooled_projections": torch.randn(1, 768),
+        "encoder_hidden_states": torch.randn(1, 512, 4096), "txt_ids": torch.zeros(512, 3), "img_ids": image}
+
+
+def wan(device, dtype, latent, **config):
+    from diffusers import WanTransformer3DModel
+    return WanTransformer3DModel(**config), (1, 16, *latent), 1000.0, {"encoder_hidden_states": torch.randn(1, 512, 4096)}
+
+
+def hunyuan(device, dtype, latent, **config):
+    from diffusers import HunyuanVideoTransformer3DModel
+    return HunyuanVideoTransformer3DModel(**config), (1, 16, *latent), 1000.0, {
+        "encoder_hidden_states": torch.randn(1, 256, 4096), "encoder_attention_mask": torch.ones(1, 256),
+        "pooled_projections": torch.randn(1, 768), "guidance": torch.full((1,), 6000.0)}
+
+
+WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+LARGE = {  # latents: frames, height, width
+    "FLUX.1-dev, 1024x1024": (flux, {"tokens": 4096}),
+    "Wan2.1 1.3B, 480p, 81 frames": (wan, {"latent": (21, 60, 104), **WAN_1B}),
+    "Wan2.1 14B, 480p, 81 frames": (wan, {"latent": (21, 60, 104)}),
+    "Wan2.1 14B, 720p, 81 frames": (wan, {"latent": (21, 90, 160)}),
+    "HunyuanVideo, 720p, 129 frames": (hunyuan, {"latent": (33, 90, 160)}),
+}
+SMALL = {
+    "FLUX, 2 + 4 blocks of width 768, 256 tokens": (flux, {"tokens": 256, "num_layers": 2, "num_single_layers": 4,
+                                                           "num_attention_heads": 6}),
+    "Wan, 6 blocks of width 512, 420 tokens": (wan, {"latent": (7, 12, 20), "num_layers": 6, "num_attention_heads": 4,
+                                                     "ffn_dim": 2048}),
+    "HunyuanVideo, 2 + 4 blocks of width 512, 420 tokens": (hunyuan, {"latent": (7, 12, 20), "num_layers": 2,
+                                                                      "num_single_layers": 4, "num_attention_heads": 4}),
+}
+
+
+class Sampler:
+    """An Euler sampler around a transformer with random weights."""
+
+    def __init__(self, structure, device, dtype):
+        make, config = structure
+        self.device, before = device, torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                torch.manual_seed(0)
+                self.model, self.shape, self.scale, self.inputs = make(device, dtype, **config)
+                self.start = torch.randn(self.shape)
+        finally:
+            torch.set_default_dtype(before)
+        self.model.eval().requires_grad_(False)
+        self.timesteps = None
+
+    @torch.no_grad()
+    def run(self, steps):
+        """Seconds of a run."""
+        sigmas = torch.tensor([*flow_sigmas(steps, 3.0), 0.0])
+        self.timesteps, latent = sigmas[:-1] * 1000, self.start
+        context = self.model.cache_context("cond") if hasattr(self.model, "cache_context") else nullcontext()
+        self.synchronize()
+        begin = time.perf_counter()
+        with context:
+            for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+                timestep = torch.full((1,), sigma * self.scale, device=self.device)
+                velocity = self.model(hidden_states=latent, timestep=timestep, return_dict=False, **self.inputs)[0]
+                latent = latent + (following - sigma) * velocity
+        self.synchronize()
+        return time.perf_counter() - begin
+
+    def synchronize(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def table_of(steps):
+    """A calibration whose residuals change smoothly; which steps are skipped matters here, not how well."""
+    levels, step = flow_sigmas(steps, 3.0), np.arange(steps)
+    gram = packed(np.exp(-((step[:, None] - step) / steps) ** 2))
+    return MagRatios("random weights", {"cond": [1.0] * steps}, tuple(levels), "measured",
+                     statistics={"gram": {"cond": gram}, "gram_of_outputs": {"cond": gram}})
+
+
+def methods(sampler, steps):
+    """{name: makes a context manager, which gives the handle of a patch}"""
+    from diffusers import MagCacheConfig
+
+    def patched(settings):
+        return lambda: magcache_forward(sampler.model, host_of(sampler.model), table_of(steps), settings,
+                                        lambda: sampler.timesteps, Rule(), announce=None)
+
+    @contextmanager
+    def hook():
+        sampler.model.enable_cache(MagCacheConfig(1e9, 1, 0.0, steps, torch.ones(steps)))
+        try:
+            yield None
+        finally:
+            sampler.model.disable_cache()
+
+    half = -(-steps // 2)
+    return {"un-cached": nullcontext, "skipping off": patched(Settings(1e9, 0, 0.0)),
+            "paper's rule": patched(Settings(1e9, 1, 0.0)), "planned, linear": patched(Target(half)),
+            "planned, linear, output": patched(Target(half, payload="output")), "diffusers MagCache": hook}
+
+
+def measure(sampler, steps):
+    """Four dictionaries by method: least seconds of a run, report of its last run, extra bytes, and why it failed if it did."""
+    seconds, reports, extra, ways, failed = {}, {}, {}, methods(sampler, steps), {}
+    for repeat in range(REPEATS + 1):  # the first warms up and compiles
+        for name, way in ways.items():
+            if name in failed:
+                continue
+            try:
+                with way() as handle:
+                    before = reset_peak(sampler)
+                    taken = sampler.run(steps)
+                    if repeat:
+                        seconds[name] = min(seconds.get(name, np.inf), taken)
+                        extra[name] = peak(sampler) - before
+                    reports[name] = handle.reports[-1] if handle else None
+            except Exception as error:  # another project's hook and torch.compile; ours is not excused
+                if name != "diffusers MagCache":
+                    raise
+                failed[name] = type(error).__name__
+    return seconds, reports, extra, failed
+
+
+def reset_peak(sampler):
+    if sampler.device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak(sampler):
+    return torch.cuda.max_memory_allocated() if sampler.device == "cuda" else 0
+
+
+def rows_of(name, sampler, steps, compiled):
+    """Rows of the table for one model."""
+    seconds, reports, extra, failed = measure(sampler, steps)
+    plain, half = seconds["un-cached"], -(-steps // 2)
+    label = f"{name}{', compiled' if compiled else ''}"
+    yield [label, "un-cached", steps, f"{plain / steps:.4f} s", "", "", "", ""]
+    yield ["", "skipping off", steps, f"{100 * (seconds['skipping off'] / plain - 1):+.1f} %", "", "", "", ""]
+    for way in ("paper's rule", "planned, linear", "planned, linear, output", "diffusers MagCache"):
+        if way in failed:
+            yield ["", way, "", f"fails ({failed[way]})", "", "", "", ""]
+            continue
+        speedup, report = plain / seconds[way], reports[way]
+        bytes_ = extra[way] - extra["un-cached"] if sampler.device == "cuda" else report.peak_bytes if report else None
+        reused = (seconds[way] - half * plain / steps) / (steps - half)
+        yield ["", way, half, "", f"{100 * reused / (plain / steps):.1f} %", f"{speedup:.2f}x of {steps / half:.2f}x",
+               f"{100 * speedup / (steps / half):.1f} %", "" if bytes_ is None else memory_text(max(0, bytes_))]
+
+
+def planner_text():
+    parts = []
+    for steps in (28, 50, 100):
+        table, begin = table_of(steps), time.perf_counter()
+        Target(steps // 2).plan(table, table.sigmas)
+        parts.append(f"{time.perf_counter() - begin:.2f} s for {steps} steps")
+    return f"Planning takes {', '.join(parts)}."
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="the small models, also where there is a GPU")
+    parser.add_argument("--only", default="", help="only models whose name has this in it")
+    parser.add_argument("--seconds", type=float, default=570, help="time for everything")
+    parser.add_argument("--output", type=Path, help="where the table goes, besides the console")
+    args = parser.parse_args()
+    begin, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    small = args.small or device == "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rows, left_out = [], []
+    for name, structure in tqdm((SMALL if small else LARGE).items(), desc="models"):
+        if args.only not in name:
+            continue
+        try:
+            sampler = Sampler(structure, device, dtype)
+            sampler.run(1)
+            call = sampler.run(2) / 2
+            steps = int(min(MOST_STEPS, max(FEWEST_STEPS, RUN_SECONDS / call))) // 2 * 2
+            left = args.seconds - (time.perf_counter() - begin)
+            for compiled in (False, True):
+                if WORST_RUNS * call * steps > left:
+                    left_out.append(f"{name}{', compiled' if compiled else ''}: no time left ({call:.1f} s a call)")
+                    continue
+                if compiled:
+                    sampler.model.compile_repeated_blocks(fullgraph=False)
+                rows += rows_of(name, sampler, steps, compiled)
+        except torch.OutOfMemoryError:
+            left_out.append(f"{name}: does not fit into the memory")
+        sampler = None
+        gc.collect()
+        torch._dynamo.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    text = needs("tabulate", "tabulate").tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
+        "", "", "computed", "a call", "reused / computed", "speed-up", "realised", "extra memory"])
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, one CPU thread"
+    text += (f"\n\n{planner_text()} Least of {REPEATS} runs, {dtype}, {machine}, torch {torch.__version__}, "
+             f"{time.strftime('%Y-%m-%d')}.")
+    text += "".join(f"\nLeft out: {one}." for one in left_out)
+    print(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
