@@ -39,25 +39,28 @@ RUN_SECONDS, MOST_STEPS, FEWEST_STEPS = 12.0, 28, 6  # how long an un-cached run
 WORST_RUNS = 30  # of a row's model, in un-cached runs, to decide whether there is time for it
 
 
-def flux(device, dtype, tokens, **config):
+def flux(tokens, text=(512, 4096), **config):
+    """(model, shape of its latent, its timestep at noise level 1, its other arguments); text: tokens and width."""
     from diffusers import FluxTransformer2DModel
-    model, side = FluxTransformer2DModel(guidance_embeds=True, **config), int(tokens**0.5)
+    side = int(tokens**0.5)
     image = torch.zeros(tokens, 3)
     image[:, 1], image[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
+    model = FluxTransformer2DModel(guidance_embeds=True, joint_attention_dim=text[1], **config)
     return model, (1, tokens, 64), 1.0, {
-        "guidance": torch.full((1,), 3.5), "pooled_projections": torch.randn(1, 768),
-        "encoder_hidden_states": torch.randn(1, 512, 4096), "txt_ids": torch.zeros(512, 3), "img_ids": image}
+        "guidance": torch.full((1,), 3.5), "pooled_projections": torch.randn(1, 768), "img_ids": image,
+        "encoder_hidden_states": torch.randn(1, *text), "txt_ids": torch.zeros(text[0], 3)}
 
 
-def wan(device, dtype, latent, **config):
+def wan(latent, text=(512, 4096), **config):
     from diffusers import WanTransformer3DModel
-    return WanTransformer3DModel(**config), (1, 16, *latent), 1000.0, {"encoder_hidden_states": torch.randn(1, 512, 4096)}
+    return WanTransformer3DModel(text_dim=text[1], **config), (1, 16, *latent), 1000.0, {
+        "encoder_hidden_states": torch.randn(1, *text)}
 
 
-def hunyuan(device, dtype, latent, **config):
+def hunyuan(latent, text=(256, 4096), **config):
     from diffusers import HunyuanVideoTransformer3DModel
-    return HunyuanVideoTransformer3DModel(**config), (1, 16, *latent), 1000.0, {
-        "encoder_hidden_states": torch.randn(1, 256, 4096), "encoder_attention_mask": torch.ones(1, 256),
+    return HunyuanVideoTransformer3DModel(text_embed_dim=text[1], **config), (1, 16, *latent), 1000.0, {
+        "encoder_hidden_states": torch.randn(1, *text), "encoder_attention_mask": torch.ones(1, text[0]),
         "pooled_projections": torch.randn(1, 768), "guidance": torch.full((1,), 6000.0)}
 
 
@@ -69,13 +72,12 @@ LARGE = {  # latents: frames, height, width
     "Wan2.1 14B, 720p, 81 frames": (wan, {"latent": (21, 90, 160)}),
     "HunyuanVideo, 720p, 129 frames": (hunyuan, {"latent": (33, 90, 160)}),
 }
+FEW_BLOCKS = {"num_layers": 3, "num_single_layers": 6, "num_attention_heads": 2, "text": (32, 256)}
 SMALL = {
-    "FLUX, 2 + 4 blocks of width 768, 256 tokens": (flux, {"tokens": 256, "num_layers": 2, "num_single_layers": 4,
-                                                           "num_attention_heads": 6}),
-    "Wan, 6 blocks of width 512, 420 tokens": (wan, {"latent": (7, 12, 20), "num_layers": 6, "num_attention_heads": 4,
-                                                     "ffn_dim": 2048}),
-    "HunyuanVideo, 2 + 4 blocks of width 512, 420 tokens": (hunyuan, {"latent": (7, 12, 20), "num_layers": 2,
-                                                                      "num_single_layers": 4, "num_attention_heads": 4}),
+    "FLUX, 3 + 6 blocks of width 256, 256 tokens": (flux, {"tokens": 256, **FEW_BLOCKS}),
+    "Wan, 9 blocks of width 256, 240 tokens": (wan, {"latent": (4, 12, 20), "num_layers": 9, "num_attention_heads": 2,
+                                                     "ffn_dim": 1024, "text": (32, 256)}),
+    "HunyuanVideo, 3 + 6 blocks of width 256, 240 tokens": (hunyuan, {"latent": (4, 12, 20), **FEW_BLOCKS}),
 }
 
 
@@ -89,7 +91,7 @@ class Sampler:
         try:
             with torch.device(device):
                 torch.manual_seed(0)
-                self.model, self.shape, self.scale, self.inputs = make(device, dtype, **config)
+                self.model, self.shape, self.scale, self.inputs = make(**config)
                 self.start = torch.randn(self.shape)
         finally:
             torch.set_default_dtype(before)
