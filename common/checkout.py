@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .calibration import fingerprint
 from .flags import cache_options, check_writable, settings_of
 from .patch import is_writer, magcache_calibration, magcache_forward
+from .planner import Target, table_grams
 from .quality import quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
 from .report import plot_schedule, write_report
@@ -120,8 +121,16 @@ class Session:
         check_writable("The output", Path(output or "output"))
         if self.calibrating and self.args.compare:
             raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
-        if not self.calibrating and not self.args.mag_ratios and not self.preset and not own_tables(self.task):
+        if self.calibrating:
+            return
+        own = [] if self.args.mag_ratios else own_tables(self.task)
+        if not self.args.mag_ratios and not self.preset and not own:
             raise MagCacheError(self.no_table())
+        settings = settings_of(self.args, self.lines, None, True)
+        if not own:  # else only the weights tell which
+            table = load(self.args.mag_ratios or self.preset)
+            if isinstance(settings, Target):
+                table_grams(table, table.sigmas)
 
     def no_table(self):
         return (f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same command with "
