@@ -75,6 +75,7 @@ class Statistics:
         self.current, self.previous, self.samples, self.current_levels = {}, {}, {}, list(map(float, levels))
 
     def add(self, call, residual):
+        self.device = residual.device
         rows = self.current.setdefault(branch_name(call.branch), {})
         if call.branch in self.previous and call.step not in rows:
             previous = self.previous[call.branch]
@@ -96,9 +97,9 @@ class Statistics:
                 (self.levels is not None and self.levels != self.current_levels):
             raise MagCacheError("Calibration needs runs of one kind: the same steps, size and guidance, each to its end.")
         self.levels = self.current_levels
-        self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows))]
+        self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows), self.device)]
                           for branch, rows in complete.items()})
-        self.grams.append({branch: summed_over_ranks(self.samples[branch].gram()) for branch in complete})
+        self.grams.append({branch: summed_over_ranks(self.samples[branch].gram(), self.device) for branch in complete})
         self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):
@@ -115,12 +116,13 @@ class Statistics:
                          **description)
 
 
-def summed_over_ranks(tensor):
-    """The sum over all processes of the default group; the tensor itself where there is one process."""
+def summed_over_ranks(tensor, device):
+    """The sum over all processes of the default group; the tensor itself where there is one process. device: this rank's, since
+    not every host makes it the current one."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor
-    shared = tensor.to("cuda" if distributed.get_backend() == "nccl" else "cpu", copy=True)
+    shared = tensor.to(device if distributed.get_backend() == "nccl" else "cpu", copy=True)
     distributed.all_reduce(shared)
     return shared.to(tensor.device)
 
