@@ -21,7 +21,7 @@ class Residuals:
         self.device, self.dtype, self.kept, self.peak_bytes = device, dtype, {}, 0
 
     def keep(self, call, latent, residual):
-        """Keep a residual (batch, tokens, width) computed at `call` for a latent of this shape, dtype and device."""
+        """Keep a residual (batch, tokens, width) computed at `call` for a latent of this shape and device."""
         kept = Kept(call.step, signature(latent), residual.to(self.device or residual.device, self.dtype), residual.dtype,
                     residual.device)
         self.kept.setdefault(call.branch, []).insert(0, kept)
@@ -37,7 +37,7 @@ class Residuals:
         if not kept or kept[0].step < anchors[0]:
             return None, "no residual of this branch yet"
         if kept[0].latent != signature(latent):
-            return None, "the latent changed its shape, dtype or device"
+            return None, "the latent changed its shape or device"
         newest = kept[0]
         residual = newest.residual.to(newest.device, newest.dtype)
         if len(anchors) == 2 and [one.step for one in kept] == anchors and kept[1].latent == newest.latent:
@@ -64,4 +64,5 @@ def needed_by(schedule, step):
 
 
 def signature(latent):
-    return tuple(latent.shape), latent.dtype, latent.device
+    """Its dtype is no part: HunyuanVideo's first latent is float16, the others are float32, and autocast makes one of them."""
+    return tuple(latent.shape), latent.device
