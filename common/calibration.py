@@ -76,6 +76,7 @@ class Statistics:
 
     def add(self, call, residual, output):
         """residual: (batch, tokens, width); output: (1, elements, 1)."""
+        self.device = residual.device
         branch = branch_name(call.branch)
         rows = self.current.setdefault(branch, {})
         if call.branch in self.previous and call.step not in rows:
@@ -104,9 +105,10 @@ class Statistics:
                 (self.levels is not None and self.levels != self.current_levels):
             raise MagCacheError("Calibration needs runs of one kind: the same steps, size and guidance, each to its end.")
         self.levels = self.current_levels
-        self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows))]
+        self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows), self.device)]
                           for branch, rows in complete.items()})
-        self.grams.append({key: summed_over_ranks(sample.gram()) for key, sample in self.samples.items() if key[1] in complete})
+        self.grams.append({key: summed_over_ranks(sample.gram(), self.device)
+                           for key, sample in self.samples.items() if key[1] in complete})
         self.seconds.append(seconds)
         self.samples = {}
 
@@ -133,12 +135,13 @@ def by_branch(tables, index, first):
     return {branch: [first, *(round(value, 6) for value in table[:, index].tolist())] for branch, table in tables.items()}
 
 
-def summed_over_ranks(tensor):
-    """The sum over all processes of the default group; the tensor itself where there is one process."""
+def summed_over_ranks(tensor, device):
+    """The sum over all processes of the default group; the tensor itself where there is one process. device: this rank's, since
+    not every host makes it the current one."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor
-    shared = tensor.to("cuda" if distributed.get_backend() == "nccl" else "cpu", copy=True)
+    shared = tensor.to(device if distributed.get_backend() == "nccl" else "cpu", copy=True)
     distributed.all_reduce(shared)
     return shared.to(tensor.device)
 

@@ -10,13 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from .calibration import fingerprint
 from .flags import cache_options, check_writable, settings_of
 from .patch import is_writer, magcache_calibration, magcache_forward
-from .planner import Target, table_grams
+from .planner import Target
 from .quality import quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
 from .report import plot_schedule, write_report
@@ -106,15 +107,16 @@ class Session:
 
     args: the parsed flags, the host's and ours; lines: the script's (magcache_thresh, magcache_K, retention_ratio) for this
     task; task: what ratios hold for besides the checkpoint ("t2v-14B"); size: "832x480"; frames: their number;
-    preset: name of the published table, or None; about: further entries of reports and calibration files.
+    preset: name of the published table, or None; about: further entries of reports and calibration files;
+    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1.
     """
 
-    def __init__(self, args, lines, task, size, frames, preset, about):
+    def __init__(self, args, lines, task, size, frames, preset, about, videos=lambda result: [result]):
         self.args, self.lines, self.task, self.size, self.frames, self.preset = args, lines, task, size, frames, preset
-        self.about = about
+        self.about, self.videos = about, videos
         self.calibrating = args.magcache_calibration is not None
         self.report = self.mag_ratios = self.comparison = None
-        self.frames_rendered = {}
+        self.frames_rendered, self.files_saved = {}, 0
 
     def check(self, output):
         """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
@@ -130,12 +132,11 @@ class Session:
         if not own:  # else only the weights tell which
             table = load(self.args.mag_ratios or self.preset)
             if isinstance(settings, Target):
-                table_grams(table, table.sigmas)
+                settings.plan(table, np.asarray(table.sigmas))
 
     def no_table(self):
         return (f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same command with "
-                "--magcache_calibration in place of --use_magcache, or name a table with --mag_ratios PRESET|FILE, or leave out "
-                "--use_magcache.")
+                "--magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with --no-magcache.")
 
     def table(self, checkpoint):
         """The ratios to use: those named, else this checkpoint's own for this task, else the published ones."""
@@ -148,54 +149,60 @@ class Session:
             raise MagCacheError(self.no_table())
         return load(self.preset)
 
-    def render(self, models, host, timesteps, draw, steps, checkpoint, boundary=None):
-        """Render as asked for. models: the pipeline's transformer, or its experts; draw: steps -> video as the host's pipeline
-        returns it (None on ranks that do not save). Returns the video that the host is to save."""
+    def patch(self, models, host, timesteps, checkpoint, boundary=None):
+        """Put MagCache, or the calibration, on the pipeline's transformer or its experts: beneath whatever takes hold of their
+        forward afterwards. checkpoint: fingerprint of the weights."""
         if self.calibrating:
-            return self.calibrate(models, host, timesteps, lambda: draw(steps), checkpoint, boundary)
+            self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
+            return
         self.mag_ratios = self.table(checkpoint)
-        self.say_what_differs()
-        handle = magcache_forward(models, host, self.mag_ratios, settings_of(self.args, self.lines, self.mag_ratios, True),
-                                  timesteps, announce=tqdm.write if is_writer() else None, boundary=boundary,
-                                  **cache_options(self.args))
-        with handle:
-            video, seconds = timed(draw, steps)
-        self.report, self.seconds = handle.reports[-1], seconds
-        self.say(self.report.line())
-        if self.args.compare:
-            try:
-                self.compare(draw, steps, video)
-            except (KeyboardInterrupt, RuntimeError) as error:  # hours may lie in what is rendered already
-                self.say(f"The comparison broke off ({type(error).__name__} {error}); what MagCache rendered is kept.")
-        return video
+        self.handle = magcache_forward(models, host, self.mag_ratios, settings_of(self.args, self.lines, self.mag_ratios, True),
+                                       timesteps, announce=tqdm.write if is_writer() else None, boundary=boundary,
+                                       **cache_options(self.args))
 
-    def calibrate(self, models, host, timesteps, draw, checkpoint, boundary):
-        """Render un-cached and save the magnitude ratios, from the writing rank alone."""
-        path = Path(self.args.magcache_calibration or
-                    calibrations_folder() / f"{self.task}-{self.size}x{self.frames}-{checkpoint}.json")
-        sampler = {"task": self.task, "size": self.size, "frames": self.frames, **({"boundary": boundary} if boundary else {})}
+    def calibration(self, models, host, timesteps, checkpoint, boundary):
+        """A patch that renders un-cached and saves the magnitude ratios, from the writing rank alone."""
         name = f"{self.task}-{self.size}x{self.frames}"
+        self.path = Path(self.args.magcache_calibration or calibrations_folder() / f"{name}-{checkpoint}.json")
+        sampler = {"task": self.task, "size": self.size, "frames": self.frames, **({"boundary": boundary} if boundary else {})}
         description = {"sampler": sampler, "settings": self.lines, "rule": load(self.preset).rule if self.preset else {},
                        "provenance": {"fingerprint": checkpoint, **self.about, "torch": torch.__version__,
                                       "date": time.strftime("%Y-%m-%d")}}
-        with magcache_calibration(models, host, timesteps, name, path, description):
-            video = draw()
-        hint = f"use it with --mag_ratios {path}." if self.args.magcache_calibration else \
-            f"runs of {self.task} with this checkpoint use it from now on."
-        self.say(f"Measured in an un-cached run, saved as {path}; {hint}")
-        return video
+        return magcache_calibration(models, host, timesteps, name, self.path, description)
 
-    def compare(self, draw, steps, video):
+    def render(self, draw, steps):
+        """Render as asked for, with the patch on. draw: steps -> what the host's pipeline returns. Returns that for the host
+        to save."""
+        if not self.calibrating:
+            self.say_what_differs()
+        with self.handle:
+            result, seconds = timed(draw, steps)
+        if self.calibrating:
+            hint = f"use it with --mag_ratios {self.path}." if self.args.magcache_calibration else \
+                f"runs of {self.task} with this checkpoint use it from now on."
+            self.say(f"Measured in an un-cached run, saved as {self.path}; {hint}")
+            return result
+        self.report, self.seconds = self.handle.reports[-1], seconds
+        self.say(self.report.line())
+        if self.args.compare:
+            try:
+                self.compare(draw, steps, result)
+            except (KeyboardInterrupt, RuntimeError) as error:  # hours may lie in what is rendered already
+                self.say(f"The comparison broke off ({type(error).__name__} {error}); what MagCache rendered is kept.")
+        return result
+
+    def compare(self, draw, steps, result):
         """Render un-cached and by the plain sampler with as many steps as were computed, at the same seed."""
         computed = self.report.schedule.computed
-        rows = {f"un-cached, {steps} steps": timed(draw, steps), f"MagCache, {computed} of {steps}": (video, self.seconds),
+        rows = {f"un-cached, {steps} steps": timed(draw, steps), f"MagCache, {computed} of {steps}": (result, self.seconds),
                 f"plain sampler, {computed} steps": timed(draw, computed)}
-        if video is None:
+        if not is_writer():
             return
-        self.frames_rendered = {title: as_frames(rendered) for title, (rendered, _) in rows.items()}
+        self.frames_rendered = {title: [as_frames(video) for video in self.videos(rendered)]
+                                for title, (rendered, _) in rows.items()}
         (first, reference), *others = self.frames_rendered.items()
-        self.comparison = {first: {"steps": steps}} | {title: {"steps": computed} | quality(reference, frames)
-                                                       for title, frames in others}
+        self.comparison = {first: {"steps": steps}} | {
+            title: {"steps": computed} | quality(np.concatenate(reference), np.concatenate(videos)) for title, videos in others}
         for title, (_, seconds) in rows.items():
             self.comparison[title]["seconds"] = seconds
         self.say(quality_table(self.comparison))
@@ -208,6 +215,7 @@ class Session:
             target = Path(save_file)
             if rename and self.report:
                 target = target.with_name(rename(target.name))
+            target = fitting(target)
             part = target.with_name(f".{os.getpid()}.part{target.suffix}")
             try:
                 write(tensor=tensor, save_file=str(part), **kwargs)
@@ -230,10 +238,11 @@ class Session:
             plot_schedule(target.with_suffix(".schedule.png"), self.report.schedule, self.report.levels, self.mag_ratios.name)
         if self.frames_rendered:
             sheet = target.with_name(f"{target.stem}_compare{target.suffix}")
-            side_by_side(sheet, list(self.frames_rendered.values()), fps)
+            side_by_side(sheet, [videos[self.files_saved] for videos in self.frames_rendered.values()], fps)
             self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {sheet}")
         write_report(target.with_suffix(".json"), self.report, task=self.task, size=self.size, frames=self.frames, **self.about,
                      mag_ratios_of=self.mag_ratios.name, seconds_whole_pipeline=round(self.seconds, 4), quality=self.comparison)
+        self.files_saved += 1
 
     def say_what_differs(self):
         sampler = self.mag_ratios.sampler
@@ -262,6 +271,12 @@ def volume(sampler):
     """Pixels of all frames: how alike two sizes are."""
     width, height = map(int, sampler["size"].split("x"))
     return width * height * sampler["frames"]
+
+
+def fitting(path):
+    """The path, its name cut where it leaves no room for the longer names beside it: a file system takes 255 bytes, and hosts
+    put the prompt there."""
+    return path.with_name(path.stem.encode()[:200].decode(errors="ignore") + path.suffix)
 
 
 def timed(draw, steps):

@@ -25,7 +25,7 @@ class Residuals:
         self.device, self.dtype, self.for_all, self.kept, self.peak_bytes = device, dtype, for_all, {}, 0
 
     def keep(self, call, latent, residual):
-        """Keep a residual computed at `call` for a latent of this shape, dtype and device. It takes the place of an earlier
+        """Keep a residual computed at `call` for a latent of this shape and device. It takes the place of an earlier
         evaluation at the same step."""
         kept = Kept(call.step, signature(latent), residual.to(self.device or residual.device, self.dtype), residual.dtype,
                     residual.device)
@@ -42,7 +42,7 @@ class Residuals:
         if not anchors or not kept or kept[0].step < anchors[0]:
             return None, "no residual of this branch yet"
         if kept[0].latent != signature(latent):
-            return None, "the latent changed its shape, dtype or device"
+            return None, "the latent changed its shape or device"
         kept = kept[:len(anchors)]
         as_planned = [one.step for one in kept] == anchors and all(one.latent == kept[0].latent for one in kept)
         if schedule.weights is None or not as_planned:
@@ -74,4 +74,5 @@ class Residuals:
 
 
 def signature(latent):
-    return tuple(latent.shape), latent.dtype, latent.device
+    """Its dtype is no part: HunyuanVideo's first latent is float16, the others are float32, and autocast makes one of them."""
+    return tuple(latent.shape), latent.device

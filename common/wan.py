@@ -112,8 +112,8 @@ def cached(pipeline_class, session):
             host = host_of(self, inner_module(models[0]))
             plain = super().generate
             with timesteps_noted(schedulers_of(pipeline_class)) as timesteps:
-                return session.render(models, host, timesteps, lambda steps: plain(*args, sampling_steps=steps, **kwargs),
-                                      sampling_steps, checkpoint, self.boundary if len(models) == 2 else None)
+                session.patch(models, host, timesteps, checkpoint, self.boundary if len(models) == 2 else None)
+                return session.render(lambda steps: plain(*args, sampling_steps=steps, **kwargs), sampling_steps)
 
     Cached.__name__ = pipeline_class.__name__
     return Cached
