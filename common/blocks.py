@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from torch.nn import functional
+
 from .ratios import MagCacheError
 
 
@@ -25,6 +27,8 @@ class Host:
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
         follow them (reference pictures, padding); statistics are taken of these only. None: all are.
     in_place: the first block writes into the tokens that it is given, so they are copied before.
+    output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its output,
+        where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
     hint_methods: methods whose product goes into the blocks and nowhere else (the branch of a control net that forward
         runs first); they return an empty list on a reused step.
     """
@@ -38,6 +42,7 @@ class Host:
     residual_shape: Callable | None = None
     noise_tokens: Callable | None = None
     in_place: bool = False
+    output_tokens: Callable | None = None
     hint_methods: tuple = ()
 
 
@@ -53,8 +58,10 @@ class BlockStack:
         self.first, self.final = FirstBlock(host.image_tokens, host.in_place), FinalLayer()
         self.shadows, self.shadowed = {}, {}
 
-    def record(self):
-        """From here to `finish`, forward runs every block and the image tokens before and after them are remembered."""
+    def record(self, arguments=None):
+        """From here to `finish`, forward runs every block and the image tokens before and after them are remembered.
+        arguments: of forward, by name, for the host's `output_tokens`."""
+        self.last = self.host.output_tokens(self.model, arguments) if self.host.output_tokens else 0
         lists = {name: getattr(self.model, name) for name in self.host.blocks}
         start = next(name for name, blocks in lists.items() if len(blocks))
         self.first.block, self.final.layer = lists[start][0], getattr(self.model, self.host.final_layer)
@@ -83,6 +90,7 @@ class BlockStack:
         if before is None or after is None:
             raise MagCacheError(f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                                 f"{self.host.final_layer}; run it with --no-magcache.")
+        after = after[:, -self.last:]
         return after - before[:, -after.shape[1]:]
 
     def restore(self):
@@ -132,4 +140,6 @@ class FinalLayer:
         if self.residual is None:
             self.tokens = tokens
             return self.layer(tokens, *args, **kwargs)
-        return self.layer(tokens + self.residual, *args, **kwargs)
+        before = tokens.shape[1] - self.residual.shape[1]  # leading tokens that do not reach the output
+        residual = functional.pad(self.residual, (0, 0, before, 0)) if before else self.residual
+        return self.layer(tokens + residual, *args, **kwargs)

@@ -269,7 +269,7 @@ class MagCache(Patch):
             return self.expert.payload.replace(residual)
         if not self.guard:
             self.residuals.drop_unneeded(call, run.schedule)
-        return self.expert.payload.record()
+        return self.expert.payload.record(self.arguments)
 
     def expert_changed(self):
         self.residuals.clear()
@@ -322,7 +322,7 @@ class Calibration(Patch):
         self.statistics.begin(self.run.tracker.levels)
 
     def prepare(self, run, call):
-        self.expert.payload.record()
+        self.expert.payload.record(self.arguments)
 
     def served(self, run, call, seconds, output):
         residual = self.expert.payload.finish()

@@ -1,8 +1,8 @@
 """What a reused step predicts: the residual of the block stack, or the output of the whole model.
 
-A payload has four methods. Around a computed call: `record()` before forward and `finish(output)` after it, which returns the
-tensor to keep, (batch, tokens, width). Around a reused call: `replace(tensor)`, which returns the output, or None where forward
-is still to make it, and `restore()` after it.
+A payload has four methods. Around a computed call: `record(arguments)`, those of forward by name, before it, and `finish(output)`
+after it, which returns the tensor to keep, (batch, tokens, width). Around a reused call: `replace(tensor)`, which returns the
+output, or None where forward is still to make it, and `restore()` after it.
 """
 import torch
 from torch.utils import _pytree as pytree
@@ -16,7 +16,7 @@ class ModelOutput:
     def __init__(self, model=None, host=None):
         self.leaves = self.form = None
 
-    def record(self):
+    def record(self, arguments=None):
         pass
 
     def finish(self, output):
