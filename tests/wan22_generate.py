@@ -5,9 +5,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from PIL import Image
-
 import wan
+from PIL import Image
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.utils import save_video, str2bool
 
