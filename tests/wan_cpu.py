@@ -1,8 +1,8 @@
 """Run a Wan checkout's scripts on a CPU, with tiny random weights: everything of theirs is real but the text encoder, the VAE,
 CLIP, the attention kernel and the packages that they import and a test does not need.
 
-    python tests/wan_cpu.py /folder/with/wan/magcache_generate.py --task t2v-1.3B ...   # runs a script
-    python tests/wan_cpu.py --checkpoint t2v FOLDER                                     # writes a tiny checkpoint
+    cd /folder/with/wan && python tests/wan_cpu.py magcache_generate.py --task t2v-1.3B ...   # runs a script
+    cd /folder/with/wan && python tests/wan_cpu.py --serve                                    # runs many (`serve`)
 
 Under WORLD_SIZE > 1 the process group is gloo's.
 """
@@ -14,8 +14,10 @@ import math
 import os
 import runpy
 import sys
+import traceback
 import types
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,9 @@ class TextEncoder:
         return [torch.randn(12, 4096, generator=seeded(text)) for text in texts]
 
 
+decoded = []  # the latents of every video of this process
+
+
 class VAE:
     """Frames are pooled to latents and back; 4 frames a latent, `stride` pixels."""
 
@@ -126,6 +131,7 @@ class VAE:
         return latents
 
     def decode(self, latents):
+        decoded.extend(latent.clone() for latent in latents)
         return [torch.nn.functional.interpolate(latent[None, :3].tanh(), size=(
             4 * latent.shape[1] - 3, *(size * self.stride for size in latent.shape[2:])))[0] for latent in latents]
 
@@ -221,16 +227,18 @@ def import_wan():
 
 
 def tiny_model(kind, seed=0):
-    """A WanModel (or VaceWanModel) with random weights, none of them zero."""
+    """A WanModel (or VaceWanModel) with random weights, none of them zero. Few text tokens where the class does not insist."""
+    import wan
     torch.manual_seed(seed)
+    text_len = 512 if kind in ("i2v", "flf2v") and not hasattr(wan, "WanTI2V") else 16
+    sizes = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 4, "text_len": text_len}
     if kind == "vace":
         from wan.modules.vace_model import VaceWanModel
-        model = VaceWanModel(dim=48, ffn_dim=64, num_heads=2, num_layers=4, vace_layers=[0, 2], vace_in_dim=96)
+        model = VaceWanModel(**sizes, vace_layers=[0, 2], vace_in_dim=96)
     else:
         from wan.modules.model import WanModel
-        sizes = {"t2v": (16, 16), "i2v": (36, 16), "flf2v": (36, 16), "ti2v": (48, 48)}
-        in_dim, out_dim = sizes[kind]
-        model = WanModel(model_type=kind, in_dim=in_dim, out_dim=out_dim, dim=48, ffn_dim=64, num_heads=2, num_layers=4)
+        in_dim, out_dim = {"t2v": (16, 16), "i2v": (36, 16), "flf2v": (36, 16), "ti2v": (48, 48)}[kind]
+        model = WanModel(model_type=kind, in_dim=in_dim, out_dim=out_dim, **sizes)
     for name, parameter in model.named_parameters():
         if not parameter.any() or name.endswith("head.weight"):
             torch.nn.init.normal_(parameter, std=0.05)
@@ -249,16 +257,63 @@ def write_checkpoint(kind, folder):
     if kind == "vace":  # save_pretrained mixes up this class's config
         (folder / "config.json").write_text(json.dumps({
             "_class_name": "VaceWanModel", "model_type": "vace", "dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 4,
-            "vace_layers": [0, 2], "vace_in_dim": 96, "in_dim": 16, "out_dim": 16, "text_len": 512, "freq_dim": 256}))
+            "vace_layers": [0, 2], "vace_in_dim": 96, "in_dim": 16, "out_dim": 16, "text_len": 16, "freq_dim": 256}))
+
+
+def run_script(path, *arguments):
+    """Run a script as python does, in this process."""
+    sys.argv = [path, *arguments]
+    sys.path[0] = str(Path(path).resolve().parent)
+    runpy.run_path(path, run_name="__main__")
+
+
+def serve():
+    """Import once, run many: each line of stdin is a list of processes {argv, cwd, env, log}, which are forked and run at the
+    same time; the answer is a line with the list of their exit codes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        children = [forked(**process) for process in json.loads(line)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), file=answers, flush=True)
+
+
+def forked(argv, cwd, env, log):
+    """The id of a new process that runs a script, or writes a checkpoint, and ends. Beside its log it leaves, as log + ".pt",
+    {latents: of each video, in turn; entered: how often a module of each class was called}."""
+    child = os.fork()
+    if child:
+        return child
+    code, entered = 1, Counter()
+    torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: entered.update([type(module).__name__]))
+    try:
+        for stream, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+            os.dup2(os.open(log if stream else os.devnull, flags | os.O_CREAT | os.O_APPEND), stream)
+        os.chdir(cwd)
+        os.environ.update(env)
+        if argv[0] == "--checkpoint":
+            write_checkpoint(*argv[1:])
+        else:
+            run_script(*argv)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        torch.save({"latents": decoded, "entered": dict(entered)}, f"{log}.pt")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--checkpoint":
-        sys.path.insert(0, os.getcwd())
-        import_wan()
-        write_checkpoint(*sys.argv[2:4])
+    sys.path.insert(1, os.getcwd())
+    import_wan()
+    del sys.path[1]
+    if sys.argv[1] == "--serve":
+        serve()
     else:
-        sys.argv = sys.argv[1:]
-        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-        import_wan()
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run_script(*sys.argv[1:])
