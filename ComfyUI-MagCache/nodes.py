@@ -18,6 +18,7 @@ from .wrappers import Calibration, MagCache, ratios_text, schedule_of
 CATEGORY = "MagCache"
 PACKAGE = Path(__file__).resolve().parent
 CALIBRATED = io.Custom("MAGCACHE_CALIBRATION")
+RELEASED_CALIBRATIONS = ("chroma_calibration", "flux_calibration", "flux_kontext_calibration", "hunyuanvideo1.5", "qwen_image")
 RECOMMENDED = -1  # what a threshold is while the user leaves it to the model type
 
 
@@ -42,7 +43,7 @@ class MagCacheNode(io.ComfyNode):
             node_id="MagCache", display_name="MagCache", category=CATEGORY,
             description="Skips the transformer's blocks at the steps where reusing their effect costs least: up to 2-3x faster.",
             inputs=[
-                io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA; the order of the nodes does not matter."),
+                io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA, in any order."),
                 io.Combo.Input("model_type", options=["auto", *MODEL_TYPES], default="auto", tooltip=(
                     "Whose published magnitude ratios and settings to use. auto recognises the model, and prefers your own "
                     "calibration of it. Wan2.2 T2V is told from Wan2.1 by its file name.")),
@@ -57,10 +58,11 @@ class MagCacheNode(io.ComfyNode):
                 io.Int.Input("start_step", default=0, min=-1000, max=1000, optional=True,
                              tooltip="First step that may be reused; negative counts from the end."),
                 io.Int.Input("end_step", default=-1, min=-1000, max=1000, optional=True,
-                             tooltip="Last step that may be reused; negative counts from the end: -1 is the last, -2 keeps it exact."),
+                             tooltip="Last step that may be reused; negative counts from the end: -1 is the last step."),
                 io.Float.Input("speedup", default=0.0, min=0.0, max=20.0, step=0.1, optional=True, tooltip=(
-                    "Plan the run for this bound, say 2.5, instead of by thresholds; skipped residuals are then predicted from "
-                    "the two newest. Needs one run with MagCache Calibration. 0: off.")),
+                    "Plan the run for this speed-up, say 2.5, instead of by magcache_thresh. After one run with MagCache "
+                    "Calibration the steps are placed where the least is lost and skipped residuals are predicted from the two "
+                    "newest. 0: off.")),
                 io.Combo.Input("cache_device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=(
                     "Where residuals are kept between steps. cpu saves GPU memory (Wan 14B at 720p: about 0.8 GB a branch) and "
                     "costs their transfer.")),
@@ -84,13 +86,12 @@ class MagCacheCalibrationNode(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MagCacheCalibration", display_name="MagCache Calibration", category=CATEGORY,
-            description=("Measures the magnitude ratios of a model in one ordinary run, which computes everything. MagCache nodes "
-                         "find the file by themselves from then on."),
+            description=("Measures the magnitude ratios of a model in one ordinary run, which computes everything. MagCache "
+                         "nodes find the file by themselves from then on."),
             inputs=[
                 io.Model.Input("model", tooltip="The model with the LoRAs that you render with, without a MagCache node."),
-                io.Combo.Input("model_type", default="auto", optional=True, options=[
-                    "auto", "chroma_calibration", "flux_calibration", "flux_kontext_calibration", "hunyuanvideo1.5", "qwen_image"],
-                    tooltip="Of no effect: the model is recognised. The names are those of the released node's workflows."),
+                io.Combo.Input("model_type", options=["auto", *RELEASED_CALIBRATIONS], default="auto", optional=True, tooltip=(
+                    "Of no effect: the model is recognised. The names are those of the released node's workflows.")),
             ],
             outputs=[io.Model.Output(), CALIBRATED.Output(display_name="calibration")], hidden=[io.Hidden.unique_id])
 
@@ -133,8 +134,8 @@ class CompileModelNode(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="CompileModel", display_name="Compile Model", category=CATEGORY,
-            description=("torch.compile of the diffusion model, before or after MagCache: the same steps are skipped. The first run "
-                         "takes longer."),
+            description=("torch.compile of the diffusion model, before or after MagCache: the same steps are skipped. The first "
+                         "run takes longer."),
             inputs=[
                 io.Model.Input("model"),
                 io.Combo.Input("mode", options=["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
@@ -174,8 +175,8 @@ class MagCacheExtension(ComfyExtension):
                 taken[node] = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
         if taken:
             logging.warning(f"MagCache: {', '.join(sorted(set(taken.values())))} already provides the nodes "
-                            f"{', '.join(node.GET_SCHEMA().node_id for node in taken)}, so those of {PACKAGE} are not loaded: keep "
-                            "one of the two packages.")
+                            f"{', '.join(node.GET_SCHEMA().node_id for node in taken)}, so those of {PACKAGE} are not loaded: "
+                            "keep one of the two packages.")
         else:
             for other in released_packages():
                 logging.warning(f"MagCache: {other} is a MagCache package with nodes of the same names as those of {PACKAGE}; if "

@@ -5,7 +5,9 @@ that runs the transformer (a module that torch.compile made included), each call
 computes or reuses. Nothing stays on the model, and no forward is copied.
 """
 import time
+import uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import comfy.model_patcher
 import comfyui_version
@@ -16,11 +18,11 @@ from comfy.patcher_extension import WrappersMP
 from .common import ratios as ratio_files
 from .common.blocks import BlockStack
 from .common.calibration import Statistics, fingerprint_of
-from .common.patch import Stopwatch, inner_module
+from .common.patch import REHEARSALS, Stopwatch, inner_module
 from .common.planner import Target
 from .common.ratios import MagCacheError, calibrations_folder, load
 from .common.report import RunReport, plan_text
-from .common.residuals import Residuals, needed_by
+from .common.residuals import Residuals
 from .common.schedule import Rule, Settings, compute_all, magcache_schedule, rule_of
 from .common.steps import Call
 from .models import MODEL_TYPES, host_of, recognise, require_class
@@ -39,7 +41,8 @@ class Patch:
 
     def on(self, patcher):
         patched = patcher.clone()
-        for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self.outer_sample), (WrappersMP.APPLY_MODEL, apply_model)):
+        for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self.outer_sample), (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
+                              (WrappersMP.APPLY_MODEL, apply_model)):
             patched.remove_wrappers_with_key(kind, KEY)
             patched.add_wrapper_with_key(kind, KEY, wrapper)
         return patched
@@ -68,6 +71,16 @@ def apply_model(executor, *args, **kwargs):
     options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
     run = options.get(KEY)
     return executor(*args, **kwargs) if run is None else run.call(executor, args, kwargs, options)
+
+
+def calc_cond_batch(executor, model, conds, *args, **kwargs):
+    """A prompt without an area is copied for each area of the other branch, with its id: make the ids differ."""
+    return executor(model, [branch and [identified(cond) for cond in branch] for branch in conds], *args, **kwargs)
+
+
+def identified(cond):
+    area = cond.get("area")
+    return {**cond, "uuid": uuid.uuid5(cond["uuid"], str(area))} if area is not None and "uuid" in cond else cond
 
 
 @dataclass(frozen=True)
@@ -110,12 +123,16 @@ class Run:
         self.circumstances, self.levels, self.schedule = circumstances, circumstances.levels, schedule
         self.host, self.stacks = host_of(circumstances.model), {}
         self.report = RunReport(schedule, self.levels.tolist())
-        self.stack_of(circumstances.model)  # raises if this version of the class is not the one that MagCache knows
+        self.stack_of(circumstances.model)  # raises if this version of the class is not known
 
     def stack_of(self, model):
         """The block stack of a model; with several GPUs each has a model of its own."""
         if id(model) not in self.stacks:
-            self.stacks[id(model)] = BlockStack(model, self.host)
+            try:
+                self.stacks[id(model)] = BlockStack(model, self.host)
+            except MagCacheError:
+                name = type(model).__name__
+                raise MagCacheError(f"in this version of ComfyUI {name} is not built as MagCache knows it.") from None
         return self.stacks[id(model)]
 
     def step(self, sigma):
@@ -124,31 +141,30 @@ class Run:
 
     def call(self, executor, args, kwargs, options):
         x, stack = args[0], self.stack_of(inner_module(executor.class_obj.diffusion_model))
-        branches = options["cond_or_uncond"]
-        step = self.step(float(options["sigmas"].flatten()[0]))
-        calls = [Call(step, branch) for branch in branches]
-        keys, latents = keys_of(options), x.chunk(len(branches))
-        residual, why = self.reused(keys, calls, latents)
+        sigma, branches = float(options["sigmas"].flatten()[0]), options["cond_or_uncond"]
+        calls = [Call(self.step(sigma), branch) for branch in branches]
+        parts = list(zip(keys_of(options), calls, x.chunk(len(branches))))
+        residual, why = self.reused(parts)
         stopwatch = Stopwatch(x.device)
+        if residual is not None:
+            output = run_with(stack, residual, executor, args, kwargs)
+            self.report.add(calls[0], "reused", stopwatch.stop())
+            return output
+        self.prepare(parts)
         try:
-            if residual is None:
-                self.prepare(keys, calls)
-                stack.record()
-            else:
-                stack.replace(residual)
+            stack.record()
             output = executor(*args, **kwargs)
-            if residual is None:
-                made = self.made(stack)
-                why = why if made is not None else "another patch skipped or replaced the first block"
+            seconds, residual = stopwatch.stop(), self.made(stack)
         finally:
             stack.restore()
-        self.report.add(calls[0], "computed" if residual is None else "reused", stopwatch.stop(), why)
-        if residual is None and made is not None:
-            self.keep(keys, calls, latents, made.chunk(len(branches)), stack.model)
+        if residual is None:
+            why = "another patch skipped or replaced the first block"
+        else:
+            self.keep(parts, residual, (x - output) / sigma, stack.model)
+            if calls[0].step == self.schedule.steps - 1:
+                self.ending(lambda: run_with(stack, residual, executor, args, kwargs), x.device)
+        self.report.add(calls[0], "computed", seconds, why)
         return output
-
-    def prepare(self, keys, calls):
-        """Before a computed call."""
 
     @staticmethod
     def made(stack):
@@ -156,6 +172,29 @@ class Run:
             return stack.finish()
         except MagCacheError:
             return None
+
+    def reused(self, parts):
+        """(residual of the whole batch, ""), or (None, why it has to be computed); parts: (key, call, latent) of each part of
+        the batch."""
+        return None, ""
+
+    def prepare(self, parts):
+        """Before a computed call."""
+
+    def keep(self, parts, residual, velocity, model):
+        """After a computed call. residual: (batch, tokens, width); velocity: the model's own output, of which ComfyUI makes the
+        denoised latent x - sigma * velocity."""
+
+    def ending(self, rehearse, device):
+        """After a computed call at the last step. rehearse: makes the same call again, without its blocks."""
+
+
+def run_with(stack, residual, executor, args, kwargs):
+    try:
+        stack.replace(residual)
+        return executor(*args, **kwargs)
+    finally:
+        stack.restore()
 
 
 def keys_of(options):
@@ -174,27 +213,25 @@ class CachedRun(Run):
         super().__init__(circumstances, schedule)
         self.device, self.residuals = device, {}
 
-    def reused(self, keys, calls, latents):
-        """(residual of the whole batch, ""), or (None, why it has to be computed)."""
-        if not self.schedule.reuse[calls[0].step]:
+    def reused(self, parts):
+        if not self.schedule.reuse[parts[0][1].step]:
             return None, ""
-        parts = []
-        for key, call, latent in zip(keys, calls, latents):
+        predicted = []
+        for key, call, latent in parts:
             residual, why = self.of(key).predict(call, latent, self.schedule)
             if residual is None:
                 return None, why
-            parts.append(residual)
-        return parts[0] if len(parts) == 1 else torch.cat(parts), ""
+            predicted.append(residual)
+        return predicted[0] if len(predicted) == 1 else torch.cat(predicted), ""
 
-    def prepare(self, keys, calls):
-        for key, call in zip(keys, calls):
+    def prepare(self, parts):
+        for key, call, _ in parts:
             self.of(key).drop_unneeded(call, self.schedule)
 
-    def keep(self, keys, calls, latents, made, model):
-        if not needed_by(self.schedule, calls[0].step):
-            return
-        for key, call, latent, residual in zip(keys, calls, latents, made):
-            self.of(key).keep(call, latent, residual)
+    def keep(self, parts, residual, velocity, model):
+        for (key, call, latent), part in zip(parts, residual.chunk(len(parts))):
+            if self.of(key).needed_by(self.schedule, call.step):
+                self.of(key).keep(call, latent, part)
         self.report.peak_bytes = max(self.report.peak_bytes, sum(kept.bytes for kept in self.residuals.values()))
 
     def of(self, key):
@@ -206,18 +243,28 @@ class MeasuredRun(Run):
 
     def __init__(self, circumstances):
         super().__init__(circumstances, compute_all(len(circumstances.levels)))
-        self.statistics, self.first = Statistics(), {}
+        self.statistics, self.first, self.reused_seconds = Statistics(), {}, None
         self.statistics.begin(self.levels)
 
-    def reused(self, keys, calls, latents):
-        return None, ""
-
-    def keep(self, keys, calls, latents, made, model):
-        for key, call, latent, residual in zip(keys, calls, latents, made):
+    def keep(self, parts, residual, velocity, model):
+        count = len(parts)
+        for (key, call, latent), part, output in zip(parts, residual.chunk(count), velocity.chunk(count)):
             if self.first.setdefault(call.branch, key) == key:
                 forward = {"x": latent, "patch_size": model.patch_size}
                 tokens = self.host.noise_tokens(forward) if self.host.noise_tokens else None
-                self.statistics.add(call, residual[:, :tokens])
+                self.statistics.add(call, part[:, :tokens], output.reshape(1, -1, 1))
+
+    def ending(self, rehearse, device):
+        if self.reused_seconds is None:
+            seconds = []
+            for _ in range(REHEARSALS):
+                stopwatch = Stopwatch(device)
+                rehearse()
+                seconds.append(stopwatch.stop())
+            self.reused_seconds = min(read() for read in seconds)
+
+    def finish(self):
+        self.statistics.finish({"computed": self.report.typical_seconds, "reused": self.reused_seconds})
 
 
 class MagCache(Patch):
@@ -227,11 +274,12 @@ class MagCache(Patch):
                  mag_ratios=""):
         """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
         start_step, end_step: first and last step that may be reused, counted from the end where negative.
-        speedup: plan for a bound steps / computed nearest to it (0: off); device: where residuals are kept (None: the model's).
+        speedup: plan for it (`planner.Target`; 0: off), within magcache_K and retention_ratio where given.
+        device: where residuals are kept (None: the model's).
         mag_ratios: preset or file (empty: found for the model)."""
         super().__init__(say)
         self.model_type, self.thresholds, self.window = model_type, dict(thresholds), (start_step, end_step)
-        self.speedup, self.device, self.table = speedup, device, load(mag_ratios) if mag_ratios else None
+        self.speedup, self.device, self.table = speedup, device, named_table(mag_ratios) if mag_ratios else None
         Settings(**{**UNPUBLISHED, **self.thresholds})  # bad ones are refused here, before anything is rendered
         if speedup:
             Target(magcache_speedup=speedup)
@@ -239,7 +287,8 @@ class MagCache(Patch):
     def begin(self, circumstances):
         schedule, table = self.plan(circumstances)
         run = CachedRun(circumstances, schedule, self.device)
-        self.say(plan_text(schedule, circumstances.levels, table))
+        text = plan_text(schedule, circumstances.levels, table).splitlines()
+        self.say("\n".join(line for line in text if "--" not in line))  # which names a flag of the scripts
         return run
 
     def plan(self, circumstances):
@@ -252,12 +301,9 @@ class MagCache(Patch):
         if table is None:
             raise MagCacheError(f"no magnitude ratios are known for this {type(circumstances.model).__name__}: run it once "
                                 "with the node MagCache Calibration in the place of this one.")
-        if self.speedup and "gram" in table.statistics:
-            return Target(magcache_speedup=self.speedup, magcache_K=self.thresholds.get("magcache_K")).plan(
-                table, circumstances.levels), table
         if self.speedup:
-            self.say(f"MagCache: {table.name} has magnitude ratios only, so this run has its thresholds instead of the speed-up "
-                     f"{self.speedup:g}; run the model once with the node MagCache Calibration.")
+            caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
+            return Target(magcache_speedup=self.speedup, **caps).plan(table, circumstances.levels), table
         recommended = table.settings or (published.settings if published else UNPUBLISHED)
         settings, rule = Settings(**{**recommended, **self.thresholds}), rule_of(table)
         steps = len(circumstances.levels)
@@ -276,6 +322,12 @@ class MagCache(Patch):
         run.residuals.clear()
         if run.report.calls:
             self.say(run.report.line())
+
+
+def named_table(name):
+    if name.endswith(".json") and not Path(name).is_file():
+        raise MagCacheError(f"mag_ratios: there is no calibration file {name}; the node MagCache Calibration makes one.")
+    return load(name)
 
 
 def published_table(model_type, steps):
@@ -340,7 +392,7 @@ class Calibration(Patch):
             self.say("MagCache Calibration: the run broke off, nothing was written.")
             return
         try:
-            run.statistics.finish()
+            run.finish()
             self.write(run)
         except MagCacheError as error:
             self.failure = str(error)
@@ -360,7 +412,8 @@ class Calibration(Patch):
         self.path = calibrations_folder() / f"{name}.json"
         ratio_files.write(self.path, self.mag_ratios)
         self.failure = None
-        self.say(f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n{ratios_text(self.mag_ratios)}")
+        self.say(f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n"
+                 f"{ratios_text(self.mag_ratios)}")
 
 
 def ratios_text(mag_ratios):

@@ -15,6 +15,7 @@ def start(root, custom_nodes):
     sys.path.insert(0, str(root))
     from comfy.cli_args import args
     args.cpu = True  # before anything asks for the device
+    args.use_pytorch_cross_attention = True  # as on a GPU; what a CPU takes looks at the free memory and compiles each time anew
     import torch
     torch.set_num_threads(1)
     import folder_paths

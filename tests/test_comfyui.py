@@ -116,3 +116,52 @@ FAMILIES = ("flux", "flux2", "chroma", "wan", "wan_i2v", "vace", "hunyuan", "hun
 @pytest.mark.parametrize("check", ["nothing_skipped_is_plain", "reuse_is_what_it_should_be"])
 def test_family(worker, check, family, cfg):
     worker.run(check, family, cfg)
+
+
+SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "heun", "heunpp2", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast",
+            "dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm", "ipndm",
+            "deis", "res_multistep", "gradient_estimation", "er_sde", "seeds_2", "seeds_3", "sa_solver", "ddim", "uni_pc")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sampler(worker, sampler):
+    worker.run("sampler_skips_the_planned_steps", sampler)
+
+
+@pytest.mark.parametrize("check", [
+    ("batched_is_split", "flux"), ("batched_is_split", "wan"), ("batched_is_split", "chroma"), ("image_to_image", 0.5),
+    ("image_to_image", 0.3), ("two_stages",), ("a_run_knows_nothing_of_the_one_before",), ("nothing_is_kept_after_a_run",),
+    ("regions_and_schedules", "flux"), ("regions_and_schedules", "wan"), ("context_windows",), ("skip_layer_guidance",),
+    ("references",), ("controls_count_once", "flux"), ("controls_count_once", "qwen"), ("replaced_first_block",),
+    ("beside_other_wrappers",), ("the_last_magcache_node_holds",), ("window_of_steps",), ("cache_on_the_cpu",),
+    ("unknown_models_render_uncached",), ("mistakes_are_refused_by_the_node",), ("recommended_settings",),
+    ("wan22_in_two_samplers",)], ids=lambda check: "-".join(map(str, check)))
+def test_run(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize("check", [
+    *(("calibration_measures", family, cfg, free) for family, cfg, free in (
+        ("flux", 1.0, 2**40), ("flux", 3.0, 2**40), ("flux", 3.0, 0), ("wan", 3.0, 2**40), ("chroma", 3.0, 0), ("qwen", 1.0, 0),
+        ("hunyuan", 1.0, 0), ("vace", 3.0, 2**40))),
+    *(("calibration_with_a_sampler", sampler) for sampler in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "res_multistep")),
+    ("interrupted_calibration_writes_nothing",), ("planned_speedup",), ("loras_have_calibrations_of_their_own",)],
+    ids=lambda check: "-".join(map(str, check)))
+def test_calibration(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("order", ["compile first", "cache first"])
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_compiled(worker, family, order, fullgraph):
+    worker.run("compiled", family, order, fullgraph)
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_compile_modes(worker, mode):
+    worker.run("compile_options", mode)
+
+
+def test_recognition(worker):
+    worker.run("recognised")
