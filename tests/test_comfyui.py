@@ -118,13 +118,20 @@ def test_family(worker, check, family, cfg):
     worker.run(check, family, cfg)
 
 
-SAMPLERS = ("euler", "euler_cfg_pp", "euler_ancestral", "heun", "heunpp2", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast",
-            "dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm", "ipndm",
-            "deis", "res_multistep", "gradient_estimation", "er_sde", "seeds_2", "seeds_3", "sa_solver", "ddim", "uni_pc")
+COMMON_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc", "res_multistep")
+SAMPLERS = ("euler_cfg_pp", "heunpp2", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",
+            "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm", "ipndm", "deis", "gradient_estimation", "er_sde", "seeds_2", "seeds_3",
+            "sa_solver", "ddim")
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", COMMON_SAMPLERS)
 def test_sampler(worker, sampler):
+    worker.run("sampler_skips_the_planned_steps", sampler)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_other_sampler(worker, sampler):
     worker.run("sampler_skips_the_planned_steps", sampler)
 
 
@@ -151,16 +158,29 @@ def test_calibration(worker, check):
     worker.run(*check)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("order", ["compile first", "cache first"])
-@pytest.mark.parametrize("family", ["flux", "wan"])
+@pytest.mark.parametrize("family, order, fullgraph", [("flux", "compile first", True), ("wan", "cache first", True)])
 def test_compiled(worker, family, order, fullgraph):
     worker.run("compiled", family, order, fullgraph)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+def test_compiled_in_several_graphs(worker):
+    worker.run("compiled", "flux", "cache first", False)
 
 
 @pytest.mark.parametrize("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])
 def test_compile_modes(worker, mode):
     worker.run("compile_options", mode)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "ComfyUI-MagCache" / "examples").glob("*.json")))
+def test_example(worker, name):
+    worker.run("example_is_valid", name)
+
+
+@pytest.mark.parametrize("check", ["the_released_package_is_not_replaced", "without_common_it_says_what_to_do"])
+def test_package(worker, check):
+    worker.run(check)
 
 
 def test_recognition(worker):
