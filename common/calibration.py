@@ -79,7 +79,7 @@ class Statistics:
         self.device = residual.device
         branch = branch_name(call.branch)
         rows = self.current.setdefault(branch, {})
-        if call.branch in self.previous and call.step not in rows:
+        if call.step and call.branch in self.previous and call.step not in rows:
             previous = self.previous[call.branch]
             rows[call.step] = NO_CHANGE if previous is None else comparison_sums(residual, previous)
         self.previous[call.branch] = residual
@@ -98,8 +98,10 @@ class Statistics:
         seconds: {"computed": .., "reused": ..}, of one call.
         """
         steps = len(self.current_levels)
-        complete = {name: [rows[step] for step in range(1, steps)] for name, rows in self.current.items()
-                    if len(rows) == steps - 1}
+        # By number: a host may call the unconditional branch first.
+        by_number = [branch_name(branch) for branch in sorted(self.previous)]
+        complete = {name: [self.current[name][step] for step in range(1, steps)] for name in by_number
+                    if len(self.current[name]) == steps - 1}
         self.previous = {}
         if not complete or (self.runs and complete.keys() != self.runs[0].keys()) or \
                 (self.levels is not None and self.levels != self.current_levels):

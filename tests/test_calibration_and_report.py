@@ -10,10 +10,12 @@ import torch
 from test_patch import BASE, RUNS, Tokens
 
 from common.blocks import Host
+from common.calibration import Statistics
 from common.patch import magcache_calibration, magcache_forward
 from common.ratios import MagCacheError, MagRatios, read
 from common.report import write_report
 from common.schedule import Settings
+from common.steps import Call
 
 # Calibration
 
@@ -303,3 +305,19 @@ def test_a_table_of_another_model_is_announced(model, euler, cached, ratios):
     with cached(sampler, ratios=lent, announce=plans.append):
         sampler.run()
     assert "Really another model's." in plans[0]
+
+
+def test_branches_by_number_and_steps_evaluated_twice():
+    """A host may call the unconditional branch first, and a solver evaluate a step twice, the first one too."""
+    statistics, made = Statistics(), torch.Generator().manual_seed(0)
+    residuals = {(step, branch, turn): torch.randn(1, 3, 4, generator=made)
+                 for step in range(4) for branch in (1, 0) for turn in (0, 1)}
+    statistics.begin([1.0, 0.75, 0.5, 0.25])
+    for (step, branch, _), residual in residuals.items():
+        statistics.add(Call(step, branch), residual, residual.reshape(1, -1, 1))
+    statistics.finish({"computed": 1.0, "reused": 0.1})
+    table = statistics.mag_ratios("tiny")
+    assert list(table.mag_ratios) == list(table.statistics["gram"]) == ["cond", "uncond"]
+    norms = {key: residual.norm(dim=-1) for key, residual in residuals.items()}
+    expected = [1.0] + [float((norms[step, 0, 0] / norms[step - 1, 0, 1]).mean()) for step in (1, 2, 3)]
+    assert table.mag_ratios["cond"] == pytest.approx(expected, abs=1e-5)
