@@ -117,7 +117,7 @@ def test_runs_do_not_see_each_other(case, kind):
 
 def test_without_guidance(case):
     result = case("without_guidance")
-    assert result["branches"] == [0] and result["calls"] == 12 and result["complete"]
+    assert result["branches"] == [0] and result["calls"] == 9 and result["complete"]
     assert result["strip"] == result["planned"] and "." in result["strip"]
 
 
@@ -234,6 +234,7 @@ def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path)
     (("--use_magcache", "--magcache_K", "-1", "--mag_ratios", "wan2.2-t2v-a14b"), "magcache_K must be 0 (off) or more"),
     (("--use_magcache", "--task", "s2v-14B"), "MagCache knows the tasks t2v-A14B, i2v-A14B, ti2v-5B, not s2v-14B"),
     (("--use_magcache", "--magcache_cache_device", "nonesuch"), "is no device of this machine"),
+    (("--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "/dev/null/cat.mp4"), "cannot be written"),
 ])
 def test_a_mistake_gets_one_sentence_and_costs_nothing(command, wan22, flags, part, tmp_path):
     weightless = tmp_path / "checkpoint"
@@ -244,6 +245,13 @@ def test_a_mistake_gets_one_sentence_and_costs_nothing(command, wan22, flags, pa
     last = done.output.strip().splitlines()[-1]
     assert last.startswith("magcache_generate.py: ") and part in last and last.endswith(".")
     assert "Traceback" not in done.output and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_old_file(command, tmp_path):
+    (tmp_path / "cat.nonesuch").write_text("old")
+    done = command("t2v", "--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "cat.nonesuch", code=1)
+    assert "magcache_generate.py: cat.nonesuch could not be written" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.nonesuch"] and (tmp_path / "cat.nonesuch").read_text() == "old"
 
 
 def test_no_generate_py_beside_the_script(wan22, tmp_path):
