@@ -220,6 +220,7 @@ def import_wan():
                 model, device_id=torch.device("cpu"), param_dtype=torch.float32, sync_module_states=False)
     from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
     SIZE_CONFIGS["832*480"] = SIZE_CONFIGS["1280*704"] = (96, 64)
+    SIZE_CONFIGS["480*832"] = (48, 80)  # 15 tokens a latent frame: two processes have to fill up
     MAX_AREA_CONFIGS["832*480"] = MAX_AREA_CONFIGS["1280*704"] = 96 * 64
     if hasattr(wan, "WanVace"):
         wan.WanVace.prepare_source = small_source
