@@ -4,11 +4,13 @@ import argparse
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common.ratios import MagCacheError, calibrations_folder, load
-from common.wan import add_flags, session_of
+from common.wan import WAN, add_flags, host_of, session_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 T2V_1, T2V_14, I2V_14 = ("t2v", 1536), ("t2v", 5120), ("i2v", 5120)
@@ -87,3 +89,18 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
 def test_a_task_that_is_not_known(tmp_path):
     with pytest.raises(MagCacheError, match=r"MagCache knows the tasks .*, not s2v-14B; leave out --use_magcache\."):
         session(tmp_path, "MagCache4Wan2.2", "s2v-14B", "1024*704", 80, None, ("s2v", 5120))
+
+
+@pytest.mark.parametrize("ranks, shares", [(2, [23, 22]), (4, [12, 12, 12, 9]), (8, [6, 6, 6, 6, 6, 6, 6, 3]), (1, None)])
+def test_padding_is_no_token_of_any_rank(monkeypatch, ranks, shares):
+    """45 tokens, made up to a multiple of the ranks; statistics are taken of those that are none."""
+    forward = {"x": [torch.empty(16, 3, 6, 10)], "seq_len": -(-45 // ranks) * ranks}
+    hosts = []
+    for rank in range(ranks):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        hosts.append(host_of(SimpleNamespace(sp_size=ranks), SimpleNamespace(patch_size=(1, 2, 2), dim=48)))
+    if shares is None:
+        assert hosts == [WAN]
+    else:
+        assert [host.noise_tokens(forward) for host in hosts] == shares
+        assert {host.residual_shape(SimpleNamespace(dim=48), forward) for host in hosts} == {(1, forward["seq_len"] // ranks, 48)}
