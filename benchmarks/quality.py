@@ -302,7 +302,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="hub id or folder of a diffusers pipeline; default: the demo model")
     parser.add_argument("--prompt_file", type=Path, help="for another model than the demo: a prompt a line")
-    parser.add_argument("--prompts", type=int, default=10, help="how many of the prompts are measured")
+    parser.add_argument("--prompts", type=int, default=6, help="how many of the prompts are measured")
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--height", type=int)
