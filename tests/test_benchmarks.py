@@ -71,17 +71,31 @@ def test_experiments_run(demo, monkeypatch):
 
 
 @pytest.mark.parametrize("name", speed.SMALL)
-def test_speed_runs_every_structure(name, monkeypatch):
+def test_speed_runs_every_structure(name):
     """Of six steps, one block a list: the facts in hosts.py are those of the real classes, and three steps are skipped."""
     make, config = speed.SMALL[name]
     shrunk = {**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}, "text": (4, 32)}
     shrunk.update({"latent": (1, 4, 4)} if "latent" in config else {"tokens": 16})
-    monkeypatch.setattr(speed, "REPEATS", 1)
     sampler = speed.Sampler((make, shrunk), "cpu", torch.float32)
-    rows = list(speed.rows_of(name, sampler, 6, False))
+    executed = []
+    [module for path, module in sampler.model.named_modules() if path.endswith("to_q")][-1].register_forward_hook(
+        lambda *_: executed.append(None))
+    rows = list(speed.rows_of(name, sampler, 6, repeats=2))
+    assert len(executed) == 3 * (6 + 6 + 3 + 3 + 3 + 3)  # also the other project's hook computes half
     assert [row[1] for row in rows] == ["un-cached", "skipping off", "paper's rule", "planned, linear", "planned, linear, output",
                                         "diffusers MagCache"]
     assert all(row[2] == 3 for row in rows[2:])
+
+
+def test_the_speed_table_is_written(tmp_path, monkeypatch):
+    make, config = speed.SMALL["FLUX, 3 + 6 blocks of width 256, 256 tokens"]
+    monkeypatch.setattr(speed, "SMALL", {"one": (make, {**config, "num_layers": 1, "num_single_layers": 1, "tokens": 16})})
+    monkeypatch.setattr(speed, "RUN_SECONDS", {"cpu": 0.01})
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # no compiler is tried out here
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--small", "--output", str(tmp_path / "speed.md")])
+    speed.main()
+    text = (tmp_path / "speed.md").read_text()
+    assert "| one " in text and "| one, compiled " in text and "Planning takes" in text and "Left out" not in text
 
 
 def test_a_transformer_without_facts_gets_a_sentence():
