@@ -7,8 +7,10 @@ steps. The first row of each table is what `common/` does. Where a predictor is 
 found by moving those of the linear plan one at a time until its own expected cost falls no further.
 """
 import argparse
+import copy
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,6 +241,33 @@ def measure(pipe, table, trial, steps, computed, reference):
     return f"{np.mean(psnr):.1f}"
 
 
+@contextmanager
+def changed(transformer, share):
+    """Every matrix of the model off by noise of this share of its size: another checkpoint than was calibrated."""
+    kept, noise = copy.deepcopy(transformer.state_dict()), torch.Generator().manual_seed(0)
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:
+            parameter.data += share * parameter.data.std() * torch.randn(parameter.shape, generator=noise)
+    try:
+        yield
+    finally:
+        transformer.load_state_dict(kept)
+
+
+def guard_rows(pipe, table, steps, computed):
+    """Computed steps and PSNR with and without the guard, on the calibrated model and on others."""
+    for share in (0.0, 0.05, 0.1, 0.2):
+        with changed(pipe.transformer, share):
+            reference = {prompt: render(pipe, prompt, steps, SEED)[0] for prompt in JOBS}
+            row = [f"weights off by {share:.0%}"]
+            for factor in (None, 3.0, 2.0, 1.5):
+                with patched(pipe, table, Target(computed, magcache_guard=factor), Rule()) as handle:
+                    psnr = np.mean([quality(picture[None], render(pipe, prompt, steps, SEED)[0][None])["psnr"]
+                                    for prompt, picture in reference.items()])
+                    row.append(f"{psnr:.1f} ({np.mean([report.computed for report in handle.reports]):.1f})")
+        yield row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only the tables whose title has this in it")
@@ -255,6 +284,9 @@ def main():
                            for trial in tqdm(rows, desc=f"{title}, {steps} steps")]
                 print(needs("tabulate", "tabulate").tabulate(printed, tablefmt="github", disable_numparse=True, headers=[
                     title, *(f"{computed} of {steps}" for computed in counts)]), "\n", flush=True)
+    if args.only in "guard" and args.steps in (None, 28):
+        print(needs("tabulate", "tabulate").tabulate(guard_rows(pipe, table, 28, 9), tablefmt="github", headers=[
+            "guard: PSNR (computed of 28)", "none", "3", "2", "1.5"]), "\n", flush=True)
     print(f"{len(JOBS)} prompts not calibrated on, demo model, {time.strftime('%Y-%m-%d')}.")
 
 

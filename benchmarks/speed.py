@@ -6,7 +6,7 @@ Models have random weights, which changes no time. A sampler drives the transfor
 project and by diffusers' own hook alike, so that at most 2x can be gained; blocks run as they are and compiled
 (compile_repeated_blocks). Columns: seconds of an un-cached call; the same with the patch on and skipping off (paper's rule with
 magcache_K 0), in percent more; a reused call in percent of a computed one; realised speed-up of the run, and its share of steps
-over computed steps; extra memory. The least of REPEATS runs counts, and rows take turns, so that other work on the machine hurts
+over computed steps; extra memory. The least of several runs counts, and rows take turns, so that other work on the machine hurts
 all alike.
 
 Prints the table as Markdown and writes it to --output. A model that does not fit into the memory or into what is left of
@@ -18,6 +18,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,10 @@ from common.ratios import MagRatios, flow_sigmas  # noqa: E402
 from common.report import memory_text, needs  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402
 
-REPEATS = 3
-RUN_SECONDS, MOST_STEPS, FEWEST_STEPS = 12.0, 28, 6  # how long an un-cached run may take
-WORST_RUNS = 30  # of a row's model, in un-cached runs, to decide whether there is time for it
+REPEATS = 3  # of each method, after one to warm up; a model that takes more than a second a call: one, and none to warm up
+RUN_SECONDS, MOST_STEPS, FEWEST_STEPS = {"cuda": 4.0, "cpu": 1.0}, 28, 4  # about how long an un-cached run takes
+RUNS = 4.5  # un-cached runs that all methods take once, to decide whether there is time for them
+HOOK = "diffusers MagCache"
 
 
 def flux(tokens, text=(512, 4096), **config):
@@ -87,6 +89,8 @@ class Sampler:
     def __init__(self, structure, device, dtype):
         make, config = structure
         self.device, before = device, torch.get_default_dtype()
+        # On a CPU the processor's own seconds, which other work on the machine does not lengthen.
+        self.clock = time.perf_counter if device == "cuda" else time.process_time
         torch.set_default_dtype(dtype)
         try:
             with torch.device(device):
@@ -105,14 +109,14 @@ class Sampler:
         self.timesteps, latent = sigmas[:-1] * 1000, self.start
         context = self.model.cache_context("cond") if hasattr(self.model, "cache_context") else nullcontext()
         self.synchronize()
-        begin = time.perf_counter()
+        begin = self.clock()
         with context:
             for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
                 timestep = torch.full((1,), sigma * self.scale, device=self.device)
                 velocity = self.model(hidden_states=latent, timestep=timestep, return_dict=False, **self.inputs)[0]
                 latent = latent + (following - sigma) * velocity
         self.synchronize()
-        return time.perf_counter() - begin
+        return self.clock() - begin
 
     def synchronize(self):
         if self.device == "cuda":
@@ -133,7 +137,7 @@ def methods(sampler, steps):
 
     def patched(settings):
         return lambda: magcache_forward(sampler.model, host_of(sampler.model), table_of(steps), settings,
-                                        lambda: sampler.timesteps, Rule(), announce=None)
+                                        lambda: sampler.timesteps, Rule(min_steps=2), announce=None)
 
     @contextmanager
     def hook():
@@ -146,29 +150,33 @@ def methods(sampler, steps):
     half = -(-steps // 2)
     return {"un-cached": nullcontext, "skipping off": patched(Settings(1e9, 0, 0.0)),
             "paper's rule": patched(Settings(1e9, 1, 0.0)), "planned, linear": patched(Target(half)),
-            "planned, linear, output": patched(Target(half, payload="output")), "diffusers MagCache": hook}
+            "planned, linear, output": patched(Target(half, payload="output")), HOOK: hook}
 
 
-def measure(sampler, steps):
-    """Four dictionaries by method: least seconds of a run, report of its last run, extra bytes, and why it failed if it did."""
-    seconds, reports, extra, ways, failed = {}, {}, {}, methods(sampler, steps), {}
-    for repeat in range(REPEATS + 1):  # the first warms up and compiles
-        for name, way in ways.items():
-            if name in failed:
-                continue
-            try:
-                with way() as handle:
-                    before = reset_peak(sampler)
-                    taken = sampler.run(steps)
-                    if repeat:
-                        seconds[name] = min(seconds.get(name, np.inf), taken)
-                        extra[name] = peak(sampler) - before
-                    reports[name] = handle.reports[-1] if handle else None
-            except Exception as error:  # another project's hook and torch.compile; ours is not excused
-                if name != "diffusers MagCache":
-                    raise
-                failed[name] = type(error).__name__
-    return seconds, reports, extra, failed
+def measure(sampler, steps, repeats):
+    """Three dictionaries by method: least seconds of a run, report of its last run, extra bytes; then why the hook failed."""
+    seconds, reports, extra, ways = {}, {}, {}, methods(sampler, steps)
+
+    def take(name):
+        with ways[name]() as handle:
+            before = reset_peak(sampler)
+            taken = sampler.run(steps)
+            extra[name], reports[name] = peak(sampler) - before, handle.reports[-1] if handle else None
+        return taken
+
+    def turns(names):
+        for name in names if repeats > 1 else ():
+            take(name)  # warms up and compiles
+        for _ in range(repeats):
+            for name in names:
+                seconds[name] = min(seconds.get(name, np.inf), take(name))
+
+    turns([name for name in ways if name != HOOK])
+    try:
+        turns([HOOK])  # after all others: with compiled blocks it makes new graphs, up to the limit at which Dynamo gives up
+    except Exception as error:  # another project's and torch.compile's
+        return seconds, reports, extra, type(error).__name__
+    return seconds, reports, extra, ""
 
 
 def reset_peak(sampler):
@@ -182,22 +190,22 @@ def peak(sampler):
     return torch.cuda.max_memory_allocated() if sampler.device == "cuda" else 0
 
 
-def rows_of(name, sampler, steps, compiled):
+def rows_of(name, sampler, steps, repeats=REPEATS):
     """Rows of the table for one model."""
-    seconds, reports, extra, failed = measure(sampler, steps)
+    seconds, reports, extra, why_failed = measure(sampler, steps, repeats)
     plain, half = seconds["un-cached"], -(-steps // 2)
-    label = f"{name}{', compiled' if compiled else ''}"
-    yield [label, "un-cached", steps, f"{plain / steps:.4f} s", "", "", "", ""]
+    yield [name, "un-cached", steps, f"{plain / steps:.4f} s", "", "", "", ""]
     yield ["", "skipping off", steps, f"{100 * (seconds['skipping off'] / plain - 1):+.1f} %", "", "", "", ""]
-    for way in ("paper's rule", "planned, linear", "planned, linear, output", "diffusers MagCache"):
-        if way in failed:
-            yield ["", way, "", f"fails ({failed[way]})", "", "", "", ""]
+    for way in ("paper's rule", "planned, linear", "planned, linear, output", HOOK):
+        if way not in seconds:
+            yield ["", way, "", f"fails ({why_failed})", "", "", "", ""]
             continue
         speedup, report = plain / seconds[way], reports[way]
         bytes_ = extra[way] - extra["un-cached"] if sampler.device == "cuda" else report.peak_bytes if report else None
         reused = (seconds[way] - half * plain / steps) / (steps - half)
-        yield ["", way, half, "", f"{100 * reused / (plain / steps):.1f} %", f"{speedup:.2f}x of {steps / half:.2f}x",
-               f"{100 * speedup / (steps / half):.1f} %", "" if bytes_ is None else memory_text(max(0, bytes_))]
+        yield ["", way, report.computed if report else half, "", f"{100 * reused / (plain / steps):.1f} %",
+               f"{speedup:.2f}x of {steps / half:.2f}x", f"{100 * speedup / (steps / half):.1f} %",
+               "" if bytes_ is None else memory_text(max(0, bytes_))]
 
 
 def planner_text():
@@ -222,22 +230,21 @@ def main():
         torch.set_num_threads(1)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     rows, left_out = [], []
-    for name, structure in tqdm((SMALL if small else LARGE).items(), desc="models"):
-        if args.only not in name:
-            continue
+    structures = [(name, structure) for name, structure in (SMALL if small else LARGE).items() if args.only in name]
+    for compiled, (name, structure) in tqdm(list(product((False, True), structures)), desc="models"):
+        name += ", compiled" * compiled
         try:
             sampler = Sampler(structure, device, dtype)
+            if compiled:
+                sampler.model.compile_repeated_blocks()
             sampler.run(1)
             call = sampler.run(2) / 2
-            steps = int(min(MOST_STEPS, max(FEWEST_STEPS, RUN_SECONDS / call))) // 2 * 2
-            left = args.seconds - (time.perf_counter() - begin)
-            for compiled in (False, True):
-                if WORST_RUNS * call * steps > left:
-                    left_out.append(f"{name}{', compiled' if compiled else ''}: no time left ({call:.1f} s a call)")
-                    continue
-                if compiled:
-                    sampler.model.compile_repeated_blocks(fullgraph=False)
-                rows += rows_of(name, sampler, steps, compiled)
+            steps = int(min(MOST_STEPS, max(FEWEST_STEPS, RUN_SECONDS[device] / call))) // 2 * 2
+            repeats = REPEATS if call < 1 else 1
+            if RUNS * (repeats + (repeats > 1)) * call * steps > args.seconds - (time.perf_counter() - begin):
+                left_out.append(f"{name}: no time left ({call:.1f} s a call)")
+            else:
+                rows += rows_of(name, sampler, steps, repeats)
         except torch.OutOfMemoryError:
             left_out.append(f"{name}: does not fit into the memory")
         sampler = None
@@ -248,8 +255,8 @@ def main():
     text = needs("tabulate", "tabulate").tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
         "", "", "computed", "a call", "reused / computed", "speed-up", "realised", "extra memory"])
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, one CPU thread"
-    text += (f"\n\n{planner_text()} Least of {REPEATS} runs, {dtype}, {machine}, torch {torch.__version__}, "
-             f"{time.strftime('%Y-%m-%d')}.")
+    text += (f"\n\n{planner_text()} Least of {REPEATS} runs (one where a call takes a second), {dtype}, {machine}, torch "
+             f"{torch.__version__}, {time.strftime('%Y-%m-%d')}.")
     text += "".join(f"\nLeft out: {one}." for one in left_out)
     print(text)
     if args.output:

@@ -16,7 +16,7 @@ from .schedule import Schedule, Settings, magcache_schedule
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
 POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/beyond-the-paper.md)
-TURN = 0.02  # how much a residual is taken to change a step besides its magnitude, where only ratios are known
+TURN = 0.05  # how much a residual is taken to change a step besides its magnitude, where only ratios are known
 GRAMS = {"residual": "gram", "output": "gram_of_outputs"}  # payload: where a calibration's statistics have its Gram matrices
 
 
