@@ -50,11 +50,12 @@ class Vae:
 
 
 class TextEncoder(torch.nn.Module):
-    dtype, device = torch.float16, torch.device("cpu")
+    device = torch.device("cpu")
 
-    def __init__(self, text_encoder_type, **kwargs):
+    def __init__(self, text_encoder_type, text_encoder_precision, **kwargs):
+        from hyvideo.constants import PRECISION_TO_TYPE
         super().__init__()
-        self.kind = text_encoder_type
+        self.kind, self.dtype = text_encoder_type, PRECISION_TO_TYPE[text_encoder_precision]
 
     def text2tokens(self, texts, **kwargs):
         return texts
