@@ -119,7 +119,9 @@ def packages():
 
 def import_hyvideo():
     """Import the `hyvideo` of sys.path with everything that a GPU would do replaced."""
-    import diffusers  # noqa: F401  # before the stand-ins: it looks around which packages there are
+    # Before the stand-ins: these look around which packages there are.
+    import diffusers  # noqa: F401
+    import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
     sys.modules.update(packages())
     if "WORLD_SIZE" in os.environ:

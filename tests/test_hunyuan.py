@@ -581,6 +581,15 @@ def test_mistakes_are_found_before_loading(checkout, monkeypatch, flags, sentenc
         checkout(*flags)
 
 
+@pytest.mark.parametrize("flag, package", [
+    ("--compare", "torchmetrics"), ("--compare", "tabulate"), ("--magcache_plot", "matplotlib")])
+def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, package):
+    monkeypatch.setattr(Sampler, "__init__", lambda self, args: pytest.fail("loaded"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"pip install {package}"):
+        checkout("--flow-reverse", flag)
+
+
 def test_ranks_need_a_seed():
     args = argparse.Namespace(flow_reverse=True, seed=None, ulysses_degree=8, ring_degree=1)
     with pytest.raises(MagCacheError, match="give --seed"):

@@ -33,8 +33,8 @@ HARNESS = REPOSITORY / "tests" / "hunyuan_cpu.py"
 README = (REPOSITORY / "MagCache4HunyuanVideo" / "README.md").read_text()
 COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)]
 FP8_WEIGHTS = "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states_fp8.pt"
-SMALL = "--flow-reverse --video-size 512 768 --video-length 9 --infer-steps 20 --seed 5 --prompt Grass --precision fp32".split() + [
-    word for part in ("text-encoder-precision", "text-encoder-precision-2", "vae-precision") for word in (f"--{part}", "fp32")]
+SMALL = ("--flow-reverse --video-size 512 768 --video-length 9 --infer-steps 20 --seed 5 --prompt Grass --precision fp32 "
+         "--text-encoder-precision fp32 --text-encoder-precision-2 fp32 --vae-precision fp32").split()
 
 
 class Upstream(Subject):
