@@ -36,7 +36,8 @@ def run(script):
     with flags_added(importlib.import_module("hyvideo.config"), add_magcache_flags):
         args = sample_video.parse_args()
     check_flags(args)
-    args.video_size = (2 * list(args.video_size))[:2] if len(args.video_size) == 1 else args.video_size
+    if len(args.video_size) == 1:  # --help offers it, and sample_video.py wants both
+        args.video_size = args.video_size * 2
     session = session_of(args, script) if args.magcache or args.magcache_calibration is not None else None
     sample_video.parse_args = lambda: args
     sample_video.HunyuanVideoSampler = cached(sample_video.HunyuanVideoSampler, session)

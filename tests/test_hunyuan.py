@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import json
+import multiprocessing
 import re
 import runpy
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,6 +25,7 @@ from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.quality import read_frames
 from common.ratios import MagCacheError, MagRatios, flow_sigmas, load, read
+from common.report import memory_text
 from common.schedule import Settings, magcache_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,7 +50,10 @@ SHORT = Settings(1.0, 2, 0.2)  # ##..#..#..#. of 12 steps
 # Transformers, all called the same way
 
 
-def mixed(q, k, v):
+def mixed(q, k, v, parallel, image):
+    """Attention; under sequence parallelism (`parallel`) to the image tokens of all ranks."""
+    if parallel:
+        k, v = (torch.cat([parallel(part[:, :image], 1), part[:, image:]], 1) for part in (k, v))
     q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (q, k, v))
     return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -61,7 +67,7 @@ class Double(nn.Module):
     def forward(self, img, txt, vec, *rest):
         parts = [torch.cat(pair, 1) for pair in zip((self.image(img) + vec[:, None].repeat(1, 1, 3)).chunk(3, -1),
                                                     self.text(txt).chunk(3, -1))]
-        out = mixed(*parts)
+        out = mixed(*parts, self.hybrid_seq_parallel_attn, img.shape[1])
         return img + out[:, :img.shape[1]], txt + out[:, img.shape[1]:]
 
 
@@ -71,7 +77,8 @@ class Single(nn.Module):
         self.linear, self.hybrid_seq_parallel_attn = nn.Linear(width, 3 * width), None
 
     def forward(self, x, vec, txt_len, *rest):
-        return x + mixed(*(self.linear(x) + vec[:, None].repeat(1, 1, 3)).chunk(3, -1))
+        parts = (self.linear(x) + vec[:, None].repeat(1, 1, 3)).chunk(3, -1)
+        return x + mixed(*parts, self.hybrid_seq_parallel_attn, x.shape[1] - txt_len)
 
 
 class Final(nn.Module):
@@ -271,7 +278,7 @@ def test_reused_steps_equal_the_oracle(subject, run):
     report = handle.reports[0]
     planned = magcache_schedule(RATIOS.at(sampler.timesteps.numpy() / 1000), SHORT).strip
     assert blocks.strip == report.schedule.strip == planned and f"  {planned}   # computes" in plans[0]
-    assert report.complete and not report.unplanned
+    assert report.complete and not report.unplanned and f"extra memory: {memory_text(report.peak_bytes)} a branch" in plans[0]
     Oracle(reference, report.schedule.reuse)
     theirs = list(reference.iterate(**run))
     first = planned.index(".")
@@ -371,49 +378,103 @@ def test_the_snippet_of_the_readme(capsys):
     assert f"  {STRIPS['720p']}   # computes" in said.out + said.err and "19 of 50 model calls computed" in said.out
 
 
-# Sequence parallelism: what takes hold of forward, and sets something on every block at every call
+# Sequence parallelism
 
 
-def parallelize(model, calls):
+def gathered(tensor, dim):
+    """The parts of all ranks."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim)
+
+
+def parallelize(model):
+    """As the checkout's parallelize_transformer: take hold of the forward that is there; at every call, take this rank's rows and
+    set the attention of every block."""
     original = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, **kwargs):
+    def forward(self, x, *args, **kwargs):
         for block in model.double_blocks + model.single_blocks:
-            block.hybrid_seq_parallel_attn = len(calls)
-        calls.append(original)
-        return original(*args, **kwargs)
+            block.hybrid_seq_parallel_attn = gathered
+        if dist.is_initialized():
+            x = x.chunk(dist.get_world_size(), dim=-2)[dist.get_rank()]
+        output = original(x, *args, **kwargs)
+        return {"x": gathered(output["x"], dim=-2)}
 
     model.forward = forward.__get__(model)
 
 
-def test_a_patch_before_parallelising_is_active():
-    subject, calls = shaped(), []
-    expected, blocks = cached_alone(), Executed(subject)
-    sampler = Flow(subject)
-    handle = cached(sampler)
-    parallelize(subject.model, calls)
+def render(early=True, **run):
+    """(latents, strip of what ran) of a parallelised model, patched before or after."""
+    sampler = Flow(shaped())
+    blocks = Executed(sampler.subject)
+    if early:
+        handle = cached(sampler)
+        parallelize(sampler.subject.model)
+    else:
+        parallelize(sampler.subject.model)
+        handle = cached(sampler)
     with handle:
-        assert torch.equal(sampler.run(), expected)
-    assert blocks.strip == "##..#..#..#." and len(calls) == 12
-    assert {block.hybrid_seq_parallel_attn for blocks in subject.lists for block in blocks} == {11}
-    assert torch.equal(sampler.run(), Flow(shaped()).run())  # the patch is out of the chain now
+        latents = sampler.run(**run)
+    uncached = sampler.run(**run)
+    assert {block.hybrid_seq_parallel_attn for blocks in sampler.subject.lists for block in blocks} == {gathered}
+    torch.testing.assert_close(uncached, Flow(shaped()).run(**run))  # the patch is out of the chain by now
+    return latents, blocks.strip
 
 
-def cached_alone():
+def test_a_patch_beneath_parallelising_is_active():
     sampler = Flow(shaped())
     with cached(sampler):
-        return sampler.run()
+        expected = sampler.run()
+    latents, strip = render()
+    assert torch.equal(latents, expected) and strip == "##..#..#..#." + "#" * 12
 
 
-def test_a_patch_after_parallelising_is_an_error():
+def test_a_patch_above_parallelising_is_an_error():
     """It would have set its attribute on a stand-in, and the real block would have gone on without its other ranks."""
     subject = shaped()
-    parallelize(subject.model, [])
+    parallelize(subject.model)
     sampler = Flow(subject)
     with pytest.raises((TypeError, AttributeError)), cached(sampler):
         sampler.run()
-    assert torch.equal(sampler.run(), Flow(shaped()).run())
+    torch.testing.assert_close(sampler.run(), Flow(shaped()).run())
+
+
+def one_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(render(cfg=True), f"{folder}/rank{rank}.pt")
+    try:
+        render(early=False)
+    except TypeError as error:
+        Path(folder, f"late{rank}").write_text(str(error))
+    sampler = Flow(shaped())
+    with magcache_calibration(sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", f"{folder}/two.json"):
+        parallelize(sampler.subject.model)
+        sampler.run()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_render_and_measure_what_one_does(tmp_path):
+    context = multiprocessing.get_context("fork")  # spawned processes would import torch and diffusers once more each
+    processes = [context.Process(target=one_rank, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    expected, strip = render(cfg=True)
+    for rank in range(2):
+        latents, its_strip = torch.load(tmp_path / f"rank{rank}.pt")
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+        assert its_strip == strip and "can only concatenate" in (tmp_path / f"late{rank}").read_text()
+    sampler = Flow(shaped())
+    with magcache_calibration(sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", tmp_path / "one.json"):
+        sampler.run()
+    one, two = (read(tmp_path / f"{name}.json").mag_ratios["cond"] for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-5)
 
 
 # The command line, on a checkout of a few lines
@@ -441,7 +502,7 @@ class Sampler:
     def __init__(self, args):
         self.args = args
         self.pipeline = self.load_diffusion_pipeline(args=args, model=shaped().model)
-        parallelize(self.pipeline.transformer, [])
+        parallelize(self.pipeline.transformer)
 
     def load_diffusion_pipeline(self, args, model):
         return types.SimpleNamespace(transformer=model, scheduler=None)
@@ -515,12 +576,13 @@ def test_the_table_of_the_nearest_size(checkout, capsys, size, table):
 
 
 def test_off_saves_what_the_host_saves(checkout):
-    checkout("--flow-reverse", "--num-videos", 2, "--save-path", "cached")
-    checkout("--flow-reverse", "--num-videos", 2, "--save-path", "plain", "--no-magcache")
+    flags = "--flow-reverse", "--num-videos", 2, "--infer-steps", 12, "--save-path"
+    checkout(*flags, "cached")
+    checkout(*flags, "plain", "--no-magcache")
     assert list(videos("plain")) == list(videos("cached")) == ["seed3_A cat.mp4", "seed4_A cat.mp4"]
     assert not any(map(np.array_equal, videos("cached").values(), videos("plain").values()))
     for off in ("--magcache_thresh", "--magcache_K"):
-        checkout("--flow-reverse", "--num-videos", 2, "--save-path", "off", off, 0)
+        checkout(*flags, "off", off, 0)
         assert all(map(np.array_equal, videos("off").values(), videos("plain").values()))
 
 
