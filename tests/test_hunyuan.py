@@ -616,8 +616,9 @@ def test_calibration_is_used_from_then_on(checkout, capsys):
     assert np.array_equal(*[frames for folder in ("plain", "calibrated") for frames in videos(folder).values()])
     assert read(path).steps == 20 and read(path).settings == {"magcache_thresh": 0.24, "magcache_K": 6, "retention_ratio": 0.2}
     capsys.readouterr()
-    checkout(*flags, "--magcache_speedup", 2)
-    assert reports()[0]["computed"] == 10 and not reports()[0]["unplanned"]
+    for payload in ("residual", "output"):
+        checkout(*flags, "--magcache_steps", 10, "--magcache_payload", payload)
+        assert reports()[0]["computed"] == 10 and not reports()[0]["unplanned"]
     checkout(*flags, "--magcache_calibration", "mine.json")
     assert read("mine.json").mag_ratios == read(path).mag_ratios
 

@@ -182,6 +182,11 @@ def test_calibration_on_one_and_on_two_ranks(run, tmp_path):
     (path,) = (tmp_path / "home").glob("hunyuanvideo-t2v-768x512x9-*.json")
     one, two = read(tmp_path / "one.json"), read(path)
     assert one.steps == 20 and two.mag_ratios["cond"] == pytest.approx(one.mag_ratios["cond"], abs=2e-4)
-    run("magcache_sample_video.py", *SMALL, "--magcache_steps", 8)
-    assert reports()[0]["computed"] == 8 and not reports()[0]["unplanned"]
+    planned = {}
+    for payload, ranks in (("residual", 1), ("output", 1), ("output", 2)):
+        run("magcache_sample_video.py", *SMALL, "--magcache_steps", 8, "--magcache_payload", payload, "--ulysses-degree", ranks,
+            ranks=ranks)
+        planned[payload, ranks] = frames()
+        assert reports()[0]["computed"] == 8 and not reports()[0]["unplanned"]
+    assert far(planned["output", 1], planned["output", 2]) < far(planned["output", 1], plain) / 20
     assert one.settings == two.settings == {"magcache_thresh": 0.24, "magcache_K": 6, "retention_ratio": 0.2}
