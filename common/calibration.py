@@ -111,7 +111,8 @@ class Statistics:
                           for branch, rows in complete.items()})
         self.grams.append({key: summed_over_ranks(sample.gram(), self.device)
                            for key, sample in self.samples.items() if key[1] in complete})
-        self.seconds.append(seconds)
+        total = summed_over_ranks(torch.tensor([*seconds.values(), 1.0], dtype=torch.float64), self.device).tolist()
+        self.seconds.append(dict(zip(seconds, (value / total[-1] for value in total))))
         self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):

@@ -18,7 +18,7 @@ from .calibration import fingerprint
 from .flags import cache_options, check_writable, settings_of
 from .patch import is_writer, magcache_calibration, magcache_forward
 from .planner import Target
-from .quality import quality, quality_table, side_by_side
+from .quality import VIDEO_SUFFIXES, quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
 from .report import plot_schedule, write_report
 
@@ -121,6 +121,9 @@ class Session:
     def check(self, output):
         """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
         check_writable("The output", Path(output or "output"))
+        fitting_ends = (".png", ".jpg", ".jpeg", ".webp") if self.frames == 1 else VIDEO_SUFFIXES
+        if output and Path(output).suffix.lower() not in fitting_ends:
+            raise MagCacheError(f"The output {output} has no ending that can be written: use {fitting_ends[0]}.")
         if self.calibrating and self.args.compare:
             raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
         if self.calibrating:

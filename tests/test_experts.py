@@ -12,7 +12,7 @@ from test_planner import gram_of, residuals, table
 
 from common.blocks import Host
 from common.patch import magcache_calibration, magcache_forward
-from common.planner import Target, plan_steps
+from common.planner import Forecast, Target
 from common.ratios import MagCacheError, MagRatios, flow_sigmas, read
 from common.schedule import Settings
 
@@ -138,10 +138,18 @@ def oracle(sampler, schedule, switch, **run):
 # Schedules
 
 
+def plan(rows, computed, predictor="linear", K=None, switch=None):
+    """The planned schedule of a run with these residuals."""
+    forecast = Forecast.of_grams(gram_of(rows)[None], predictor)
+    if switch is not None:
+        forecast = forecast.of_experts(np.arange(len(rows)) >= switch)
+    return Target(computed, predictor=predictor, magcache_K=K).place(forecast, switch_step=switch)
+
+
 def best_of_all(rows, computed, predictor, K, switch):
-    """The anchors of the schedule with the least sum of fourth powers of errors, found by trying all of them; no residual of
-    one expert serves the other."""
-    costs = {}
+    """The anchors of the schedule with the least sum of fourth powers of relative errors, found by trying all of them; no
+    residual of one expert serves the other."""
+    costs, energy = {}, (rows**2).sum(1)
     for rest in itertools.combinations(range(1, len(rows)), computed - 1):
         anchors, cost, run = (0, *rest), 0.0, 0
         for i in range(len(rows)):
@@ -151,9 +159,9 @@ def best_of_all(rows, computed, predictor, K, switch):
                 cost = np.inf
             elif run and predictor == "linear" and len(past) > 1:
                 basis = rows[past[:2]].T
-                cost += ((rows[i] - basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]) ** 2).sum() ** 2
+                cost += ((rows[i] - basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]) ** 2).sum() ** 2 / energy[i] ** 2
             elif run:
-                cost += ((rows[i] - rows[past[0]]) ** 2).sum() ** 2
+                cost += ((rows[i] - rows[past[0]]) ** 2).sum() ** 2 / energy[i] ** 2
         costs[anchors] = cost
     return min(costs, key=costs.get), min(costs.values())
 
@@ -167,24 +175,23 @@ def test_a_plan_is_the_best_of_all_that_keep_the_experts_apart(switch, predictor
         anchors, cost = best_of_all(rows, computed, predictor, K, switch)
         if cost == np.inf:
             with pytest.raises(MagCacheError, match="can be computed"):
-                plan_steps(gram_of(rows)[None], computed, predictor, K, switch)
+                plan(rows, computed, predictor, K, switch)
             continue
-        schedule = plan_steps(gram_of(rows)[None], computed, predictor, K, switch)
+        schedule = plan(rows, computed, predictor, K, switch)
         assert tuple(np.flatnonzero(~schedule.reuse)) == anchors
-        assert (schedule.error**4).sum() * ((rows**2).sum() / 8) ** 2 == pytest.approx(cost, rel=1e-3)
+        assert (schedule.error[schedule.reuse] ** 4).sum() == pytest.approx(cost, rel=1e-3)
 
 
 def test_no_switch_is_one_model():
-    gram = gram_of(residuals(9))[None]
+    rows = residuals(9)
     for computed in (2, 5):
-        one = plan_steps(gram, computed)
-        assert one.strip == plan_steps(gram, computed, switch_step=0).strip == plan_steps(gram, computed, switch_step=9).strip
-    assert plan_steps(gram, 2, switch_step=4).strip == "#...#...."
+        assert plan(rows, computed).strip == plan(rows, computed, switch=0).strip == plan(rows, computed, switch=9).strip
+    assert plan(rows, 2, switch=4).strip == "#...#...."
 
 
 @pytest.mark.parametrize("switch", range(1, 12))
 def test_no_weight_reaches_across_the_switch(switch):
-    schedule = Target(6).plan(table(None, flow_sigmas(STEPS, 5.0), cond=residuals(STEPS)), flow_sigmas(STEPS, 5.0), switch)
+    schedule = Target(6).plan(table(flow_sigmas(STEPS, 5.0), cond=residuals(STEPS)), flow_sigmas(STEPS, 5.0), switch)
     assert not schedule.reuse[[0, switch]].any() and schedule.computed == 6
     for step in schedule.skipped_steps:
         newest, *before = schedule.anchors(step)
@@ -194,7 +201,7 @@ def test_no_weight_reaches_across_the_switch(switch):
 
 def test_too_few_steps_for_both_experts_get_a_sentence():
     with pytest.raises(MagCacheError, match=r"Of 9 steps, between 2 and 9 can be computed, not 1\."):
-        plan_steps(gram_of(residuals(9))[None], 1, switch_step=4)
+        plan(residuals(9), 1, switch=4)
 
 
 def test_the_jump_at_the_switch_is_carried_to_no_other_run():
