@@ -196,7 +196,7 @@ def test_calibration_is_found_by_the_next_run(command, tmp_path):
     table = read(path)
     assert table.origin == "measured" and table.steps == 12 and table.sampler["boundary"] == 0.9
     assert list(table.mag_ratios) == ["cond", "uncond"]
-    planned = command("i2v", "--magcache_speedup", "2")
+    planned = command("i2v", "--magcache_steps", "6")
     report = json.loads((tmp_path / "magcache_i2v-A14B_1.json").read_text())
     assert report["mag_ratios_of"] == table.name and report["planned_computed"] == 6 and report["computed"] == 12
     assert planned.entered["WanAttentionBlock"] == 4 * 12
