@@ -45,8 +45,8 @@ class MagCacheNode(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA, in any order."),
                 io.Combo.Input("model_type", options=["auto", *MODEL_TYPES], default="auto", tooltip=(
-                    "Whose published magnitude ratios and settings to use. auto recognises the model, and prefers your own "
-                    "calibration of it. Wan2.2 T2V is told from Wan2.1 by its file name.")),
+                    "Whose published magnitude ratios and settings to use; auto recognises the model. Your own calibration of "
+                    "the model comes first. Wan2.2 T2V is told from Wan2.1 by its file name.")),
                 io.Float.Input("magcache_thresh", default=RECOMMENDED, min=RECOMMENDED, max=10.0, step=0.01, tooltip=(
                     "Bound on the accumulated error of a reuse. Higher is faster and less exact; 0 turns MagCache off; -1 takes "
                     "the recommended value: FLUX and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1.")),

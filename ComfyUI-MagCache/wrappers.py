@@ -283,6 +283,8 @@ class MagCache(Patch):
         Settings(**{**UNPUBLISHED, **self.thresholds})  # bad ones are refused here, before anything is rendered
         if speedup:
             Target(magcache_speedup=speedup)
+            if self.window != (0, -1):
+                raise MagCacheError("start_step and end_step go with the thresholds: leave them at 0 and -1 with speedup.")
 
     def begin(self, circumstances):
         schedule, table = self.plan(circumstances)
@@ -340,7 +342,10 @@ def own_table(patcher, model, say):
     """The calibration of this model on this machine: with its LoRAs, else without them, else None."""
     if not any(calibrations_folder().glob("*.json")):
         return None
-    plain, patched = fingerprints(patcher, model)
+    try:
+        plain, patched = fingerprints(patcher, model)
+    except MagCacheError as error:
+        return say(f"MagCache looks for no calibration: {error}")
     table = ratio_files.find("", patched)
     if table is None and plain != patched:
         table = ratio_files.find("", plain)
@@ -356,8 +361,11 @@ def fingerprints(patcher, model):
                for name, weight in model.named_parameters()]
     patches = [(f"{name}[{index}] * {patch[0]}.{number}", tensor) for name, patches in patcher.patches.items()
                for index, patch in enumerate(patches) for number, tensor in enumerate(tensors_in(patch[1]))]
-    plain = fingerprint_of(weights)
-    return plain, fingerprint_of(weights + patches) if patches else plain
+    try:
+        plain = fingerprint_of(weights)
+        return plain, fingerprint_of(weights + patches) if patches else plain
+    except (NotImplementedError, RuntimeError, TypeError) as error:  # of a loader's own kind of tensor
+        raise MagCacheError(f"the weights of this model cannot be read ({error}).") from None
 
 
 def tensors_in(patch):

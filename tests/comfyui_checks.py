@@ -479,7 +479,8 @@ def mistakes_are_refused_by_the_node():
     for mistake, sentence in (({"mag_ratios": "no-such"}, "There is no preset 'no-such'"),
                               ({"mag_ratios": "/no/such.json"}, "there is no calibration file"),
                               ({"retention_ratio": 2.0}, "retention_ratio is a share"),
-                              ({"speedup": 0.5}, "magcache_speedup must be a number of 1 or more")):
+                              ({"speedup": 0.5}, "magcache_speedup must be a number of 1 or more"),
+                              ({"speedup": 2.0, "end_step": -2}, "start_step and end_step go with the thresholds")):
         try:
             node.execute(**{**defaults, **mistake})
         except ratios.MagCacheError as error:
@@ -674,6 +675,29 @@ def loras_have_calibrations_of_their_own():
         assert path.stem in said[0], said
     own.path.unlink()
     calibration.path.unlink()
+
+
+def weights_that_cannot_be_read():
+    """A loader's own kind of tensor: published ratios are used all the same, and a calibration says why it writes nothing."""
+    class Packed(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.flatten:
+                raise NotImplementedError("flatten of packed weights")
+            with torch._C.DisableTorchFunctionSubclass():
+                made = function(*args, **(kwargs or {}))
+            return made.as_subclass(Packed) if function is torch.Tensor.detach else made
+
+    other, _, _ = calibrated(build("wan", seed=16), "wan", steps=2)
+    patcher = build("flux", seed=16)
+    layer = transformer(patcher).img_in
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+    patched, said = cached(patcher, mag_ratios="", model_type="flux", thresholds={})
+    sample(patched)
+    assert "looks for no calibration: the weights of this model cannot be read" in said[0] and "8 reused" in said[2], said
+    calibration, _, said = calibrated(patcher)
+    assert "cannot be read" in calibration.failure and calibration.path is None, said
+    other.path.unlink()
 
 
 # Compilation

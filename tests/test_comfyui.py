@@ -152,7 +152,8 @@ def test_run(worker, check):
         ("flux", 1.0, 2**40), ("flux", 3.0, 2**40), ("flux", 3.0, 0), ("wan", 3.0, 2**40), ("chroma", 3.0, 0), ("qwen", 1.0, 0),
         ("hunyuan", 1.0, 0), ("vace", 3.0, 2**40))),
     *(("calibration_with_a_sampler", sampler) for sampler in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "res_multistep")),
-    ("interrupted_calibration_writes_nothing",), ("planned_speedup",), ("loras_have_calibrations_of_their_own",)],
+    ("interrupted_calibration_writes_nothing",), ("planned_speedup",), ("loras_have_calibrations_of_their_own",),
+    ("weights_that_cannot_be_read",)],
     ids=lambda check: "-".join(map(str, check)))
 def test_calibration(worker, check):
     worker.run(*check)
