@@ -13,7 +13,7 @@ from . import ratios as ratio_files
 from .blocks import BlockStack
 from .calibration import Statistics
 from .guard import Guard
-from .payloads import PAYLOADS, ModelOutput
+from .payloads import PAYLOADS, ModelOutput, leading_tokens
 from .planner import Target
 from .ratios import MagCacheError
 from .report import RunReport, plan_text
@@ -328,7 +328,8 @@ class Calibration(Patch):
         residual = self.expert.payload.finish()
         run.report.add(call, "computed", seconds)
         tokens = self.host.noise_tokens(self.arguments) if self.host.noise_tokens else None
-        self.statistics.add(call, residual[:, :tokens], ModelOutput().finish(output))
+        made = ModelOutput().finish(leading_tokens(output, tokens, residual.shape[1]))
+        self.statistics.add(call, residual[:, :tokens], made)
         if call == Call(run.schedule.steps - 1, 0):
             self.reused_seconds = self.time_reuse(residual)
 

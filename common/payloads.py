@@ -41,4 +41,9 @@ class ModelOutput:
         pass
 
 
+def leading_tokens(output, count, tokens):
+    """An output less what is made of other tokens than the first `count` (None: all), where it has a row for each of `tokens`."""
+    return pytree.tree_map_only(torch.Tensor, lambda made: made[:, :count] if made.shape[1:2] == (tokens,) else made, output)
+
+
 PAYLOADS = {"residual": BlockStack, "output": ModelOutput}

@@ -2,6 +2,7 @@
 import copy
 import json
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from common.guard import Guard
-from common.patch import magcache_forward
+from common.patch import magcache_calibration, magcache_forward
 from common.payloads import ModelOutput
 from common.planner import Target, unpacked
 from common.ratios import MagCacheError, read
@@ -102,6 +103,17 @@ def test_calibration_keeps_outputs_and_step_times(model, euler, calibrating, tmp
     np.testing.assert_allclose(unpacked(statistics["gram_of_outputs"]["cond"]), sum(grams) / 2, rtol=1e-6)
     assert set(statistics["seconds"]) == {"computed", "reused"} and min(statistics["seconds"].values()) > 0
     assert len(statistics["spread"]["cond"]) == 12 and max(statistics["spread"]["cond"]) > 0
+
+
+def test_outputs_of_reference_tokens_do_not_count(model, euler, host):
+    """As FLUX.1-Kontext's reference picture: only the first 40 of 64 tokens are being denoised."""
+    sampler, outputs = euler(model), []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output[0][:, :40].flatten()))
+    kontext = replace(host, noise_tokens=lambda arguments: 40)
+    with magcache_calibration(model, kontext, lambda: sampler.timesteps, "tiny") as handle:
+        sampler.run()
+    rows = torch.stack(outputs).double()
+    np.testing.assert_allclose(unpacked(handle.mag_ratios.statistics["gram_of_outputs"]["cond"]), rows @ rows.T, rtol=1e-6)
 
 
 def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
