@@ -111,6 +111,10 @@ def add_controls(demo, click, jobs, gr):
     """Put MagCache's controls below "Use TeaCache", and its values and lines into the click that starts a job."""
     starts_calibrating = jobs.args.magcache_calibration is not None
     starts_cached = jobs.table is not None and not starts_calibrating
+
+    def updates(count, **what):
+        return [gr.update(**what) for _ in range(count)]  # gradio takes each apart, so they must not be one
+
     silent = {"queue": False, "show_progress": "hidden", "api_name": False}
     demo.use_teacache.value = demo.use_teacache.value and not (starts_cached or starts_calibrating)
     with demo.block:
@@ -138,17 +142,17 @@ def add_controls(demo, click, jobs, gr):
         boxes = [use, calibrate, demo.use_teacache]
         for box in boxes:  # at most one is ticked; .input: by the user, not by this
             others = [other for other in boxes if other is not box]
-            box.input(lambda ticked: [gr.update(value=False) if ticked else gr.update()] * 2, box, others, **silent)
-        speedup.change(lambda asked: [gr.update(interactive=asked == "off")] * 3, speedup, [thresh, most, retention], **silent)
+            box.input(lambda ticked: updates(2, value=False) if ticked else updates(2), box, others, **silent)
+        speedup.change(lambda asked: updates(3, interactive=asked == "off"), speedup, [thresh, most, retention], **silent)
         gr.on([component.change for component in inputs], partial(planned, jobs), inputs, plan, **silent)
 
-    unchanged = [gr.update()] * len(click.outputs)
+    own = len(click.outputs)
 
     def process(*values):
         try:
             for outputs, text, measured in jobs.process(*values):
-                ticks = [gr.update(value=True), gr.update(value=False)] if measured else [gr.update()] * 2
-                yield (*(outputs or unchanged), gr.update(value="  \n".join(text), visible=bool(text)), *ticks)
+                ticks = [gr.update(value=True), gr.update(value=False)] if measured else updates(2)
+                yield (*(outputs or updates(own)), gr.update(value="  \n".join(text), visible=bool(text)), *ticks)
         except MagCacheError as error:
             raise gr.Error(str(error)) from None
 
