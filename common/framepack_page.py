@@ -1,5 +1,6 @@
 """FramePack's Gradio page with MagCache: the demo's own module, its page with more controls, its flags with ours."""
 import argparse
+import html
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -133,8 +134,8 @@ def add_controls(demo, click, jobs, gr):
                                info="Instead of the three settings above; best after a calibration.")
             controls = [use, calibrate, thresh, most, retention, speedup]
             inputs = [demo.steps, demo.total_second_length, demo.latent_window_size, *controls]
-            plan = gr.Markdown(planned(jobs, *(component.value for component in inputs)), container=True)
-            lines = gr.Markdown(container=True, visible=False)
+            plan = gr.HTML(planned(jobs, *(component.value for component in inputs)), container=True)
+            lines = gr.HTML(container=True, visible=False)
         ours = group.children[before:]
         place = group.children.index(demo.use_teacache) + 1
         group.children[place:] = [*ours, *group.children[place:before]]
@@ -152,7 +153,7 @@ def add_controls(demo, click, jobs, gr):
         try:
             for outputs, text, measured in jobs.process(*values):
                 ticks = [gr.update(value=True), gr.update(value=False)] if measured else updates(2)
-                yield (*(outputs or updates(own)), gr.update(value="  \n".join(text), visible=bool(text)), *ticks)
+                yield (*(outputs or updates(own)), gr.update(value=in_lines(text), visible=bool(text)), *ticks)
         except MagCacheError as error:
             raise gr.Error(str(error)) from None
 
@@ -160,9 +161,24 @@ def add_controls(demo, click, jobs, gr):
 
 
 def planned(jobs, *values):
-    """The plan of the controls' values as Markdown, the strip of steps in a fixed width; or what is wrong with them."""
+    """The plan of the controls' values as HTML, the strip of steps drawn; or what is wrong with them."""
     try:
-        shown = [line.strip() for line in jobs.plan(*values)]
+        lines = jobs.plan(*values)
     except MagCacheError as error:
-        return str(error)
-    return "  \n".join(f"`{line}`" if index == 1 else line for index, line in enumerate(shown))
+        lines = [str(error)]
+    if len(lines) == 1:
+        return in_lines(lines)
+    title, strip, *rest = lines
+    return in_lines([title]) + drawn(strip.split()[0]) + in_lines(rest)
+
+
+def in_lines(lines):
+    return "".join(f"<div>{html.escape(line.strip())}</div>" for line in lines)
+
+
+def drawn(strip):
+    """A `Schedule.strip` as a row of fields, one a step."""
+    kinds = {"#": ("computes", "--color-accent"), ".": ("reuses", "--border-color-primary")}
+    fields = "".join(f'<span title="step {step}: {kinds[letter][0]}" style="flex: 1; height: 1.2em; border-radius: 2px; '
+                     f'background: var({kinds[letter][1]})"></span>' for step, letter in enumerate(strip))
+    return f'<div style="display: flex; gap: 2px; margin: 6px 0" aria-label="{strip}">{fields}</div>'

@@ -181,6 +181,7 @@ def click_through(page, address, tmp_path, expect):
     ticked("Use MagCache")
     shows("computes 12 of 25: at most 2.08x")
     shows("4 sections: 48 of 100 steps")
+    expect(page.get_by_label("#####..#.#..#..#..#...#.#")).to_be_visible()
 
     number("MagCache_thresh", 0.15)
     number("MagCache_K", 4)
@@ -213,7 +214,9 @@ def click_through(page, address, tmp_path, expect):
     page.wait_for_function("document.querySelector('video').videoWidth > 0", timeout=30_000)
     if os.environ.get("MAGCACHE_SCREENSHOT"):
         page.wait_for_timeout(1500)
-        page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True)
+        bottom = page.get_by_label("Seed", exact=True).bounding_box()["y"] - 45
+        page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True,
+                        clip={"x": 120, "y": 40, "width": 1000, "height": bottom - 40})
 
     number("Steps", 100)
     shows("2 sections: ")
