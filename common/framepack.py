@@ -78,18 +78,18 @@ class Jobs:
     """The jobs of a demo. Its `process`, `worker` and `sample_hunyuan` go through here; its transformer is patched while a job
     with MagCache or a calibration runs, and only then.
 
-    demo: the demo's module; args: its flags and ours; lines: (magcache_thresh, magcache_K, retention_ratio) of the script;
+    demo: the demo's module; args: its flags and ours; settings: (magcache_thresh, magcache_K, retention_ratio) of the script;
     published: name of the table that was published for the demo's checkpoint.
     """
 
-    def __init__(self, demo, args, lines, published):
+    def __init__(self, demo, args, settings, published):
         self.demo, self.args, self.published = demo, args, published
-        self.lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), lines))
+        self.settings = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings))
         self.model_name = demo.transformer.config.get("_name_or_path", "")
         self.checkpoint = fingerprint(demo.transformer)
         self.table = load(args.mag_ratios) if args.mag_ratios else find(self.model_name, self.checkpoint)
         self.calibration_file = Path(args.magcache_calibration or calibrations_folder() / f"{published}-{self.checkpoint}.json")
-        self.use_teacache = demo.ips.index(demo.use_teacache)
+        self.teacache_index = demo.ips.index(demo.use_teacache)
         self.host_process, self.host_worker, self.host_sample = demo.process, demo.worker, demo.sample_hunyuan
         self.sampler = sys.modules[demo.sample_hunyuan.__module__]
         if not hasattr(self.sampler, "sample_unipc"):
@@ -104,7 +104,7 @@ class Jobs:
         choice = Choice(*values)
         count = sections(seconds, window)
         if choice.calibrate:
-            return [f"Calibration: every step computes; the mean ratios of {count} sections go to {self.calibration_file}."]
+            return [f"Calibration: every step computes; the mean ratios of {counted(count)} go to {self.calibration_file}."]
         if not choice.use_magcache:
             return ["MagCache is off: every step computes."]
         table = self.known_table()
@@ -113,7 +113,7 @@ class Jobs:
         schedule = settings.plan(table, levels) if isinstance(settings, Target) else \
             magcache_schedule(table.at(levels), settings, rule_of(table))
         return [*plan_text(schedule, levels, table).splitlines(),
-                f"{count} sections: {count * schedule.computed} of {count * schedule.steps} steps of the job compute"]
+                f"{counted(count)}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute"]
 
     def known_table(self):
         if self.table is None:
@@ -130,7 +130,7 @@ class Jobs:
         elif job.settings:
             self.known_table()
         if job.calibrate or job.settings:
-            inputs[self.use_teacache] = False
+            inputs[self.teacache_index] = False
         outputs = self.host_process(*inputs)
         yield next(outputs), [] if self.idle.is_set() else ["The job before this one is still ending ..."], False
         # A host's worker that was cancelled tells the newest stream that it has ended: wait until it did.
@@ -167,7 +167,7 @@ class Jobs:
             return magcache_calibration(
                 self.demo.transformer, ALL_TOKENS if self.args.magcache_all_tokens else FRAMEPACK, timesteps,
                 f"{self.published}-{self.checkpoint}", self.calibration_file,
-                {"settings": self.lines, "rule": load(self.published).rule, "sampler": {"scheduler": "unipc"},
+                {"settings": self.settings, "rule": load(self.published).rule, "sampler": {"scheduler": "unipc"},
                  "notes": f"Statistic of {'all tokens' if self.args.magcache_all_tokens else 'the tokens of the section'}.",
                  "provenance": {"fingerprint": self.checkpoint, "model": self.model_name, "torch": torch.__version__,
                                 "date": time.strftime("%Y-%m-%d")}})
@@ -182,7 +182,7 @@ class Jobs:
             return
         self.table = job.handle.mag_ratios
         count = self.table.statistics["runs"]
-        job.lines.append(f"Measured in {count} sections, saved as {self.calibration_file}; jobs of this page use it from now on.")
+        job.lines.append(f"Measured in {counted(count)}, saved as {self.calibration_file}; jobs of this page use it from now on.")
 
     def sample(self, *args, **kwargs):
         """The demo's `sample_hunyuan`: one section. Its residuals are gone before the VAE decodes it, also after a cancel."""
@@ -210,6 +210,10 @@ class Jobs:
 def sections(seconds, window):
     """How many sections a job has, as the demo's worker counts them: 30 frames a second, 4 frames a latent."""
     return max(round(seconds * 30 / (window * 4)), 1)
+
+
+def counted(count):
+    return f"{count} section{'s' * (count != 1)}"
 
 
 @contextmanager

@@ -124,12 +124,13 @@ def add_controls(demo, click, jobs, gr):
             use = gr.Checkbox(label="Use MagCache", value=starts_cached, info="Skips the steps that the plan below shows.")
             calibrate = gr.Checkbox(label="Calibrate", value=starts_calibrating, info="Runs un-cached, measures the magnitude "
                                     "ratios of this checkpoint over all sections and uses them from then on.")
-            thresh = gr.Slider(label="MagCache_thresh", minimum=0, maximum=1, step=0.005, value=jobs.lines["magcache_thresh"],
+            thresh = gr.Slider(label="MagCache_thresh", minimum=0, maximum=1, step=0.005, value=jobs.settings["magcache_thresh"],
                                info="Bound on the accumulated error. Larger is faster and less exact; 0 turns it off.")
-            most = gr.Slider(label="MagCache_K", minimum=0, maximum=5, step=1, value=jobs.lines["magcache_K"],
+            most = gr.Slider(label="MagCache_K", minimum=0, maximum=5, step=1, value=jobs.settings["magcache_K"],
                              info="Most reuses in a row; 0 turns it off.")
             retention = gr.Slider(label="MagCache retention ratio", minimum=0, maximum=1, step=0.01,
-                                  value=jobs.lines["retention_ratio"], info="Share of the steps, from the first, that compute.")
+                                  value=jobs.settings["retention_ratio"],
+                                  info="Share of the steps, from the first, that computes.")
             speedup = gr.Radio(label="MagCache target speed-up", choices=list(SPEEDUPS), value="off",
                                info="Instead of the three settings above; best after a calibration.")
             controls = [use, calibrate, thresh, most, retention, speedup]

@@ -467,7 +467,7 @@ def test_a_calibration_that_breaks_off_saves_what_is_complete(demo):
     assert jobs.table.origin == "published"
     demo.end_at = (1, 5)
     _, lines, shown = run(jobs, CALIBRATE)
-    assert "Measured in 1 sections" in lines[-1] and shown[-1][2] and read(jobs.calibration_file).statistics["runs"] == 1
+    assert "Measured in 1 section," in lines[-1] and shown[-1][2] and read(jobs.calibration_file).statistics["runs"] == 1
 
 
 def test_flags_name_the_files(demo, tmp_path):

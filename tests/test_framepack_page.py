@@ -123,7 +123,7 @@ def address(checkout, tmp_path):
     server = subprocess.Popen([sys.executable, TESTS / "framepack_cpu.py", "magcache_demo_gradio.py", "--server", "127.0.0.1",
                                "--port", str(port)], cwd=checkout, env=environment(tmp_path), stdout=log, stderr=log)
     try:
-        for _ in range(240):
+        for _ in range(400):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
                 break
