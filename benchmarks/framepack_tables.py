@@ -1,0 +1,68 @@
+"""How well one FramePack table serves other step counts and sizes: predicted ratios against measured ones.
+
+    python benchmarks/framepack_tables.py
+
+tests/framepack_studio_ratios.json has the original FramePack at two sizes and three step counts, each calibrated by itself (by
+FramePack-Studio). Every table is carried over to the other step counts by index, as the released scripts do, and along the noise
+level, as the default here. Error: mean |log predicted - log measured| a step; computed: steps that 0.10 / 3 / 0.2 computes.
+"""
+import json
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from common.ratios import MagRatios, flow_sigmas, load  # noqa: E402
+from common.report import needs  # noqa: E402
+from common.schedule import Settings, magcache_schedule, rule_of  # noqa: E402
+
+SHIFT = 7  # of FramePack's sampler at every size of its page
+PUBLISHED = load("framepack")
+
+
+def table_of(size, ratios):
+    return MagRatios(name=size, mag_ratios={"cond": ratios}, sigmas=tuple(flow_sigmas(len(ratios), SHIFT)), origin="published",
+                     sampler={"shift": SHIFT})
+
+
+def computed(ratios):
+    return magcache_schedule(ratios, Settings(**PUBLISHED.settings), rule_of(PUBLISHED)).computed
+
+
+def compared(prediction, measured):
+    """(error, computed steps) of a prediction."""
+    return f"{np.abs(np.log(prediction[1:] / measured[1:])).mean():.4f}", computed(prediction)
+
+
+def main():
+    tabulate = needs("tabulate", "tabulate").tabulate
+    studio = json.loads((REPOSITORY / "tests" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
+    tables = {(size, steps): table_of(size, ratios) for size, by_steps in studio.items() for steps, ratios in by_steps.items()}
+    ratios = {key: table.at(table.sigmas)[0] for key, table in tables.items()}
+
+    rows = []
+    for (size, steps), (other_size, other_steps) in permutations(tables, 2):
+        if size == other_size:
+            measured = ratios[size, other_steps]
+            levels = tables[size, other_steps].sigmas
+            by_index, along_sigma = (compared(tables[size, steps].at(levels, way)[0], measured) for way in ("nearest", "sigma"))
+            rows.append([size, steps, other_steps, computed(measured), *by_index, *along_sigma])
+    print(tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
+        "px", "from steps", "to steps", "computed, measured", "by index: error", "computed", "along sigma: error", "computed"]))
+
+    small, large = studio
+    rows = [[f"{small} px, {steps} steps", f"{large} px", computed(ratios[large, steps]),
+             *compared(ratios[small, steps], ratios[large, steps])] for steps in studio[small]]
+    published = PUBLISHED.at(PUBLISHED.sigmas)[0]
+    rows += [["published, 25 steps", f"{size} px", computed(ratios[size, "25"]), *compared(published, ratios[size, "25"])]
+             for size in studio]
+    print("\n" + tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
+        "table", "used at", "computed, measured", "error", "computed"]))
+
+
+if __name__ == "__main__":
+    main()
