@@ -510,7 +510,8 @@ class Sampler:
     def predict(self, prompt, seed, infer_steps, num_videos, cfg_scale):
         self.pipeline.scheduler = sampler = Flow(Subject(self.pipeline.transformer))
         latents = sampler.run(steps=infer_steps, seed=seed, videos=num_videos, size=(5, 16, 24), cfg=cfg_scale > 1)
-        return {"samples": (latents[:, :3] / 6 + 0.5).clamp(0, 1), "prompts": [prompt],
+        brightness = torch.linspace(0.3, 0.7, num_videos)[:, None, None, None, None]
+        return {"samples": (latents[:, :3] / 12 + brightness).clamp(0, 1), "prompts": [prompt],
                 "seeds": [seed + index for index in range(num_videos)]}
 
 
@@ -589,10 +590,14 @@ def test_off_saves_what_the_host_saves(checkout):
 def test_several_videos_with_comparison(checkout, capsys):
     checkout("--flow-reverse", "--num-videos", 2, "--compare", "--infer-steps", 12, "--cfg-scale", 3)
     assert len(videos()) == 2 and len(reports()) == 2
-    for name, frames in videos().items():
+    columns = {}
+    for name in videos():
         sheet, _ = read_frames(Path("results") / name.replace(".mp4", "_compare.mp4"))
-        part = sheet[:, :16, 28:52]  # three columns of 24 pixels with 4 between
-        assert sheet.shape == (5, 16, 84, 3) and np.abs(part.astype(int) - frames).mean() < 12
+        assert sheet.shape == (5, 16, 84, 3)
+        columns[name] = sheet[:, :, 28:52].astype(int)  # the second of three, 24 pixels wide with 4 between
+    (one, its_column), (other, _) = columns.items()
+    assert np.abs(its_column - videos()[one]).mean() < np.abs(its_column - videos()[other]).mean() / 2
+    assert np.abs(columns[other] - videos()[other]).mean() < np.abs(columns[other] - videos()[one]).mean() / 2
     figures = reports()[0]["quality"]
     computed = reports()[0]["computed"]
     assert reports()[0]["calls"] == 12 and list(figures) == [
