@@ -52,6 +52,8 @@ def session_of(args, script):
     if not args.flow_reverse:
         raise MagCacheError("Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
                             "HunyuanVideo's own commands do, or run with --no-magcache.")
+    if args.video_length == 1:
+        raise MagCacheError("There are no ratios of stills, and sample_video.py cannot save one: give --video-length 5 or more.")
     if args.seed is None and args.ulysses_degree * args.ring_degree > 1:
         raise MagCacheError("Several processes must start from the same noise: give --seed.")
     args.seed = random.randint(0, 1_000_000) if args.seed is None else args.seed  # --compare renders it more than once
@@ -67,9 +69,9 @@ def session_of(args, script):
 
 
 def published(args, pixels):
-    """The name of the published table whose pictures are nearest in size; None for other checkpoints, and for stills."""
-    names = TABLES.get(args.model, ()) if args.video_length > 1 else ()
-    return min(names, default=None, key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)))
+    """The name of the published table whose pictures are nearest in size; None for other checkpoints."""
+    return min(TABLES.get(args.model, ()), default=None,
+               key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)))
 
 
 def cached(sampler_class, session):

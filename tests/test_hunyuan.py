@@ -638,7 +638,7 @@ def test_the_lines_at_the_top_and_the_flags(checkout, monkeypatch):
 @pytest.mark.parametrize("flags, sentence", [
     ([], "--flow-reverse"),
     (["--flow-reverse", "--model", "HYVideo-T/2"], "No magnitude ratios are known"),
-    (["--flow-reverse", "--video-length", 1], "No magnitude ratios are known"),
+    (["--flow-reverse", "--video-length", 1], "cannot save one"),
     (["--flow-reverse", "--save-path", "/proc/nowhere"], "cannot be written"),
     (["--flow-reverse", "--compare", "--no-magcache"], "leave out --no-magcache"),
     (["--flow-reverse", "--compare", "--magcache_calibration"], "one at a time"),
@@ -659,7 +659,7 @@ def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, 
 
 
 def test_ranks_need_a_seed():
-    args = argparse.Namespace(flow_reverse=True, seed=None, ulysses_degree=8, ring_degree=1)
+    args = argparse.Namespace(flow_reverse=True, video_length=129, seed=None, ulysses_degree=8, ring_degree=1)
     with pytest.raises(MagCacheError, match="give --seed"):
         SCRIPT["session_of"](args, SCRIPT)
 
