@@ -216,7 +216,7 @@ def click_through(page, address, tmp_path, expect):
         page.wait_for_timeout(1500)
         bottom = page.get_by_label("Seed", exact=True).bounding_box()["y"] - 45
         page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True,
-                        clip={"x": 120, "y": 40, "width": 1000, "height": bottom - 40})
+                        clip={"x": 120, "y": 0, "width": 1000, "height": bottom})
 
     number("Steps", 100)
     shows("2 sections: ")
