@@ -298,7 +298,15 @@ def nothing_is_kept_after_a_run():
             made.append(super().begin(circumstances))
             return made[-1]
 
-    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=table()).on(build("flux"))
+    def outermost(executor, *args, **kwargs):
+        before = executor.class_obj.model_options
+        result = executor(*args, **kwargs)
+        assert executor.class_obj.model_options is before
+        return result
+
+    patcher = build("flux").clone()
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "outermost", outermost)
+    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=table()).on(patcher)
     sample(patched)
     assert made[0].report.peak_bytes > 0 and not made[0].residuals
     assert "magcache" not in patched.model_options["transformer_options"]
@@ -539,11 +547,16 @@ def calibrated(patcher, family="flux", **options):
 
 
 class Ratios(Watched):
-    """Magnitude ratios measured by hooks: for each branch, the mean over its tokens of |r_t| / |r_{t-1}| at each step."""
+    """Measured by hooks, for each branch and step: the mean over tokens of |r_t| / |r_{t-1}|, and the model's output squared."""
 
     def __init__(self, patcher, tokens):
         super().__init__(patcher)
-        self.tokens, self.previous, self.ratios = tokens, {}, {0: [1.0], 1: [1.0]}
+        self.tokens, self.previous, self.ratios, self.energies = tokens, {}, {0: [1.0], 1: [1.0]}, {0: [], 1: []}
+        self.hooks.append(transformer(patcher).register_forward_hook(self.output))
+
+    def output(self, module, args, output):
+        for branch, part in zip(self.branches[-1], output.chunk(len(self.branches[-1]))):
+            self.energies[branch].append(float(part.double().square().sum()))
 
     def leave(self, module, args):
         after = args[0]
@@ -573,6 +586,8 @@ def calibration_measures(family, cfg, free):
     assert list(file.mag_ratios) == (["cond", "uncond"] if cfg > 1 else ["cond"])
     for branch, values in zip(file.mag_ratios, measured.ratios.values()):
         assert np.allclose(file.mag_ratios[branch], values, rtol=2e-4, atol=2e-6), (file.mag_ratios[branch], values)
+    for rows, energies in zip(file.statistics["gram_of_outputs"].values(), measured.energies.values()):
+        assert np.allclose([row[0] for row in rows], energies, rtol=1e-3)
     assert np.allclose(file.sigmas, levels_of(patcher), atol=1e-6) and file.origin == "measured" and "gram" in file.statistics
     assert "written; MagCache nodes take it" in said[-1]
     patched, heard = cached(patcher, mag_ratios="")
