@@ -80,8 +80,8 @@ class Expert:
         earlier = getattr(self.original, "magcache", None)
         if earlier is not None and earlier.active:
             raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
-        # Of the class: a wrapper on the instance may hide the names. Keywords that it does not know are passed on as they are.
-        self.argument_names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        # Keywords that it does not know are passed on as they are.
+        self.argument_names = argument_names(self.model)
 
         # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
         @functools.partial(torch.compiler.disable, recursive=False)
@@ -389,6 +389,14 @@ def inner_module(model):
         if name in model.__dict__.get("_modules", {}):
             return inner_module(model._modules[name])
     return model
+
+
+def argument_names(model):
+    """Of the class's forward, since a wrapper on the instance may hide the names; of the instance's where the class has none."""
+    forward = type(model).forward
+    if forward is torch.nn.Module.forward:
+        return list(inspect.signature(model.forward).parameters)
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def level_tolerance(timestep):
