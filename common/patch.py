@@ -52,13 +52,14 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
                     PAYLOADS[getattr(settings, "payload", "residual")], factor and Guard(factor))
 
 
-def magcache_calibration(model, host, timesteps, name, path=None, description=None):
+def magcache_calibration(model, host, timesteps, name, path=None, description=None, statistics=None):
     """Measure the magnitude ratios of a model, or of experts, in ordinary un-cached runs. Returns a handle.
 
     After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
     description: further fields of `MagRatios` (models, sampler, provenance, ...).
+    statistics: those of an earlier handle, to go on averaging.
     """
-    return Calibration(model, host, timesteps, name, path, description or {})
+    return Calibration(model, host, timesteps, name, path, description or {}, statistics or Statistics())
 
 
 class Run:
@@ -307,9 +308,9 @@ class MagCache(Patch):
 class Calibration(Patch):
     """A model that computes everything and measures. `mag_ratios` holds the result of the complete runs."""
 
-    def __init__(self, models, host, timesteps, name, path, description):
+    def __init__(self, models, host, timesteps, name, path, description, statistics):
         self.name, self.path, self.description = name, path, description
-        self.statistics, self.mag_ratios = Statistics(), None
+        self.statistics, self.mag_ratios = statistics, None
         self.plan = lambda levels: compute_all(len(levels))
         super().__init__(models, host, timesteps)
 
@@ -412,3 +413,12 @@ def is_writer():
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
+
+
+def told_by_writer(find):
+    """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not plan
+    differently."""
+    found = [find() if is_writer() else None]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
