@@ -25,6 +25,7 @@ class Host:
     latent, timestep: names of forward's arguments.
     timestep_scale: what forward's timestep is at noise level 1.
     residual_shape: (model, arguments of forward by name) -> shape of the residual, known before the first step.
+    residual_dtype: (model) -> type of the residual. None: the latent's.
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
         follow them (reference pictures, padding); statistics are taken of these only. None: all are.
     in_place: the first block writes into the tokens that it is given, so they are copied before.
@@ -41,6 +42,7 @@ class Host:
     timestep: str = "timestep"
     timestep_scale: float = 1000.0
     residual_shape: Callable | None = None
+    residual_dtype: Callable | None = None
     noise_tokens: Callable | None = None
     in_place: bool = False
     output_tokens: Callable | None = None

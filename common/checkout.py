@@ -153,7 +153,7 @@ class Session:
         self.calibrating = args.magcache_calibration is not None
         self.statistics = Statistics()
         self.mag_ratios = self.comparison = None
-        self.reports, self.frames_rendered, self.files_saved = [], {}, 0
+        self.reports, self.frames_rendered, self.files_saved, self.said = [], {}, 0, set()
 
     def check(self, output):
         """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
@@ -205,7 +205,7 @@ class Session:
             self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
             return
         self.handle = magcache_forward(models, host, self.mag_ratios, settings_of(self.args, self.lines, self.mag_ratios, True),
-                                       timesteps, announce=tqdm.write if is_writer() else None, boundary=boundary,
+                                       timesteps, announce=self.say_once, boundary=boundary,
                                        **cache_options(self.args))
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
@@ -309,8 +309,14 @@ class Session:
         sampler = self.mag_ratios.sampler
         if "size" in sampler and (sampler["size"], sampler.get("frames", self.frames)) != (self.size, self.frames):
             frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
-            self.say(f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} frames. "
-                     "--magcache_calibration measures anew.")
+            self.say_once(f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} "
+                          "frames. --magcache_calibration measures anew.")
+
+    def say_once(self, text):
+        """What would be the same for every video of a session."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def say(self, text):
         if is_writer():

@@ -254,10 +254,12 @@ class MagCache(Patch):
         if self.host.residual_shape:
             latent = arguments[self.host.latent]
             latent = latent[0] if isinstance(latent, (list, tuple)) else latent
-            itemsize = (self.residuals.dtype or latent.dtype).itemsize
-            elements = latent.numel() if self.payload is ModelOutput else \
-                int(np.prod(self.host.residual_shape(model, arguments)))
-            bytes_a_branch = elements * itemsize * self.run.schedule.depth
+            if self.payload is ModelOutput:
+                elements, dtype = latent.numel(), latent.dtype
+            else:
+                elements = int(np.prod(self.host.residual_shape(model, arguments)))
+                dtype = self.host.residual_dtype(model) if self.host.residual_dtype else latent.dtype
+            bytes_a_branch = elements * (self.residuals.dtype or dtype).itemsize * self.run.schedule.depth
         if self.announce:
             self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
 
@@ -311,7 +313,7 @@ class Calibration(Patch):
     def __init__(self, models, host, timesteps, name, path, description, statistics):
         self.name, self.path, self.description = name, path, description
         self.statistics, self.mag_ratios = statistics, None
-        self.plan = lambda levels: compute_all(len(levels))
+        self.plan = lambda levels: compute_all(len(levels), "the ratios were measured in this run")
         super().__init__(models, host, timesteps)
 
     def expert_changed(self):
