@@ -165,7 +165,7 @@ class Session:
             raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
         if self.calibrating:
             if Path(self.args.magcache_calibration or ".json").suffix not in ("", ".json"):
-                raise MagCacheError(f"--magcache_calibration {self.args.magcache_calibration} names no calibration file: end it in "
+                raise MagCacheError(f"--magcache_calibration {self.args.magcache_calibration} is no calibration file: end it in "
                                     ".json, or leave it out and put the flag last.")
             return
         named, own = self.args.mag_ratios or self.preset, [] if self.args.mag_ratios else own_tables(self.task)

@@ -2,30 +2,29 @@
 and the configurations too, but the text encoders, the VAEs, the attention kernels, ColossalAI and the packages that they import
 and a test does not need.
 
-    python tests/opensora_cpu.py /checkout/magcache_inference.py configs/diffusion/inference/256px.py --prompt cat ...
+    cd /checkout && python tests/opensora_cpu.py magcache_inference.py configs/diffusion/inference/256px.py --prompt cat ...
+    cd /checkout && python tests/opensora_cpu.py --serve            # runs many (`wan_cpu.serve`)
 
-LATENTS=folder in the environment: what is given to the VAE's decoder is saved there, in the order of the calls.
-REUSE=##..#.: the transformer runs all its blocks, and where there is a dot their effect is replaced by that of the last #. This
-is the independent computation with which a cached run is compared. Under WORLD_SIZE > 1 the process group is gloo's.
+REUSE=##..#. in the environment: the transformer runs all its blocks, and where there is a dot their effect is replaced by that
+of the last #. This is the independent computation with which a cached run is compared. Under WORLD_SIZE > 1 the process group
+is gloo's.
 """
 import hashlib
 import importlib
 import importlib.machinery
 import os
 import random
-import runpy
 import sys
 import types
 import warnings
-from pathlib import Path
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import wan_cpu  # noqa: E402
 from torch import nn  # noqa: E402
-from wan_cpu import AbsentPackages, Anything  # noqa: E402
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -34,7 +33,7 @@ ABSENT = ("colossalai", "tensornvme", "pandarallel", "dill", "omegaconf", "opena
           "xformers", "timm", "cv2", "ftfy", "bs4", "apex", "rich", "matplotlib", "tensorboard", "galore_torch")
 
 
-class Absent(AbsentPackages):
+class Absent(wan_cpu.AbsentPackages):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ABSENT and name not in sys.modules:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
@@ -104,6 +103,14 @@ def all_gather(tensor, dim, group=None):
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts, dim=dim)
+
+
+def all_gather_of_unequal(parts, tensor, group=None):
+    """As nccl's all_gather, and not gloo's, for parts of unequal length along dimension 1."""
+    longest = max(part.shape[1] for part in parts)
+    padded = nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[1]))
+    for part, gathered in zip(parts, all_gather(padded[None], 0, group)):
+        part.copy_(gathered[:, :part.shape[1]])
 
 
 def attention(q, k, v, *args, **kwargs):
@@ -213,18 +220,6 @@ def stand_ins():
         vars(importlib.import_module(name)).update(values)
 
 
-class Decoded:
-    """Counts what decoders are given, and saves it."""
-
-    calls = 0
-
-    @classmethod
-    def note(cls, latents):
-        if "LATENTS" in os.environ and os.environ.get("RANK", "0") == "0":
-            torch.save(latents.float().clone(), Path(os.environ["LATENTS"]) / f"{cls.calls:03d}.pt")
-        cls.calls += 1
-
-
 class VAE(nn.Module):
     """Videos are pooled to latents and back."""
 
@@ -250,7 +245,7 @@ class VAE(nn.Module):
         return small.repeat(1, -(-self.out_channels // 3), 1, 1, 1)[:, :self.out_channels]
 
     def decode(self, latents, num_frames=None):
-        Decoded.note(latents)
+        wan_cpu.decoded.append(latents.float().clone())
         latents = latents[None] if latents.ndim == 4 else latents
         size = (num_frames or 4 * latents.shape[2] - 3, *(self.stride * side for side in latents.shape[3:]))
         return nn.functional.interpolate(latents[:, :3].float().tanh(), size=size).to(self.dtype)
@@ -301,6 +296,8 @@ def versions_2(models):
     import opensora.utils.cai
     import opensora.utils.inference
     opensora.models.mmdit.distributed.RingAttention.attention = staticmethod(ring_attention)
+    opensora.models.mmdit.distributed.dist = types.SimpleNamespace(
+        **{**vars(dist), "all_gather": all_gather_of_unequal})
     opensora.utils.inference.read_from_path = read_from_path
 
     def get_booster(cfg, ae=False):
@@ -386,27 +383,27 @@ def import_opensora():
     import transformers.modeling_utils  # noqa: F401
     sys.meta_path.insert(0, Absent())
     stand_ins()
-    sys.modules.setdefault("torch.utils.tensorboard", Anything("torch.utils.tensorboard"))
+    sys.modules.setdefault("torch.utils.tensorboard", wan_cpu.Anything("torch.utils.tensorboard"))
     torch.cuda.synchronize = lambda *args: None
     import opensora.models
     from opensora.registry import MODELS
     (versions_2 if hasattr(opensora.models, "Flux") else versions_1)(MODELS)
-    if "REUSE" in os.environ:
-        name = "flux" if "flux" in MODELS.module_dict else "STDiT3-XL/2"
-        build = MODELS.module_dict[name]
+    name = "flux" if hasattr(opensora.models, "Flux") else "STDiT3-XL/2"
+    build = MODELS.module_dict[name]
 
-        def built(**config):
-            model = build(**config)
-            if not config.get("guidance_embed"):  # the picture model is no business of this
-                Reuse(model, os.environ["REUSE"])
-            return model
+    def built(**config):
+        model = build(**config)
+        if "REUSE" in os.environ and not config.get("guidance_embed"):  # that is the picture model
+            Reuse(model, os.environ["REUSE"])
+        return model
 
-        MODELS.register_module(name, force=True, module=built)
+    MODELS.register_module(name, force=True, module=built)
 
 
 if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    checkout = next(folder for folder in Path(sys.argv[0]).resolve().parents if (folder / "opensora").is_dir())
-    sys.path[0] = str(checkout)
+    sys.path[0] = os.getcwd()
     import_opensora()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[1] == "--serve":
+        wan_cpu.serve()
+    else:
+        wan_cpu.run_script(*sys.argv[1:])
