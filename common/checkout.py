@@ -353,4 +353,4 @@ def timed(draw, steps):
 
 def as_frames(video):
     """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3)."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
