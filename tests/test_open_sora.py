@@ -272,6 +272,15 @@ def test_2_leaves_the_picture_model_alone(toy2):
     assert toy2.report("video/prompt_0001_video")["task"] == "open-sora-2.0-i2v_head"
 
 
+def test_2_with_a_lora(toy2):
+    flags = (CONFIG_2, "--prompt", "cat|dog walks", "--use_magcache", "--magcache_thresh", "0.3")
+    toy2.run(*flags)
+    plain, result = toy2.plain(*flags[:3], "--lora", "True"), toy2.run(*flags, "--lora", "True")
+    assert torch.equal(result[0], plain[0]) and not torch.equal(result[1], plain[1])
+    assert "measured" in toy2.report("video/prompt_0000") and toy2.report("video/prompt_0001")["reused"] > 0
+    assert len(list((toy2.folder / "home").iterdir())) == 2  # a table of its own
+
+
 def test_2_tables_are_of_a_kind_of_condition(toy2):
     toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
     toy2.run(CONFIG_2, "--prompt", "cat", "--cond_type", "i2v_head", "--ref", "a.png", "--use_magcache")

@@ -33,6 +33,9 @@ class Decoder(torch.nn.Module):
 def prepare_models(cfg, device, dtype, offload_model=False):
     pictures = {"img_flux": MMDiT(seed=1), "img_flux_ae": Decoder()} if cfg.get("use_t2i2v") else {}
     model = MMDiT(seed=cfg.get("weights", 0))
+    if cfg.get("lora"):
+        from peft import LoraConfig, get_peft_model
+        model = get_peft_model(model, LoraConfig(target_modules=["own"], init_lora_weights=False))
     return model, Decoder(), None, None, pictures
 
 
