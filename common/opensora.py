@@ -79,7 +79,7 @@ class OpenSora:
         lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), self.script["SETTINGS"][version]))
         session = Session(self.args, lines, f"open-sora-{version}-{task}", f"{width}x{height}", frames, preset,
                           {"config": str(cfg.filename)}, measures=True, **options)
-        session.check(Path(cfg.save_dir) / task)
+        session.check(Path(cfg.save_dir) / ("video.mp4" if frames > 1 else "picture.png"))
         return session
 
     def render(self, transformer, host, checkpoint, draw, steps):
