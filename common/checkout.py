@@ -4,7 +4,6 @@ import argparse
 import functools
 import importlib.util
 import os
-import re
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -85,11 +84,11 @@ def flags_taken(add):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     add(parser)
     args, rest = parser.parse_known_args(sys.argv[1:])
-    for flag in rest:
-        if re.match(r"--\w*-?(magcache|mag.?ratio|retention)", flag):
-            known = {action.option_strings[0].replace("-", "_"): action.option_strings[0] for action in parser._actions}
-            near = get_close_matches(flag.split("=")[0].replace("-", "_"), known, 1)
-            raise MagCacheError(f"There is no flag {flag}" + (f"; {known[near[0]]} is the nearest." if near else "."))
+    ours = {action.option_strings[0].replace("-", "_"): action.option_strings[0] for action in parser._actions}
+    for flag in (flag.split("=")[0] for flag in rest if flag.startswith("--")):
+        near = get_close_matches(flag.replace("-", "_"), ours, n=1, cutoff=0.8)
+        if near or "magcache" in flag:
+            raise MagCacheError(f"There is no flag {flag}" + (f"; {ours[near[0]]} is the nearest." if near else "."))
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())
     sys.argv[1:] = rest

@@ -95,6 +95,8 @@ class OpenSora:
 
     def save(self, save_sample, x, save_path, **options):
         """The host's save_sample, which adds the ending to the name itself, made whole and with a report."""
+        if not self.session.reports and not self.session.calibrating:  # the picture before a video, which the host looks for
+            return save_sample(x, save_path=save_path, **options)
         ending = ".png" if x.shape[1] == 1 and not options.get("force_video") else ".mp4"
 
         def write(tensor, save_file, **options):

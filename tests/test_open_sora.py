@@ -319,8 +319,8 @@ def test_2_without_our_flags_is_the_hosts_script(toy2):
     assert not list(toy2.folder.rglob("*.json"))
 
 
-@pytest.mark.parametrize("flag", ["--magcache_tresh", "--magcache-thresh", "--use-magcache", "--magcache", "--mag_ratio",
-                                  "--retention-ratio"])
+@pytest.mark.parametrize("flag", ["--magcache_tresh", "--magcahe_thresh", "--magcache-thresh", "--use-magcache", "--magcache",
+                                  "--mag_ratio", "--retention-ratio", "--magcache_K3"])
 def test_mistyped_flags_are_mistakes(toy2, flag):
     """The host would take them for names of its configuration."""
     assert f"There is no flag {flag}" in toy2.mistake(CONFIG_2, "--prompt", "cat", flag, "0.1")
