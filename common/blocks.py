@@ -19,11 +19,13 @@ class Host:
     """What MagCache has to know of a transformer class.
 
     blocks: its block lists, in the order in which forward runs them.
-    final_layer: the module whose first argument is the image tokens after the last block.
+    final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns them,
+        and forward does something with them before its final layer (gathers them from the ranks that share them).
     image_tokens: keyword, or position, of the image tokens among the arguments of the first block.
     latent, timestep: names of forward's arguments.
     timestep_scale: what forward's timestep is at noise level 1.
     residual_shape: (model, arguments of forward by name) -> shape of the residual, known before the first step.
+    residual_dtype: (model) -> type of the residual. None: the latent's.
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
         follow them (reference pictures, padding); statistics are taken of these only. None: all are.
     in_place: the first block writes into the tokens that it is given, so they are copied before.
@@ -34,12 +36,13 @@ class Host:
     """
 
     blocks: tuple
-    final_layer: str
+    final_layer: str | None
     image_tokens: object = "hidden_states"
     latent: str = "hidden_states"
     timestep: str = "timestep"
     timestep_scale: float = 1000.0
     residual_shape: Callable | None = None
+    residual_dtype: Callable | None = None
     noise_tokens: Callable | None = None
     in_place: bool = False
     output_tokens: Callable | None = None
@@ -50,28 +53,39 @@ class BlockStack:
     """The block stack of one model instance."""
 
     def __init__(self, model, host):
-        missing = [name for name in (*host.blocks, host.final_layer, *host.hint_methods) if not hasattr(model, name)]
+        final_layer = (host.final_layer,) if host.final_layer else ()
+        missing = [name for name in (*host.blocks, *final_layer, *host.hint_methods) if not hasattr(model, name)]
         if missing:
             raise MagCacheError(f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
                                 "of the model; run it with --no-magcache.")
         self.model, self.host = model, host
-        self.first, self.final = FirstBlock(host.image_tokens, host.in_place), FinalLayer()
+        self.first = FirstBlock(host.image_tokens, host.in_place)
+        self.final = FinalLayer() if host.final_layer else LastBlock(self.first.passed_on)
         self.shadows, self.shadowed = {}, {}
 
     def record(self, arguments=None):
         """From here to `finish`, forward runs every block and the image tokens before and after them are remembered.
         arguments: of forward, by name, for the host's `output_tokens`."""
         self.last = self.host.output_tokens(self.model, arguments) if self.host.output_tokens else 0
-        lists = {name: getattr(self.model, name) for name in self.host.blocks}
-        start = next(name for name, blocks in lists.items() if len(blocks))
-        self.first.block, self.final.layer = lists[start][0], getattr(self.model, self.host.final_layer)
-        self.shadow({start: (self.first, *lists[start][1:]), self.host.final_layer: self.final})
+        lists = {name: list(getattr(self.model, name)) for name in self.host.blocks}
+        start, *_, end = 2 * [name for name, blocks in lists.items() if blocks]
+        self.first.block, lists[start][0] = lists[start][0], self.first
+        if self.host.final_layer:
+            self.final.layer = getattr(self.model, self.host.final_layer)
+            self.shadow({start: tuple(lists[start]), self.host.final_layer: self.final})
+        else:
+            self.final.layer, lists[end][-1] = lists[end][-1], self.final
+            self.shadow({start: tuple(lists[start]), end: tuple(lists[end])})
 
     def replace(self, residual):
         """From here to `restore`, forward runs no block; `residual` is added to the tokens in front of the final layer."""
-        self.final.layer, self.final.residual = getattr(self.model, self.host.final_layer), residual
-        self.shadow({**dict.fromkeys(self.host.blocks, ()), **dict.fromkeys(self.host.hint_methods, no_hints),
-                     self.host.final_layer: self.final})
+        self.final.residual = residual
+        if self.host.final_layer:
+            self.final.layer = getattr(self.model, self.host.final_layer)
+            stand_ins = {**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final}
+        else:  # as many in each list, for a forward that runs its lists in pairs
+            stand_ins = {**dict.fromkeys(self.host.blocks, (self.first.passed_on,)), self.host.blocks[0]: (self.final,)}
+        self.shadow({**stand_ins, **dict.fromkeys(self.host.hint_methods, no_hints)})
 
     def shadow(self, attributes):
         self.shadows, self.plain_class = attributes, type(self.model)
@@ -122,10 +136,14 @@ class FirstBlock:
         self.image_tokens, self.in_place, self.tokens = image_tokens, in_place, None
 
     def __call__(self, *args, **kwargs):
-        key = self.image_tokens
-        tokens = args[key] if isinstance(key, int) else kwargs[key] if key in kwargs else args[0]
+        tokens = self.passed_on(*args, **kwargs)
         self.tokens = tokens.clone() if self.in_place else tokens
         return self.block(*args, **kwargs)
+
+    def passed_on(self, *args, **kwargs):
+        """The image tokens among a block's arguments."""
+        key = self.image_tokens
+        return args[key] if isinstance(key, int) else kwargs[key] if key in kwargs else args[0]
 
 
 class FinalLayer:
@@ -140,6 +158,26 @@ class FinalLayer:
         if self.residual is None:
             self.tokens = tokens
             return self.layer(tokens, *args, **kwargs)
-        before = tokens.shape[1] - self.residual.shape[1]  # leading tokens that do not reach the output
-        residual = functional.pad(self.residual, (0, 0, before, 0)) if before else self.residual
-        return self.layer(tokens + residual, *args, **kwargs)
+        return self.layer(added(tokens, self.residual), *args, **kwargs)
+
+
+class LastBlock:
+    """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in with the
+    residual."""
+
+    __slots__ = ("passed_on", "layer", "tokens", "residual")
+
+    def __init__(self, passed_on):
+        self.passed_on, self.tokens, self.residual = passed_on, None, None
+
+    def __call__(self, *args, **kwargs):
+        if self.residual is None:
+            self.tokens = self.layer(*args, **kwargs)
+            return self.tokens
+        return added(self.passed_on(*args, **kwargs), self.residual)
+
+
+def added(tokens, residual):
+    """The residual added to the last of the tokens; those before it do not reach the output."""
+    before = tokens.shape[1] - residual.shape[1]
+    return tokens + (functional.pad(residual, (0, 0, before, 0)) if before else residual)

@@ -2,10 +2,12 @@
 calibrated or compared, its output saved whole with a report beside it."""
 import argparse
 import functools
+import importlib.util
 import os
 import sys
 import time
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .calibration import fingerprint
-from .flags import cache_options, check_writable, settings_of
-from .patch import is_writer, magcache_calibration, magcache_forward
+from .calibration import Statistics, fingerprint
+from .flags import add_magcache_flags, cache_options, check_writable, settings_of
+from .patch import is_writer, magcache_calibration, magcache_forward, told_by_writer
 from .planner import Target
 from .quality import VIDEO_SUFFIXES, quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
@@ -45,6 +47,14 @@ def checkouts_script(name, upstream, folder):
                             f"/path/to/{upstream} puts it there.") from None
 
 
+def script_at(path):
+    """The module of a script that lies in no package, by its path."""
+    spec = importlib.util.spec_from_file_location(f"{Path(path).parent.name}_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextmanager
 def flags_added(module, add):
     """For its duration, every ArgumentParser that `module` makes also has the flags of `add(parser)`."""
@@ -59,6 +69,30 @@ def flags_added(module, add):
         yield
     finally:
         module.argparse = plain
+
+
+def add_flags(parser):
+    """The MagCache flags of a drop-in whose host computes everything unless it is asked not to."""
+    group = add_magcache_flags(parser)
+    group.add_argument("--use_magcache", action="store_true", help="render with MagCache, by the settings of the task; "
+                       "any setting of this group implies it")
+
+
+def flags_taken(add):
+    """Take the flags of `add(parser)` out of sys.argv, for hosts whose own parser knows of nothing else. Returns them parsed.
+    Raises MagCacheError for a flag that looks like one of them and is none: such hosts may pass over it in silence."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    add(parser)
+    args, rest = parser.parse_known_args(sys.argv[1:])
+    ours = {action.option_strings[0].replace("-", "_"): action.option_strings[0] for action in parser._actions}
+    for flag in (flag.split("=")[0] for flag in rest if flag.startswith("--")):
+        near = get_close_matches(flag.replace("-", "_"), ours, n=1, cutoff=0.8)
+        if near or "magcache" in flag:
+            raise MagCacheError(f"There is no flag {flag}" + (f"; {ours[near[0]]} is the nearest." if near else "."))
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())
+    sys.argv[1:] = rest
+    return args
 
 
 @contextmanager
@@ -108,15 +142,17 @@ class Session:
     args: the parsed flags, the host's and ours; lines: the script's (magcache_thresh, magcache_K, retention_ratio) for this
     task; task: what ratios hold for besides the checkpoint ("t2v-14B"); size: "832x480"; frames: their number;
     preset: name of the published table, or None; about: further entries of reports and calibration files;
-    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1.
+    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1; measures: where no ratios
+    are known, the first rendering is computed in full and measured, and the next ones use what was found.
     """
 
-    def __init__(self, args, lines, task, size, frames, preset, about, videos=lambda result: [result]):
+    def __init__(self, args, lines, task, size, frames, preset, about, videos=lambda result: [result], measures=False):
         self.args, self.lines, self.task, self.size, self.frames, self.preset = args, lines, task, size, frames, preset
-        self.about, self.videos = about, videos
+        self.about, self.videos, self.measures = about, videos, measures
         self.calibrating = args.magcache_calibration is not None
-        self.report = self.mag_ratios = self.comparison = None
-        self.frames_rendered, self.files_saved = {}, 0
+        self.statistics = Statistics()
+        self.mag_ratios = self.comparison = None
+        self.reports, self.frames_rendered, self.files_saved, self.said = [], {}, 0, set()
 
     def check(self, output):
         """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
@@ -127,13 +163,16 @@ class Session:
         if self.calibrating and self.args.compare:
             raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
         if self.calibrating:
+            if Path(self.args.magcache_calibration or ".json").suffix not in ("", ".json"):
+                raise MagCacheError(f"--magcache_calibration {self.args.magcache_calibration} is no calibration file: end it in "
+                                    ".json, or leave it out and put the flag last.")
             return
-        own = [] if self.args.mag_ratios else own_tables(self.task)
-        if not self.args.mag_ratios and not self.preset and not own:
+        named, own = self.args.mag_ratios or self.preset, [] if self.args.mag_ratios else own_tables(self.task)
+        if not named and not own and not self.measures:
             raise MagCacheError(self.no_table())
         settings = settings_of(self.args, self.lines, None, True)
-        if not own:  # else only the weights tell which
-            table = load(self.args.mag_ratios or self.preset)
+        if named and not own:  # else only the weights tell which
+            table = load(named)
             if isinstance(settings, Target):
                 settings.plan(table, np.asarray(table.sigmas))
 
@@ -142,50 +181,61 @@ class Session:
                 "--magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with --no-magcache.")
 
     def table(self, checkpoint):
-        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones."""
+        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones; None where there are
+        none and they are to be measured."""
         if self.args.mag_ratios:
             return load(self.args.mag_ratios)
         own = [table for table in own_tables(self.task) if table.provenance.get("fingerprint") == checkpoint]
         if own:
             return min(own, key=lambda table: abs(volume(table.sampler) - volume({"size": self.size, "frames": self.frames})))
-        if not self.preset:
+        if not self.preset and not self.measures:
             raise MagCacheError(self.no_table())
-        return load(self.preset)
+        return load(self.preset) if self.preset else None
 
     def patch(self, models, host, timesteps, checkpoint, boundary=None):
         """Put MagCache, or the calibration, on the pipeline's transformer or its experts: beneath whatever takes hold of their
         forward afterwards. checkpoint: fingerprint of the weights."""
-        if self.calibrating:
+        self.mag_ratios = None if self.calibrating else told_by_writer(lambda: self.table(checkpoint))
+        self.measuring = self.mag_ratios is None
+        if self.measuring:
+            if not self.calibrating:
+                self.say(f"No magnitude ratios are known for {self.task} with this checkpoint: this rendering is computed in "
+                         "full to measure them.")
             self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
             return
-        self.mag_ratios = self.table(checkpoint)
         self.handle = magcache_forward(models, host, self.mag_ratios, settings_of(self.args, self.lines, self.mag_ratios, True),
-                                       timesteps, announce=tqdm.write if is_writer() else None, boundary=boundary,
+                                       timesteps, announce=self.say_once, boundary=boundary,
                                        **cache_options(self.args))
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
         """A patch that renders un-cached and saves the magnitude ratios, from the writing rank alone."""
         name = f"{self.task}-{self.size}x{self.frames}"
         self.path = Path(self.args.magcache_calibration or calibrations_folder() / f"{name}-{checkpoint}.json")
+        check_writable("The calibration file", self.path)
         sampler = {"task": self.task, "size": self.size, "frames": self.frames, **({"boundary": boundary} if boundary else {})}
         description = {"sampler": sampler, "settings": self.lines, "rule": load(self.preset).rule if self.preset else {},
                        "provenance": {"fingerprint": checkpoint, **self.about, "torch": torch.__version__,
                                       "date": time.strftime("%Y-%m-%d")}}
-        return magcache_calibration(models, host, timesteps, name, self.path, description)
+        return magcache_calibration(models, host, timesteps, name, self.path, description, self.statistics)
 
     def render(self, draw, steps):
         """Render as asked for, with the patch on. draw: steps -> what the host's pipeline returns. Returns that for the host
         to save."""
-        if not self.calibrating:
+        if self.files_saved:  # of an earlier rendering
+            self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
+        if not self.measuring:
             self.say_what_differs()
         with self.handle:
-            result, seconds = timed(draw, steps)
-        if self.calibrating:
+            result, self.seconds = timed(draw, steps)
+        if self.measuring:
             hint = f"use it with --mag_ratios {self.path}." if self.args.magcache_calibration else \
                 f"runs of {self.task} with this checkpoint use it from now on."
             self.say(f"Measured in an un-cached run, saved as {self.path}; {hint}")
+            self.mag_ratios = self.handle.mag_ratios
+            if not self.calibrating:
+                self.reports.append(self.handle.reports[-1])
             return result
-        self.report, self.seconds = self.handle.reports[-1], seconds
+        self.reports.append(self.handle.reports[-1])
         self.say(self.report.line())
         if self.args.compare:
             try:
@@ -193,6 +243,11 @@ class Session:
             except (KeyboardInterrupt, RuntimeError) as error:  # hours may lie in what is rendered already
                 self.say(f"The comparison broke off ({type(error).__name__} {error}); what MagCache rendered is kept.")
         return result
+
+    @property
+    def report(self):
+        """Of the last rendering; None where there is nothing to report."""
+        return self.reports[-1] if self.reports else None
 
     def compare(self, draw, steps, result):
         """Render un-cached and by the plain sampler with as many steps as were computed, at the same seed."""
@@ -237,22 +292,30 @@ class Session:
         self.say(f"Saved {target}")
         if not self.report:
             return
-        if self.args.magcache_plot:
+        if self.args.magcache_plot and not self.measuring:
             plot_schedule(target.with_suffix(".schedule.png"), self.report.schedule, self.report.levels, self.mag_ratios.name)
         if self.frames_rendered:
             sheet = target.with_name(f"{target.stem}_compare{target.suffix}")
             side_by_side(sheet, [videos[self.files_saved] for videos in self.frames_rendered.values()], fps)
             self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {sheet}")
         write_report(target.with_suffix(".json"), self.report, task=self.task, size=self.size, frames=self.frames, **self.about,
-                     mag_ratios_of=self.mag_ratios.name, seconds_whole_pipeline=round(self.seconds, 4), quality=self.comparison)
+                     mag_ratios_of=self.mag_ratios.name, seconds_whole_pipeline=round(self.seconds, 4), quality=self.comparison,
+                     **({"measured": str(self.path)} if self.measuring else {}),
+                     **({"earlier_clips": [report.to_dict() for report in self.reports[:-1]]} if self.reports[1:] else {}))
         self.files_saved += 1
 
     def say_what_differs(self):
         sampler = self.mag_ratios.sampler
         if "size" in sampler and (sampler["size"], sampler.get("frames", self.frames)) != (self.size, self.frames):
             frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
-            self.say(f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} frames. "
-                     "--magcache_calibration measures anew.")
+            self.say_once(f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} "
+                          "frames. --magcache_calibration measures anew.")
+
+    def say_once(self, text):
+        """What would be the same for every video of a session."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def say(self, text):
         if is_writer():
@@ -289,4 +352,4 @@ def timed(draw, steps):
 
 def as_frames(video):
     """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3)."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

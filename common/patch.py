@@ -52,13 +52,14 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
                     PAYLOADS[getattr(settings, "payload", "residual")], factor and Guard(factor))
 
 
-def magcache_calibration(model, host, timesteps, name, path=None, description=None):
+def magcache_calibration(model, host, timesteps, name, path=None, description=None, statistics=None):
     """Measure the magnitude ratios of a model, or of experts, in ordinary un-cached runs. Returns a handle.
 
     After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
     description: further fields of `MagRatios` (models, sampler, provenance, ...).
+    statistics: those of an earlier handle, to go on averaging.
     """
-    return Calibration(model, host, timesteps, name, path, description or {})
+    return Calibration(model, host, timesteps, name, path, description or {}, statistics or Statistics())
 
 
 class Run:
@@ -80,8 +81,8 @@ class Expert:
         earlier = getattr(self.original, "magcache", None)
         if earlier is not None and earlier.active:
             raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
-        # Of the class: a wrapper on the instance may hide the names. Keywords that it does not know are passed on as they are.
-        self.argument_names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        # Keywords that it does not know are passed on as they are.
+        self.argument_names = argument_names(self.model)
 
         # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
         @functools.partial(torch.compiler.disable, recursive=False)
@@ -253,10 +254,12 @@ class MagCache(Patch):
         if self.host.residual_shape:
             latent = arguments[self.host.latent]
             latent = latent[0] if isinstance(latent, (list, tuple)) else latent
-            itemsize = (self.residuals.dtype or latent.dtype).itemsize
-            elements = latent.numel() if self.payload is ModelOutput else \
-                int(np.prod(self.host.residual_shape(model, arguments)))
-            bytes_a_branch = elements * itemsize * self.run.schedule.depth
+            if self.payload is ModelOutput:
+                elements, dtype = latent.numel(), latent.dtype
+            else:
+                elements = int(np.prod(self.host.residual_shape(model, arguments)))
+                dtype = self.host.residual_dtype(model) if self.host.residual_dtype else latent.dtype
+            bytes_a_branch = elements * (self.residuals.dtype or dtype).itemsize * self.run.schedule.depth
         if self.announce:
             self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
 
@@ -307,10 +310,10 @@ class MagCache(Patch):
 class Calibration(Patch):
     """A model that computes everything and measures. `mag_ratios` holds the result of the complete runs."""
 
-    def __init__(self, models, host, timesteps, name, path, description):
+    def __init__(self, models, host, timesteps, name, path, description, statistics):
         self.name, self.path, self.description = name, path, description
-        self.statistics, self.mag_ratios = Statistics(), None
-        self.plan = lambda levels: compute_all(len(levels))
+        self.statistics, self.mag_ratios = statistics, None
+        self.plan = lambda levels: compute_all(len(levels), "the ratios were measured in this run")
         super().__init__(models, host, timesteps)
 
     def expert_changed(self):
@@ -392,6 +395,14 @@ def inner_module(model):
     return model
 
 
+def argument_names(model):
+    """Of the class's forward, since a wrapper on the instance may hide the names; of the instance's where the class has none."""
+    forward = type(model).forward
+    if forward is torch.nn.Module.forward:
+        return list(inspect.signature(model.forward).parameters)
+    return list(inspect.signature(forward).parameters)[1:]
+
+
 def level_tolerance(timestep):
     """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
     if torch.is_tensor(timestep) and timestep.is_floating_point():
@@ -405,3 +416,12 @@ def is_writer():
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
+
+
+def told_by_writer(find):
+    """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not plan
+    differently."""
+    found = [find() if is_writer() else None]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]

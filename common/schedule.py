@@ -170,9 +170,9 @@ def decide(ratios, magcache_thresh, magcache_K, rule, retained):
     return reuse, error
 
 
-def compute_all(steps):
+def compute_all(steps, why="MagCache is off"):
     """The schedule of an un-cached run."""
-    return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, "MagCache is off",
+    return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, why,
                     fewest_computed=steps)
 
 

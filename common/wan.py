@@ -11,6 +11,7 @@ import torch
 from .blocks import Host
 from .checkout import (
     Session,
+    add_flags,
     checkouts_script,
     checkpoints_noted,
     flags_added,
@@ -18,7 +19,7 @@ from .checkout import (
     switched_on,
     timesteps_noted,
 )
-from .flags import add_magcache_flags, check_flags
+from .flags import check_flags
 from .patch import inner_module, is_writer
 from .ratios import MagCacheError
 
@@ -52,12 +53,6 @@ def run(script):
         if hasattr(generate, name):
             setattr(generate, name, session.saving(getattr(generate, name), rename))
     generate.generate(args)
-
-
-def add_flags(parser):
-    group = add_magcache_flags(parser)
-    group.add_argument("--use_magcache", action="store_true", help="render with MagCache, by the settings of the task; "
-                       "any setting of this group implies it")
 
 
 def session_of(args, script):

@@ -55,3 +55,39 @@ def test_the_input_is_copied_only_where_it_must_be(in_place):
     model(latent)
     residual = stack.finish()
     assert torch.allclose(residual, torch.full_like(residual, 13.0 if in_place else 0.0))
+
+
+class Pairs(torch.nn.Module):
+    """Two lists of blocks that run in pairs, on a half of the tokens, as a rank of a sequence-parallel group would; the head gets
+    the tokens of both halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.here, self.there = (torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2)) for _ in range(2))
+        self.head = torch.nn.Identity()
+
+    def forward(self, latent):
+        tokens = latent.chunk(2, dim=1)[0]
+        for here, there in zip(self.here, self.there):
+            tokens = there(here(tokens))
+        return self.head(torch.cat([tokens, tokens], dim=1))
+
+
+@torch.no_grad()
+def test_residual_between_first_and_last_block_of_lists_that_run_in_pairs():
+    model, latent = Pairs(), torch.randn(1, 6, 4)
+    output = model(latent)
+    stack = BlockStack(model, Host(blocks=("here", "there"), final_layer=None, image_tokens=0))
+    stack.record()
+    assert torch.equal(model(latent), output)
+    residual = stack.finish()
+    assert torch.equal(residual, output[:, :3] - latent[:, :3])
+
+    ran = []
+    for block in (*model.here, *model.there):
+        block.register_forward_pre_hook(lambda module, args: ran.append(module))
+    stack.replace(residual)
+    reused = model(2 * latent)
+    stack.restore()
+    assert not ran and torch.equal(reused[:, 3:], 2 * latent[:, :3] + residual)
+    assert torch.equal(model(latent), output) and len(ran) == 4 and not {"here", "there"} & model.__dict__.keys()

@@ -287,7 +287,7 @@ def test_the_report_of_a_calibration(model, euler, calibrating):
     with calibrating(sampler) as handle:
         sampler.run()
     report = handle.reports[0]
-    assert report.computed == 12 and report.complete and report.line().endswith(": MagCache is off.")
+    assert report.computed == 12 and report.complete and report.line().endswith(": the ratios were measured in this run.")
     assert json.loads(json.dumps(report.to_dict()))["strip"] == "#" * 12
 
 

@@ -32,14 +32,19 @@ class WanRuns:
     """A copy of a drop-in beside the `wan` and the generate.py of a checkout, and a server that runs scripts with them."""
 
     def __init__(self, folder, package, generate, drop_in):
-        self.folder, self.checkpoints, self.count = folder, folder / "checkpoints", 0
+        self.checkpoints = folder / "checkpoints"
         self.checkpoints.mkdir(parents=True)
         (folder / "wan").symlink_to(package)
         shutil.copy(generate, folder / "generate.py")
         install(drop_in, folder)
+        self.start(folder, "wan_cpu.py")
+
+    def start(self, folder, harness):
+        """Start the server, a script of this folder, in a folder."""
+        self.folder, self.count = folder, 0
         self.log = folder / "server.log"
         self.server = subprocess.Popen(
-            [sys.executable, REPOSITORY / "tests" / "wan_cpu.py", "--serve"], cwd=folder, stdin=subprocess.PIPE,
+            [sys.executable, REPOSITORY / "tests" / harness, "--serve"], cwd=folder, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
 

@@ -1,0 +1,253 @@
+"""What MagCache4Open-Sora runs: the facts of MMDiTModel (Open-Sora 2.0) and STDiT3 (1.2 and 1.3), and the checkout's own
+inference script with MagCache."""
+import functools
+import math
+import random
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from .blocks import Host
+from .calibration import fingerprint
+from .checkout import Session, add_flags, flags_taken, run_script, script_at, switched_on
+from .flags import check_flags
+from .patch import is_writer
+from .ratios import MagCacheError
+from .steps import TRAIN_TIMESTEPS
+
+
+def tokens_of_stdit3(model, forward):
+    ranks = torch.distributed.get_world_size() if model.enable_sequence_parallelism else 1
+    return len(forward["x"]), math.prod(model.get_dynamic_size(forward["x"])) // ranks, model.hidden_size
+
+
+# Under sequence parallelism STDiT3 gathers the tokens between its last block and its final layer. It casts to its weights' type.
+STDIT3 = Host(blocks=("spatial_blocks", "temporal_blocks"), final_layer=None, image_tokens=0, latent="x",
+              residual_shape=tokens_of_stdit3, residual_dtype=lambda model: model.x_embedder.proj.weight.dtype)
+
+
+def mmdit(ranks):
+    """The facts of MMDiTModel, whose joint sequence of text and image is shared by `ranks` of a sequence-parallel group."""
+    def residual_shape(model, forward):
+        batch, tokens, _ = forward["img"].shape
+        largest_share = math.ceil((forward["txt"].shape[1] + tokens) / ranks)
+        return batch, min(tokens, largest_share), model.hidden_size
+
+    return Host(blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens=0, latent="img",
+                timestep="timesteps", timestep_scale=1.0, residual_shape=residual_shape)
+
+
+def main(script):
+    """Run a magcache_inference.py, given its settings by name (`globals()`)."""
+    run_script(run, script)
+
+
+def run(script):
+    path, version = inference_script(Path(sys.argv[0]).resolve().parent)
+    args = flags_taken(add_flags)
+    check_flags(args)
+    inference = script_at(path)
+    if args.magcache_calibration is not None or switched_on(args):
+        version(inference, args, script)
+    elif is_writer() and args.magcache:
+        print("MagCache is off; --use_magcache turns it on.")
+    inference.main()
+
+
+def inference_script(checkout):
+    """(path of the checkout's own script, the class that knows its version). Raises MagCacheError for another folder."""
+    if (checkout / "scripts/diffusion/inference.py").is_file():
+        return checkout / "scripts/diffusion/inference.py", OpenSora2
+    if (checkout / "opensora/models/stdit/stdit3.py").is_file():
+        return checkout / "scripts/inference.py", OpenSora1
+    raise MagCacheError(f"{checkout} is no checkout of Open-Sora 2.0, 1.3 or 1.2: python -m common install MagCache4Open-Sora "
+                        "/path/to/Open-Sora puts this script there.")
+
+
+class OpenSora:
+    """An inference script of the checkout, some of whose functions are wrapped: they say what is rendered, and render it."""
+
+    def __init__(self, inference, args, script):
+        self.inference, self.args, self.script = inference, args, script
+        self.timesteps = None  # of the sampler's run, noise level 1 being 1000
+        self.wrap_functions()
+
+    def session_of(self, version, task, height, width, frames, cfg, preset=None, **options):
+        lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), self.script["SETTINGS"][version]))
+        session = Session(self.args, lines, f"open-sora-{version}-{task}", f"{width}x{height}", frames, preset,
+                          {"config": str(cfg.filename)}, measures=True, **options)
+        session.check(Path(cfg.save_dir) / ("video.mp4" if frames > 1 else "picture.png"))
+        return session
+
+    def render(self, transformer, host, checkpoint, draw, steps):
+        """What `draw(steps)` returns, with MagCache."""
+        draw = repeatable(draw)
+        self.session.patch(transformer, host, lambda: self.timesteps, checkpoint)
+        result = self.session.render(draw, steps)
+        if self.session.measuring and self.args.compare:  # now that there are ratios
+            self.session.reports.clear()
+            self.session.patch(transformer, host, lambda: self.timesteps, checkpoint)
+            result = self.session.render(draw, steps)
+        return result
+
+    def save(self, save_sample, x, save_path, **options):
+        """The host's save_sample, which adds the ending to the name itself, made whole and with a report."""
+        if not self.session.reports and not self.session.calibrating:  # the picture before a video, which the host looks for
+            return save_sample(x, save_path=save_path, **options)
+        ending = ".png" if x.shape[1] == 1 and not options.get("force_video") else ".mp4"
+
+        def write(tensor, save_file, **options):
+            save_sample(tensor, save_path=save_file.removesuffix(ending), **{**options, "verbose": False})
+
+        return self.session.saving(write)(tensor=x, save_file=save_path + ending, **options)
+
+
+class OpenSora2(OpenSora):
+    """scripts/diffusion/inference.py: `prepare_api` returns the function that renders a batch of videos."""
+
+    def wrap_functions(self):
+        wrap(self.inference, "parse_alias", self.configured)
+        wrap(self.inference, "prepare_models", self.models_made)
+        wrap(self.inference, "prepare_api", self.api)
+        wrap(import_module("opensora.utils.sampling"), "get_schedule", self.scheduled)
+        wrap(import_module("opensora.utils.inference"), "save_sample", self.save)
+
+    def configured(self, parse_alias, cfg):
+        self.cfg = parse_alias(cfg)
+        option = self.inference.sanitize_sampling_option(self.inference.SamplingOption(**self.cfg.sampling_option))
+        cond_type = "i2v_head" if self.cfg.get("use_t2i2v") else self.cfg.get("cond_type", "t2v")
+        self.session = self.session_of("2.0", cond_type, option.height, option.width, option.num_frames, self.cfg,
+                                       videos=list)
+        return self.cfg
+
+    def models_made(self, prepare_models, *args, **kwargs):
+        models = prepare_models(*args, **kwargs)
+        self.checkpoint = fingerprint(models[0])  # before tensor parallelism divides the weights
+        return models
+
+    def scheduled(self, get_schedule, *args, **kwargs):
+        timesteps = get_schedule(*args, **kwargs)
+        self.timesteps = [TRAIN_TIMESTEPS * level for level in timesteps[:-1]]
+        return timesteps
+
+    def api(self, prepare_api, model, model_ae, model_t5, model_clip, optional_models):
+        plain = prepare_api(model, model_ae, model_t5, model_clip, optional_models)
+        if model is optional_models.get("img_flux"):
+            return self.without_report(plain)
+        transformer = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside a LoRA
+        hybrid = self.cfg.get("plugin") == "hybrid"
+        host = mmdit(self.cfg.plugin_config["sp_size"] if hybrid else 1)
+
+        def api_fn(opt, cond_type="t2v", seed=None, **batch):
+            given = cond_type if "ref" in batch else "t2v"
+            self.session.task = f"open-sora-2.0-{given if opt.num_frames > 1 else 't2i'}"
+            self.session.about |= {"prompt": batch["text"], "seed": seed, "cond_type": given}
+            return self.render(transformer, host, self.checkpoint, lambda steps: plain(
+                replace(opt, num_steps=steps), cond_type, seed=seed, **batch), opt.num_steps)
+
+        return api_fn
+
+    def without_report(self, api_fn):
+        """The picture model of text-to-image-to-video, left as it is."""
+        @functools.wraps(api_fn)
+        def picture(*args, **kwargs):
+            self.session.reports.clear()
+            return api_fn(*args, **kwargs)
+
+        return picture
+
+
+class OpenSora1(OpenSora):
+    """scripts/inference.py of 1.2 and 1.3: the scheduler's `sample` renders the latents of a clip."""
+
+    def wrap_functions(self):
+        wrap(self.inference, "parse_configs", self.configured)
+        wrap(self.inference, "build_module", self.built)
+        wrap(self.inference, "save_sample", self.save)
+        self.checkpoints = {}
+
+    def configured(self, parse_configs, *args, **kwargs):
+        cfg = parse_configs(*args, **kwargs)
+        version = self.script["VERSIONS"].get(cfg.vae["type"])
+        if version is None or not cfg.model["type"].startswith("STDiT3"):
+            raise MagCacheError("MagCache knows the configurations of Open-Sora 1.2 and 1.3, with an STDiT3 and their VAE; this "
+                                f"one has {cfg.model['type']} and {cfg.vae['type']}: leave out --use_magcache.")
+        size = cfg.get("image_size") or self.inference.get_image_size(cfg.resolution, cfg.aspect_ratio)
+        frames = self.inference.get_num_frames(cfg.num_frames)
+        task = "t2i" if frames == 1 else cfg.get("cond_type") or "t2v"
+        preset = self.script["TABLES"].get(f"{version} {cfg.model['type']}") if frames > 1 else None
+        self.session = self.session_of(version, task, *size, frames, cfg, preset, videos=self.decoded)
+        return cfg
+
+    def built(self, build_module, *args, **kwargs):
+        module = build_module(*args, **kwargs)
+        if hasattr(module, "get_latent_size"):
+            self.vae = module
+        if hasattr(module, "num_sampling_steps"):
+            wrap(module, "sample", functools.partial(self.sampled, module))
+            # The sampler's run is local to it; what it loops over is not.
+            vars(sys.modules[type(module).__module__])["enumerate"] = self.enumerated
+        return module
+
+    def enumerated(self, timesteps):
+        self.timesteps = [float(timestep.max()) for timestep in timesteps]
+        return enumerate(timesteps)
+
+    def sampled(self, scheduler, sample, model, *args, prompts, **kwargs):
+        if id(model) not in self.checkpoints:
+            self.checkpoints[id(model)] = fingerprint(model)
+        self.session.about |= {"prompt": prompts}
+        host = replace(STDIT3, blocks=tuple(name for name in STDIT3.blocks if hasattr(model, name)))
+
+        def draw(steps):
+            scheduler.num_sampling_steps, planned = steps, scheduler.num_sampling_steps
+            try:
+                return sample(model, *args, prompts=prompts, **kwargs)
+            finally:
+                scheduler.num_sampling_steps = planned
+
+        return self.render(model, host, self.checkpoints[id(model)], draw, scheduler.num_sampling_steps)
+
+    def decoded(self, latents):
+        dtype = next(self.vae.parameters()).dtype
+        return list(self.vae.decode(latents.to(dtype), num_frames=self.session.frames))
+
+
+def wrap(place, name, wrapper):
+    """Put `wrapper(function, ...)` in the place of a function of a module or of a method of an object. Raises MagCacheError where
+    there is none of this name."""
+    if not hasattr(place, name):
+        raise MagCacheError(f"This checkout of Open-Sora has no {name} where MagCache looks for it; run it with --no-magcache.")
+    plain = getattr(place, name)
+    setattr(place, name, functools.wraps(plain)(functools.partial(wrapper, plain)))
+
+
+def repeatable(draw):
+    """`draw`, which begins each time with the random numbers of the first time, and leaves what the first time left."""
+    begin, left = random_state(), []
+
+    def draw_again(steps):
+        if left:
+            set_random_state(begin)
+        result = draw(steps)
+        if left:
+            set_random_state(left[0])
+        left.append(random_state())
+        return result
+
+    return draw_again
+
+
+def random_state():
+    return random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def set_random_state(state):
+    python, cpu, cuda = state
+    random.setstate(python)
+    torch.set_rng_state(cpu)
+    for device, device_state in enumerate(cuda):
+        torch.cuda.set_rng_state(device_state, device)
