@@ -421,7 +421,9 @@ def is_writer():
 def told_by_writer(find):
     """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not plan
     differently."""
-    found = [find() if is_writer() else None]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
+    found, distributed = [find() if is_writer() else None], torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        # Not every host makes the GPU of a rank the current one.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if distributed.get_backend() == "nccl" else None
+        distributed.broadcast_object_list(found, src=0, device=device)
     return found[0]
