@@ -264,7 +264,7 @@ class MeasuredRun(Run):
             self.reused_seconds = min(read() for read in seconds)
 
     def finish(self):
-        self.statistics.finish({"computed": self.report.typical_seconds, "reused": self.reused_seconds})
+        self.statistics.finish((self.report.typical_seconds, self.reused_seconds))
 
 
 class MagCache(Patch):

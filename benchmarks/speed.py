@@ -211,9 +211,9 @@ def rows_of(name, sampler, steps, repeats=REPEATS):
 def planner_text():
     parts = []
     for steps in (28, 50, 100):
-        table, begin = table_of(steps), time.perf_counter()
+        table, begin = table_of(steps), time.process_time()
         Target(steps // 2).plan(table, table.sigmas)
-        parts.append(f"{time.perf_counter() - begin:.2f} s for {steps} steps")
+        parts.append(f"{time.process_time() - begin:.2f} s for {steps} steps")
     return f"Planning takes {', '.join(parts)}."
 
 

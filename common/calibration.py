@@ -95,7 +95,7 @@ class Statistics:
     def finish(self, seconds):
         """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out.
 
-        seconds: {"computed": .., "reused": ..}, of one call.
+        seconds: of a computed and of a reused call.
         """
         steps = len(self.current_levels)
         # By number: a host may call the unconditional branch first.
@@ -111,8 +111,7 @@ class Statistics:
                           for branch, rows in complete.items()})
         self.grams.append({key: summed_over_ranks(sample.gram(), self.device)
                            for key, sample in self.samples.items() if key[1] in complete})
-        total = summed_over_ranks(torch.tensor([*seconds.values(), 1.0], dtype=torch.float64), self.device).tolist()
-        self.seconds.append(dict(zip(seconds, (value / total[-1] for value in total))))
+        self.seconds.append(summed_over_ranks(torch.tensor([*seconds, 1.0], dtype=torch.float64), self.device))
         self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):
@@ -126,7 +125,8 @@ class Statistics:
             ("mag_ratios", means, 0, 1.0), ("mag_std", means, 1, 0.0), ("cos_dis", means, 2, 0.0), ("spread", spread, 0, 0.0))}
         for payload, key in GRAMS.items():
             column[key] = {branch: packed(sum(run[payload, branch] for run in self.grams) / len(self.grams)) for branch in runs}
-        seconds = {kind: round(sum(one[kind] for one in self.seconds) / len(self.seconds), 6) for kind in self.seconds[0]}
+        computed, reused, count = sum(self.seconds).tolist()
+        seconds = {"computed": round(computed / count, 6), "reused": round(reused / count, 6)}
         return MagRatios(name=name, mag_ratios=column.pop("mag_ratios"), sigmas=[round(level, 6) for level in self.levels],
                          origin="measured", statistics={**column, "seconds": seconds, "runs": len(self.runs)},
                          sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},

@@ -351,7 +351,7 @@ class Calibration(Patch):
 
     def complete_run(self, run):
         run.report.complete = True
-        self.statistics.finish({"computed": run.report.typical_seconds, "reused": self.reused_seconds()})
+        self.statistics.finish((run.report.typical_seconds, self.reused_seconds()))
         self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
         if self.path and is_writer():
             ratio_files.write(self.path, self.mag_ratios)

@@ -315,7 +315,7 @@ def test_branches_by_number_and_steps_evaluated_twice():
     statistics.begin([1.0, 0.75, 0.5, 0.25])
     for (step, branch, _), residual in residuals.items():
         statistics.add(Call(step, branch), residual, residual.reshape(1, -1, 1))
-    statistics.finish({"computed": 1.0, "reused": 0.1})
+    statistics.finish((1.0, 0.1))
     table = statistics.mag_ratios("tiny")
     assert list(table.mag_ratios) == list(table.statistics["gram"]) == ["cond", "uncond"]
     norms = {key: residual.norm(dim=-1) for key, residual in residuals.items()}

@@ -8,11 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
-from test_planner import gram_of, residuals, table
+from test_planner import residuals, table
 
 from common.blocks import Host
 from common.patch import magcache_calibration, magcache_forward
-from common.planner import Forecast, Target
+from common.planner import Target
 from common.ratios import MagCacheError, MagRatios, flow_sigmas, read
 from common.schedule import Settings
 
@@ -138,18 +138,10 @@ def oracle(sampler, schedule, switch, **run):
 # Schedules
 
 
-def plan(rows, computed, predictor="linear", K=None, switch=None):
-    """The planned schedule of a run with these residuals."""
-    forecast = Forecast.of_grams(gram_of(rows)[None], predictor)
-    if switch is not None:
-        forecast = forecast.of_experts(np.arange(len(rows)) >= switch)
-    return Target(computed, predictor=predictor, magcache_K=K).place(forecast, switch_step=switch)
-
-
 def best_of_all(rows, computed, predictor, K, switch):
     """The anchors of the schedule with the least sum of fourth powers of relative errors, found by trying all of them; no
     residual of one expert serves the other."""
-    costs, energy = {}, (rows**2).sum(1)
+    costs = {}
     for rest in itertools.combinations(range(1, len(rows)), computed - 1):
         anchors, cost, run = (0, *rest), 0.0, 0
         for i in range(len(rows)):
@@ -159,11 +151,20 @@ def best_of_all(rows, computed, predictor, K, switch):
                 cost = np.inf
             elif run and predictor == "linear" and len(past) > 1:
                 basis = rows[past[:2]].T
-                cost += ((rows[i] - basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]) ** 2).sum() ** 2 / energy[i] ** 2
+                cost += relative(rows[i], basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]) ** 2
             elif run:
-                cost += ((rows[i] - rows[past[0]]) ** 2).sum() ** 2 / energy[i] ** 2
+                cost += relative(rows[i], rows[past[0]]) ** 2
         costs[anchors] = cost
     return min(costs, key=costs.get), min(costs.values())
+
+
+def relative(true, predicted):
+    return ((true - predicted) ** 2).sum() / (true**2).sum()
+
+
+def planned(rows, computed, switch, predictor=None, K=None):
+    levels = flow_sigmas(len(rows), 5.0)
+    return Target(computed, predictor=predictor, magcache_K=K).plan(table(levels, cond=rows), levels, switch)
 
 
 @pytest.mark.parametrize("K", [None, 1, 2])
@@ -175,23 +176,23 @@ def test_a_plan_is_the_best_of_all_that_keep_the_experts_apart(switch, predictor
         anchors, cost = best_of_all(rows, computed, predictor, K, switch)
         if cost == np.inf:
             with pytest.raises(MagCacheError, match="can be computed"):
-                plan(rows, computed, predictor, K, switch)
+                planned(rows, computed, switch, predictor, K)
             continue
-        schedule = plan(rows, computed, predictor, K, switch)
+        schedule = planned(rows, computed, switch, predictor, K)
         assert tuple(np.flatnonzero(~schedule.reuse)) == anchors
-        assert (schedule.error[schedule.reuse] ** 4).sum() == pytest.approx(cost, rel=1e-3)
+        assert (schedule.error[schedule.reuse] ** 4).sum() == pytest.approx(cost, rel=1e-2)
 
 
 def test_no_switch_is_one_model():
     rows = residuals(9)
     for computed in (2, 5):
-        assert plan(rows, computed).strip == plan(rows, computed, switch=0).strip == plan(rows, computed, switch=9).strip
-    assert plan(rows, 2, switch=4).strip == "#...#...."
+        assert planned(rows, computed, None).strip == planned(rows, computed, 0).strip == planned(rows, computed, 9).strip
+    assert planned(rows, 2, 4).strip == "#...#...."
 
 
 @pytest.mark.parametrize("switch", range(1, 12))
 def test_no_weight_reaches_across_the_switch(switch):
-    schedule = Target(6).plan(table(flow_sigmas(STEPS, 5.0), cond=residuals(STEPS)), flow_sigmas(STEPS, 5.0), switch)
+    schedule = planned(residuals(STEPS), 6, switch)
     assert not schedule.reuse[[0, switch]].any() and schedule.computed == 6
     for step in schedule.skipped_steps:
         newest, *before = schedule.anchors(step)
@@ -201,7 +202,7 @@ def test_no_weight_reaches_across_the_switch(switch):
 
 def test_too_few_steps_for_both_experts_get_a_sentence():
     with pytest.raises(MagCacheError, match=r"Of 9 steps, between 2 and 9 can be computed, not 1\."):
-        plan(residuals(9), 1, switch=4)
+        planned(residuals(9), 1, 4)
 
 
 def test_the_jump_at_the_switch_is_carried_to_no_other_run():
