@@ -241,18 +241,19 @@ def table_text(results, steps, seconds):
 
 
 def draw(by_steps, path):
-    figure = needs("matplotlib.figure", "matplotlib").Figure(figsize=(6.5 * len(by_steps), 5), layout="constrained")
+    figure = needs("matplotlib.figure", "matplotlib").Figure(figsize=(max(7, 6.5 * len(by_steps)), 5.5), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(by_steps)))
     for axes, (steps, results) in zip(panels, by_steps.items()):
         for family in dict.fromkeys(one["family"] for one in results):
             points = sorted((one["computed"], one["psnr"], one["interval"]) for one in results if one["family"] == family)
             own = family.startswith("planned")
             axes.errorbar(*np.transpose(points)[:2], yerr=np.transpose(points)[2], marker="o", markersize=4, label=family,
-                          linewidth=2 if own else 1, linestyle="-" if own else "--", capsize=2)
+                          linewidth=2 if own else 1, linestyle="-" if own else "--", capsize=2,
+                          color="black" if family == "fewer steps" else None)
         axes.set_xlabel(f"computed steps of {steps}")
         axes.set_ylabel("PSNR to the un-cached picture, dB")
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     save_figure(path, figure)
 
 
