@@ -160,7 +160,7 @@ class Run:
         if residual is None:
             why = "another patch skipped or replaced the first block"
         else:
-            self.keep(parts, residual, (x - output) / sigma, stack.model)
+            self.keep(parts, residual, output, sigma)
             if calls[0].step == self.schedule.steps - 1:
                 self.ending(lambda: run_with(stack, residual, executor, args, kwargs), x.device)
         self.report.add(calls[0], "computed", seconds, why)
@@ -181,9 +181,9 @@ class Run:
     def prepare(self, parts):
         """Before a computed call."""
 
-    def keep(self, parts, residual, velocity, model):
-        """After a computed call. residual: (batch, tokens, width); velocity: the model's own output, of which ComfyUI makes the
-        denoised latent x - sigma * velocity."""
+    def keep(self, parts, residual, output, sigma):
+        """After a computed call. residual: (batch, tokens, width); output: the denoised latent that ComfyUI made at this noise
+        level."""
 
     def ending(self, rehearse, device):
         """After a computed call at the last step. rehearse: makes the same call again, without its blocks."""
@@ -228,7 +228,7 @@ class CachedRun(Run):
         for key, call, _ in parts:
             self.of(key).drop_unneeded(call, self.schedule)
 
-    def keep(self, parts, residual, velocity, model):
+    def keep(self, parts, residual, output, sigma):
         for (key, call, latent), part in zip(parts, residual.chunk(len(parts))):
             if self.of(key).needed_by(self.schedule, call.step):
                 self.of(key).keep(call, latent, part)
@@ -246,13 +246,14 @@ class MeasuredRun(Run):
         self.statistics, self.first, self.reused_seconds = Statistics(), {}, None
         self.statistics.begin(self.levels)
 
-    def keep(self, parts, residual, velocity, model):
+    def keep(self, parts, residual, output, sigma):
         count = len(parts)
-        for (key, call, latent), part, output in zip(parts, residual.chunk(count), velocity.chunk(count)):
+        for (key, call, latent), part, denoised in zip(parts, residual.chunk(count), output.chunk(count)):
             if self.first.setdefault(call.branch, key) == key:
-                forward = {"x": latent, "patch_size": model.patch_size}
+                forward = {"x": latent, "patch_size": self.circumstances.model.patch_size}
                 tokens = self.host.noise_tokens(forward) if self.host.noise_tokens else None
-                self.statistics.add(call, part[:, :tokens], output.reshape(1, -1, 1))
+                velocity = (latent - denoised) / sigma  # what the model itself gave
+                self.statistics.add(call, part[:, :tokens], velocity.reshape(1, -1, 1))
 
     def ending(self, rehearse, device):
         if self.reused_seconds is None:

