@@ -23,15 +23,15 @@ def main(script):
 
 def run(script):
     gradio = needs("gradio", "gradio")
-    check_gradio(gradio, Path("requirements.txt"))
+    check_gradio(gradio, Path(script["__file__"]).with_name("requirements.txt"))
     with launch_held_back(gradio) as launches, import_time_flags(add_flags, check_flags):
         demo = checkouts_script(script["PAGE"], script["UPSTREAM"], script["FOLDER"])
-    click = click_of(demo)
+    click, missing = click_of(demo), [name for name in NEEDED if not hasattr(demo, name)]
     if not launches or click is None:
-        missing = [name for name in NEEDED if not hasattr(demo, name)]
-        raise MagCacheError(f"The page of this {script['PAGE']}.py has changed so that MagCache's controls do not fit "
-                            f"({'no ' + ', '.join(missing) if missing else 'its button starts something else'}); run "
-                            f"{script['PAGE']}.py itself, or take a newer MagCache.")
+        page = f"{script['PAGE']}.py"
+        why = f"no {', '.join(missing)}" if missing else "no launch" if not launches else "its button starts something else"
+        raise MagCacheError(f"The page of this {page} has changed so that MagCache's controls do not fit ({why}); run {page} "
+                            "itself, or take a newer MagCache.")
     jobs = Jobs(demo, demo.args, script["SETTINGS"], script["PUBLISHED"])
     add_controls(demo, click, jobs, gradio)
     args, kwargs = launches[0]

@@ -520,6 +520,16 @@ def test_wrong_values_are_refused_before_anything_runs(demo):
 
 # --- around the page ---
 
+def test_the_plan_is_drawn(demo):
+    jobs = jobs_of(demo)
+    drawn = framepack_page.planned(jobs, 25, 5, 9, *ON)
+    assert drawn.count(": computes") == 12 and drawn.count(": reuses") == 13 and 'aria-label="#####..#.' in drawn
+    assert "4 sections: 48 of 100 steps" in drawn
+    assert framepack_page.planned(jobs, 25, 5, 9, *OFF) == "<div>MagCache is off: every step computes.</div>"
+    assert "retention_ratio is a share" in framepack_page.planned(jobs, 25, 5, 9, True, False, 0.1, 3, 7, "off")
+    assert framepack_page.in_lines(["a < b"]) == "<div>a &lt; b</div>"
+
+
 def test_the_gradio_that_the_checkout_pins_is_asked_for(tmp_path):
     (tmp_path / "requirements.txt").write_text("accelerate==1.6.0\ngradio==5.23.0\n")
     gradio = types.SimpleNamespace(__version__="6.31.0")
