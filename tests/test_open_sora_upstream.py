@@ -167,8 +167,8 @@ def test_1(checkouts, folder, name):
         measured = runs.torchrun("magcache_inference.py", *flags, "--magcache_calibration", cwd=folder, count=count)[0].latents
         assert same(measured, plain) == [True] * len(plain)
     first, *others = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", cwd=folder, count=count)
-    for other in others:
-        assert same(other.latents, first.latents) == [True] * len(plain)
+    for other in others:  # in 1.3 only the first decodes
+        assert other.latents == [] or same(other.latents, first.latents) == [True] * len(plain)
     report = strip_of(folder, "sample_0000")
     assert not report["unplanned"] and report["calls"] == 30
     if variable.endswith("1_2"):
