@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from wan_runs import WanRuns
 
@@ -63,7 +64,21 @@ def folder(tmp_path):
     Image.new("RGB", (96, 64), (200, 60, 20)).save(tmp_path / "cat.png")
     (tmp_path / "prompts.csv").write_text('text,ref\n"cat","cat.png"\n"dog walks","cat.png"\n')
     (tmp_path / "videos.csv").write_text('text,ref\n"cat","cat.mp4"\n"dog walks","dog.mp4"\n')
+    write_lora(tmp_path / "lora")
     return tmp_path
+
+
+def write_lora(folder):
+    """An adapter for the projections of MMDiTModel's double blocks, made on a model that has nothing else."""
+    def named(**modules):
+        holder = torch.nn.Module()
+        for name, module in modules.items():
+            setattr(holder, name, module)
+        return holder
+
+    blocks = [named(img_attn=named(proj=torch.nn.Linear(64, 64))) for _ in range(2)]
+    config = LoraConfig(target_modules=["img_attn.proj"], init_lora_weights=False)
+    get_peft_model(named(double_blocks=torch.nn.ModuleList(blocks)), config).save_pretrained(folder)
 
 
 def same(results, others):
@@ -85,6 +100,7 @@ RUNS_2 = {
     "v2v_head": ("256px", ("--cond_type", "v2v_head", "--dataset.data-path", "videos.csv", "--num_frames", "41"), 1),
     "t2i2v": ("t2i2v_256px", ("--img_resolution", "256px"), 1),
     "high_compression": ("high_compression", ("--img_resolution", "256px", "--num_frames", "8"), 1),
+    "lora": ("256px", ("--pretrained_lora_path", "lora"), 1),
     "sequence parallel": ("768px", (), 2),
     "sequence parallel t2i2v": ("t2i2v_768px", ("--img_resolution", "256px"), 2),
 }
