@@ -158,7 +158,7 @@ def test_2_one_prompt_and_a_comparison(checkouts, folder):
 
 
 SMALL_1 = ("--prompt", "cat", "dog walks", "--image-size", "64", "96", "--save-dir", "out")
-# name: (environment variable, configuration, flags, processes, task)
+# name: (environment variable, configuration, flags, processes)
 RUNS_1 = {
     "1.2": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17"), 1),
     "1.2 loop": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17", "--loop", "2"), 1),
@@ -167,6 +167,7 @@ RUNS_1 = {
     "1.2 batch": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17", "--batch-size", "2"), 1),
     "1.2 sequence parallel": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17"), 2),
     "1.3": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/t2v", ("--num-frames", "49"), 1),
+    "1.2 in 1.3": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-2/inference/sample", ("--num-frames", "49"), 1),
     "1.3 i2v": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/v2v", (
         "--num-frames", "49", "--cond-type", "i2v_head", "--reference-path", "cat.png", "cat.png"), 1),
     "1.3 sequence parallel": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/t2v", ("--num-frames", "49"), 2),
@@ -179,7 +180,7 @@ def test_1(checkouts, folder, name):
     variable, config, flags, count = RUNS_1[name]
     runs, flags = checkouts(variable), (f"configs/{config}.py", *SMALL_1, *flags)
     plain = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count)[0].latents
-    if variable.endswith("1_3"):
+    if "v1-3" in config:
         measured = runs.torchrun("magcache_inference.py", *flags, "--magcache_calibration", cwd=folder, count=count)[0].latents
         assert same(measured, plain) == [True] * len(plain)
     first, *others = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", cwd=folder, count=count)
@@ -187,7 +188,7 @@ def test_1(checkouts, folder, name):
         assert other.latents == [] or same(other.latents, first.latents) == [True] * len(plain)
     report = strip_of(folder, "sample_0000")
     assert not report["unplanned"] and report["calls"] == 30
-    if variable.endswith("1_2"):
+    if "v1-2" in config:
         assert (report["computed"], report["mag_ratios_of"]) == (12, "open-sora-1.2")
     assert len(report.get("earlier_clips", ())) == ("--loop" in flags)
     expected = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count, REUSE=report["strip"])[0].latents
