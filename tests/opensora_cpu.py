@@ -223,7 +223,7 @@ def stand_ins():
 class VAE(nn.Module):
     """Videos are pooled to latents and back."""
 
-    compression = (4, 8, 8)
+    compression, micro_frame_size = (4, 8, 8), None
     device = property(lambda self: self.weight.device)
     dtype = property(lambda self: self.weight.dtype)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from wan_runs import WanRuns
 
@@ -63,7 +64,21 @@ def folder(tmp_path):
     Image.new("RGB", (96, 64), (200, 60, 20)).save(tmp_path / "cat.png")
     (tmp_path / "prompts.csv").write_text('text,ref\n"cat","cat.png"\n"dog walks","cat.png"\n')
     (tmp_path / "videos.csv").write_text('text,ref\n"cat","cat.mp4"\n"dog walks","dog.mp4"\n')
+    write_lora(tmp_path / "lora")
     return tmp_path
+
+
+def write_lora(folder):
+    """An adapter for the projections of MMDiTModel's double blocks, made on a model that has nothing else."""
+    def named(**modules):
+        holder = torch.nn.Module()
+        for name, module in modules.items():
+            setattr(holder, name, module)
+        return holder
+
+    blocks = [named(img_attn=named(proj=torch.nn.Linear(64, 64))) for _ in range(2)]
+    config = LoraConfig(target_modules=["img_attn.proj"], init_lora_weights=False)
+    get_peft_model(named(double_blocks=torch.nn.ModuleList(blocks)), config).save_pretrained(folder)
 
 
 def same(results, others):
@@ -85,6 +100,7 @@ RUNS_2 = {
     "v2v_head": ("256px", ("--cond_type", "v2v_head", "--dataset.data-path", "videos.csv", "--num_frames", "41"), 1),
     "t2i2v": ("t2i2v_256px", ("--img_resolution", "256px"), 1),
     "high_compression": ("high_compression", ("--img_resolution", "256px", "--num_frames", "8"), 1),
+    "lora": ("256px", ("--pretrained_lora_path", "lora"), 1),
     "sequence parallel": ("768px", (), 2),
     "sequence parallel t2i2v": ("t2i2v_768px", ("--img_resolution", "256px"), 2),
 }
@@ -142,7 +158,7 @@ def test_2_one_prompt_and_a_comparison(checkouts, folder):
 
 
 SMALL_1 = ("--prompt", "cat", "dog walks", "--image-size", "64", "96", "--save-dir", "out")
-# name: (environment variable, configuration, flags, processes, task)
+# name: (environment variable, configuration, flags, processes)
 RUNS_1 = {
     "1.2": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17"), 1),
     "1.2 loop": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17", "--loop", "2"), 1),
@@ -151,6 +167,7 @@ RUNS_1 = {
     "1.2 batch": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17", "--batch-size", "2"), 1),
     "1.2 sequence parallel": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17"), 2),
     "1.3": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/t2v", ("--num-frames", "49"), 1),
+    "1.2 in 1.3": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-2/inference/sample", ("--num-frames", "49"), 1),
     "1.3 i2v": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/v2v", (
         "--num-frames", "49", "--cond-type", "i2v_head", "--reference-path", "cat.png", "cat.png"), 1),
     "1.3 sequence parallel": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/t2v", ("--num-frames", "49"), 2),
@@ -163,15 +180,15 @@ def test_1(checkouts, folder, name):
     variable, config, flags, count = RUNS_1[name]
     runs, flags = checkouts(variable), (f"configs/{config}.py", *SMALL_1, *flags)
     plain = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count)[0].latents
-    if variable.endswith("1_3"):
+    if "v1-3" in config:
         measured = runs.torchrun("magcache_inference.py", *flags, "--magcache_calibration", cwd=folder, count=count)[0].latents
         assert same(measured, plain) == [True] * len(plain)
     first, *others = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", cwd=folder, count=count)
-    for other in others:
-        assert same(other.latents, first.latents) == [True] * len(plain)
+    for other in others:  # in 1.3 only the first decodes
+        assert other.latents == [] or same(other.latents, first.latents) == [True] * len(plain)
     report = strip_of(folder, "sample_0000")
     assert not report["unplanned"] and report["calls"] == 30
-    if variable.endswith("1_2"):
+    if "v1-2" in config:
         assert (report["computed"], report["mag_ratios_of"]) == (12, "open-sora-1.2")
     assert len(report.get("earlier_clips", ())) == ("--loop" in flags)
     expected = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count, REUSE=report["strip"])[0].latents
