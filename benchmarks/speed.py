@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from hosts import host_of  # noqa: E402
+from transformer_facts import host_of  # noqa: E402
 
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target, packed  # noqa: E402
