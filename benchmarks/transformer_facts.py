@@ -17,5 +17,6 @@ def host_of(transformer):
     """Raises MagCacheError for a class whose facts are not here."""
     name = type(transformer).__name__
     if name not in HOSTS:
-        raise MagCacheError(f"The benchmarks know {', '.join(sorted(HOSTS))}, not {name}: add its facts to benchmarks/transformer_facts.py.")
+        raise MagCacheError(f"The benchmarks know {', '.join(sorted(HOSTS))}, not {name}: add its facts to "
+                            "benchmarks/transformer_facts.py.")
     return HOSTS[name]

@@ -72,7 +72,7 @@ def test_experiments_run(demo, monkeypatch):
 
 @pytest.mark.parametrize("name", speed.SMALL)
 def test_speed_runs_every_structure(name):
-    """Of six steps, one block a list: the facts in transformer_facts.py are those of the real classes, and three steps are skipped."""
+    """Of six steps, one block a list: the facts in transformer_facts.py are the real classes', and three steps are skipped."""
     make, config = speed.SMALL[name]
     shrunk = {**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}, "text": (4, 32)}
     shrunk.update({"latent": (1, 4, 4)} if "latent" in config else {"tokens": 16})
