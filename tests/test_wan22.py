@@ -1,5 +1,6 @@
 """Wan2.2's own code, from the package wan22, on a CPU with tiny random weights: structure, not quality. Its two experts, its
 samplers, its sequence parallelism and sharding; only text encoder, VAE and attention kernel are replaced (wan_cpu.py)."""
+import argparse
 import json
 import re
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 from wan_runs import WanRuns
 
+from common.checkout import Session
 from common.quality import read_frames
-from common.ratios import read
+from common.ratios import MagCacheError, read
 
 HERE = Path(__file__).resolve().parent
 WHEEL = "wan22", "2.2.11", "1e776684c18d5ca245f5e2e03e19a003deb55b629ea1a450e7bb8f95b78a77bc"
@@ -248,11 +250,16 @@ def test_a_mistake_gets_one_sentence_and_costs_nothing(command, wan22, flags, pa
     assert "Traceback" not in done.output and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_save_that_fails_says_so_and_leaves_the_old_file(command, tmp_path):
-    (tmp_path / "cat.nonesuch").write_text("old")
-    done = command("t2v", "--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "cat.nonesuch", code=1)
-    assert "magcache_generate.py: cat.nonesuch could not be written" in done.output
-    assert [path.name for path in tmp_path.iterdir()] == ["cat.nonesuch"] and (tmp_path / "cat.nonesuch").read_text() == "old"
+def test_a_save_that_fails_says_so_and_leaves_the_old_file(tmp_path):
+    """The host's writer prints what went wrong and returns."""
+    def write(tensor, save_file):
+        Path(save_file).with_suffix(".log").write_text("")
+
+    (tmp_path / "cat.mp4").write_text("old")
+    session = Session(argparse.Namespace(magcache_calibration=None), {}, "t2v-A14B", "96x64", 5, None, {})
+    with pytest.raises(MagCacheError, match=r"cat\.mp4 could not be written"):
+        session.saving(write)(tensor=None, save_file=str(tmp_path / "cat.mp4"))
+    assert (tmp_path / "cat.mp4").read_text() == "old" and not list(tmp_path.glob("*.part.mp4"))
 
 
 def test_no_generate_py_beside_the_script(wan22, tmp_path):
