@@ -99,6 +99,19 @@ def test_off_is_the_checkouts_own_command(command, name, tmp_path):
     assert torch.equal(named.latents[0], plain.latents[0]) and "MagCache" not in named.output
 
 
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "vace"])
+def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_blocks(checkouts, kind, tmp_path):
+    """VACE too, whose hint blocks run in that forward and must have no effect."""
+    runs = checkouts("MAGCACHE_WAN21")
+    runs.checkpoint(kind)
+    done = runs.run(Path(__file__).parent / "wan_cases.py", "reused_calls_are_the_hosts_forward_with_the_residual",
+                    runs.checkpoints, f"2.1 {kind}", "unipc", cwd=tmp_path)
+    assert done.code == 0, done.output
+    for run in json.loads((tmp_path / "result.json").read_text()):
+        assert run["cond"] == run["uncond"] == run["planned"] and "." in run["planned"]
+        assert run["unplanned"] == {} and run["runs"] == 1 and run["complete"]
+
+
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_cached(command, name, solver, tmp_path):

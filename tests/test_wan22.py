@@ -49,11 +49,11 @@ def wan22(tmp_path_factory):
 
 @pytest.fixture
 def case(wan22, tmp_path):
-    """Run a case of wan22_cases.py; what it returns."""
+    """Run a case of wan_cases.py; what it returns."""
     def run(name, *arguments):
         for kind in set(CHECKPOINTS.values()):
             wan22.checkpoint(kind)
-        done = wan22.run(HERE / "wan22_cases.py", name, wan22.checkpoints, *arguments, cwd=tmp_path)
+        done = wan22.run(HERE / "wan_cases.py", name, wan22.checkpoints, *arguments, cwd=tmp_path)
         assert done.code == 0, done.output
         return json.loads((tmp_path / "result.json").read_text())
     return run

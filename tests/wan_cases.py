@@ -1,6 +1,7 @@
-"""What tests/test_wan22.py runs inside `wan_cpu.py --serve`, each case in a process of its own, on models with random weights:
+"""What tests/test_wan21.py and tests/test_wan22.py run inside `wan_cpu.py --serve`, each case in a process of its own, on models with
+random weights:
 
-    wan22_cases.py CASE CHECKPOINTS ARGUMENT ...     # leaves what the case returns in result.json
+    wan_cases.py CASE CHECKPOINTS ARGUMENT ...     # leaves what the case returns in result.json
 """
 import argparse
 import copy
@@ -23,11 +24,13 @@ from common.checkout import Session, timesteps_noted  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.ratios import MagRatios, flow_sigmas, load  # noqa: E402
 from common.schedule import Settings  # noqa: E402
-from common.wan import WAN, add_flags, cached, experts_of, schedulers_of  # noqa: E402
+from common.wan import add_flags, cached, experts_of, host_of, schedulers_of  # noqa: E402
 
 # kind: (class, task of its config, checkpoint)
 KINDS = {"t2v": ("WanT2V", "t2v-A14B", "t2v-experts"), "i2v": ("WanI2V", "i2v-A14B", "i2v-experts"),
-         "ti2v-t2v": ("WanTI2V", "ti2v-5B", "ti2v"), "ti2v-i2v": ("WanTI2V", "ti2v-5B", "ti2v")}
+         "ti2v-t2v": ("WanTI2V", "ti2v-5B", "ti2v"), "ti2v-i2v": ("WanTI2V", "ti2v-5B", "ti2v"),
+         "2.1 t2v": ("WanT2V", "t2v-1.3B", "t2v"), "2.1 i2v": ("WanI2V", "i2v-14B", "i2v"),
+         "2.1 flf2v": ("WanFLF2V", "flf2v-14B", "flf2v"), "2.1 vace": ("WanVace", "vace-1.3B", "vace")}
 RATIOS = MagRatios(name="flat", origin="measured", sigmas=tuple(flow_sigmas(12, 5.0)), sampler={"shift": 5.0},
                    mag_ratios={"cond": [1.0] + [0.98] * 11, "uncond": [1.0] + [0.97] * 11})
 REUSES_MUCH, OFF = Settings(1.0, 2, 0.2), Settings(0.0, 2, 0.2)
@@ -43,13 +46,18 @@ def pipeline(kind, session=None):
 
 
 def draw(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat"):
-    """A video of 5 frames of 96x64 pixels."""
+    """A video of 5 frames (FLF2V: its 81) of 96x64 pixels."""
     picture = Image.radial_gradient("L").convert("RGB").resize((96, 64))
+    if kind == "2.1 vace":
+        frames, masks, references = pipe.prepare_source([None], [None], [["cat.png"]], 5, (96, 64), 0)
+        source = {"input_frames": frames, "input_masks": masks, "input_ref_images": references, "size": (96, 64)}
     place = {"t2v": {"size": (96, 64)}, "i2v": {"img": picture, "max_area": 96 * 64},
+             "flf2v": {"first_frame": picture, "last_frame": picture, "max_area": 96 * 64},
+             "vace": source if kind == "2.1 vace" else {},
              "ti2v-t2v": {"size": (96, 64), "max_area": 96 * 64},
-             "ti2v-i2v": {"img": picture, "size": (96, 64), "max_area": 96 * 64}}[kind]
+             "ti2v-i2v": {"img": picture, "size": (96, 64), "max_area": 96 * 64}}[kind.removeprefix("2.1 ")]
     with torch.no_grad():
-        return pipe.generate(prompt, **place, frame_num=5, shift=shift, sample_solver=solver, sampling_steps=steps,
+        return pipe.generate(prompt, **place, frame_num=81 if kind == "2.1 flf2v" else 5, shift=shift, sample_solver=solver, sampling_steps=steps,
                              guide_scale=4.0, seed=seed)
 
 
@@ -57,7 +65,7 @@ def draw(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat")
 def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
     models = experts_of(pipe)
     with timesteps_noted(schedulers_of(type(pipe))) as timesteps, \
-            magcache_forward(models, WAN, mag_ratios, settings, timesteps, announce=None,
+            magcache_forward(models, host_of(pipe, models[0]), mag_ratios, settings, timesteps, announce=None,
                              boundary=pipe.boundary if len(models) == 2 else None) as handle:
         yield handle
 
