@@ -1,9 +1,10 @@
 """MagCache on ComfyUI's wrapper interface.
 
-Around `outer_sample` a run is planned and, whatever happens, forgotten. Around `apply_model`, which surrounds everything
-that runs the transformer (a module that torch.compile made included), each call is told its step by the sampler's sigma and
-computes or reuses. Nothing stays on the model, and no forward is copied.
+Around `outer_sample` a run is planned and, whatever happens, forgotten. Around `apply_model`, which surrounds
+everything that runs the transformer (a module that torch.compile made included), each call is told its step by the
+sampler's sigma and computes or reuses. Nothing stays on the model, and no forward is copied.
 """
+
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -28,12 +29,17 @@ from .common.steps import Call
 from .models import MODEL_TYPES, host_of, recognise, require_class
 
 KEY = "magcache"
-UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}  # of a model for which none were published
+UNPUBLISHED = {
+    "magcache_thresh": 0.06,
+    "magcache_K": 2,
+    "retention_ratio": 0.2,
+}  # of a model for which none were published
 SIGMA_TOLERANCE = 1e-4  # relative, for samplers that compute with sigmas in float32
 
 
 class Patch:
-    """Wrappers of one node, put on a clone of a model. A second MagCache node in the same chain takes the first one's place."""
+    """Wrappers of one node, put on a clone of a model. A second MagCache node in the same chain takes the first one's
+    place."""
 
     def __init__(self, say):
         """say: shows a text on the node and on the console."""
@@ -41,8 +47,11 @@ class Patch:
 
     def on(self, patcher):
         patched = patcher.clone()
-        for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, self.outer_sample), (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
-                              (WrappersMP.APPLY_MODEL, apply_model)):
+        for kind, wrapper in (
+            (WrappersMP.OUTER_SAMPLE, self.outer_sample),
+            (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
+            (WrappersMP.APPLY_MODEL, apply_model),
+        ):
             patched.remove_wrappers_with_key(kind, KEY)
             patched.add_wrapper_with_key(kind, KEY, wrapper)
         return patched
@@ -101,9 +110,16 @@ class Circumstances:
         patcher = guider.model_patcher
         levels = np.asarray(sigmas.tolist(), dtype=float)
         conds = [cond for conds in guider.original_conds.values() for cond in conds]
-        return cls(patcher, inner_module(patcher.get_model_object("diffusion_model")), levels[:-1], levels[-1] == 0,
-                   tuple(noise.shape), denoise_mask is not None, any(cond.get("reference_latents") for cond in conds),
-                   getattr(guider, "cfg", 1.0))
+        return cls(
+            patcher,
+            inner_module(patcher.get_model_object("diffusion_model")),
+            levels[:-1],
+            levels[-1] == 0,
+            tuple(noise.shape),
+            denoise_mask is not None,
+            any(cond.get("reference_latents") for cond in conds),
+            getattr(guider, "cfg", 1.0),
+        )
 
     @property
     def recognised(self):
@@ -136,7 +152,8 @@ class Run:
         return self.stacks[id(model)]
 
     def step(self, sigma):
-        """The step that a noise level belongs to: a solver's evaluation inside a step counts to the step it started from."""
+        """The step that a noise level belongs to: a solver's evaluation inside a step counts to the step it started
+        from."""
         return max(0, int((self.levels >= sigma * (1 - SIGMA_TOLERANCE)).sum()) - 1)
 
     def call(self, executor, args, kwargs, options):
@@ -174,16 +191,16 @@ class Run:
             return None
 
     def reused(self, parts):
-        """(residual of the whole batch, ""), or (None, why it has to be computed); parts: (key, call, latent) of each part of
-        the batch."""
+        """(residual of the whole batch, ""), or (None, why it has to be computed); parts: (key, call, latent) of each
+        part of the batch."""
         return None, ""
 
     def prepare(self, parts):
         """Before a computed call."""
 
     def keep(self, parts, residual, output, sigma):
-        """After a computed call. residual: (batch, tokens, width); output: the denoised latent that ComfyUI made at this noise
-        level."""
+        """After a computed call. residual: (batch, tokens, width); output: the denoised latent that ComfyUI made at
+        this noise level."""
 
     def ending(self, rehearse, device):
         """After a computed call at the last step. rehearse: makes the same call again, without its blocks."""
@@ -198,16 +215,19 @@ def run_with(stack, residual, executor, args, kwargs):
 
 
 def keys_of(options):
-    """What tells one residual of a run from another, for each part of a call's batch: the conditioning, the context window,
-    and which blocks are replaced (skip-layer guidance calls the model again with the same conditioning)."""
+    """What tells one residual of a run from another, for each part of a call's batch: the conditioning, the context
+    window, and which blocks are replaced (skip-layer guidance calls the model again with the same conditioning)."""
     window = getattr(options.get("context_window"), "index_list", None)
-    replaced = sorted(str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches)
+    replaced = sorted(
+        str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches
+    )
     parts = options.get("uuids") or options["cond_or_uncond"]
     return [(part, None if window is None else tuple(window), tuple(replaced)) for part in parts]
 
 
 class CachedRun(Run):
-    """Reuses residuals where the schedule says so, and only those of this run, conditioning, window, shape and dtype."""
+    """Reuses residuals where the schedule says so, and only those of this run, conditioning, window, shape and
+    dtype."""
 
     def __init__(self, circumstances, schedule, device):
         super().__init__(circumstances, schedule)
@@ -271,8 +291,9 @@ class MeasuredRun(Run):
 class MagCache(Patch):
     """Caching with the settings of one node."""
 
-    def __init__(self, say, model_type="auto", thresholds=(), start_step=0, end_step=-1, speedup=0.0, device=None,
-                 mag_ratios=""):
+    def __init__(
+        self, say, model_type="auto", thresholds=(), start_step=0, end_step=-1, speedup=0.0, device=None, mag_ratios=""
+    ):
         """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
         start_step, end_step: first and last step that may be reused, counted from the end where negative.
         speedup: plan for it (`planner.Target`; 0: off), within magcache_K and retention_ratio where given.
@@ -285,7 +306,9 @@ class MagCache(Patch):
         if speedup:
             Target(magcache_speedup=speedup)
             if self.window != (0, -1):
-                raise MagCacheError("start_step and end_step go with the thresholds: leave them at 0 and -1 with speedup.")
+                raise MagCacheError(
+                    "start_step and end_step go with the thresholds: leave them at 0 and -1 with speedup."
+                )
 
     def begin(self, circumstances):
         schedule, table = self.plan(circumstances)
@@ -302,8 +325,10 @@ class MagCache(Patch):
         published = published_table(model_type, len(circumstances.levels))
         table = self.table or own_table(circumstances.patcher, circumstances.model, self.say) or published
         if table is None:
-            raise MagCacheError(f"no magnitude ratios are known for this {type(circumstances.model).__name__}: run it once "
-                                "with the node MagCache Calibration in the place of this one.")
+            raise MagCacheError(
+                f"no magnitude ratios are known for this {type(circumstances.model).__name__}: run it once "
+                "with the node MagCache Calibration in the place of this one."
+            )
         if self.speedup:
             caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
             return Target(magcache_speedup=self.speedup, **caps).plan(table, circumstances.levels), table
@@ -311,8 +336,9 @@ class MagCache(Patch):
         settings, rule = Settings(**{**recommended, **self.thresholds}), rule_of(table)
         steps = len(circumstances.levels)
         if rule.experts == "last" and not circumstances.to_the_end:
-            return replace(compute_all(steps), settings=settings, why_none="the high-noise expert of this model is not cached"
-                           ), table
+            return replace(
+                compute_all(steps), settings=settings, why_none="the high-noise expert of this model is not cached"
+            ), table
         return magcache_schedule(table.at(circumstances.levels), settings, self.windowed(rule, steps)), table
 
     def windowed(self, rule, steps):
@@ -329,7 +355,9 @@ class MagCache(Patch):
 
 def named_table(name):
     if name.endswith(".json") and not Path(name).is_file():
-        raise MagCacheError(f"mag_ratios: there is no calibration file {name}; the node MagCache Calibration makes one.")
+        raise MagCacheError(
+            f"mag_ratios: there is no calibration file {name}; the node MagCache Calibration makes one."
+        )
     return load(name)
 
 
@@ -358,10 +386,16 @@ def own_table(patcher, model, say):
 def fingerprints(patcher, model):
     """Fingerprints of the weights as they were loaded from the file, without and with the patches (LoRAs) on them."""
     backup = getattr(patcher, "backup", {})  # of weights that a patch was added to in place
-    weights = [(name, backup[f"diffusion_model.{name}"].weight if f"diffusion_model.{name}" in backup else weight)
-               for name, weight in model.named_parameters()]
-    patches = [(f"{name}[{index}] * {patch[0]}.{number}", tensor) for name, patches in patcher.patches.items()
-               for index, patch in enumerate(patches) for number, tensor in enumerate(tensors_in(patch[1]))]
+    weights = [
+        (name, backup[f"diffusion_model.{name}"].weight if f"diffusion_model.{name}" in backup else weight)
+        for name, weight in model.named_parameters()
+    ]
+    patches = [
+        (f"{name}[{index}] * {patch[0]}.{number}", tensor)
+        for name, patches in patcher.patches.items()
+        for index, patch in enumerate(patches)
+        for number, tensor in enumerate(tensors_in(patch[1]))
+    ]
     try:
         plain = fingerprint_of(weights)
         return plain, fingerprint_of(weights + patches) if patches else plain
@@ -414,20 +448,32 @@ class Calibration(Patch):
         name = f"{model_type or type(about.model).__name__.lower()}-{patched}"
         published = published_table(model_type, len(run.levels))
         self.mag_ratios = run.statistics.mag_ratios(
-            name, settings=published.settings if published else {}, sampler={"guidance_scale": float(about.cfg)},
-            provenance={"fingerprint": patched, "host": f"ComfyUI {comfyui_version.__version__}", "model": file_of(about.patcher),
-                        "latent": list(about.latent), "weight_patches": len(about.patcher.patches),
-                        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")})
+            name,
+            settings=published.settings if published else {},
+            sampler={"guidance_scale": float(about.cfg)},
+            provenance={
+                "fingerprint": patched,
+                "host": f"ComfyUI {comfyui_version.__version__}",
+                "model": file_of(about.patcher),
+                "latent": list(about.latent),
+                "weight_patches": len(about.patcher.patches),
+                "torch": torch.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+            },
+        )
         self.path = calibrations_folder() / f"{name}.json"
         ratio_files.write(self.path, self.mag_ratios)
         self.failure = None
-        self.say(f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n"
-                 f"{ratios_text(self.mag_ratios)}")
+        self.say(
+            f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n"
+            f"{ratios_text(self.mag_ratios)}"
+        )
 
 
 def ratios_text(mag_ratios):
-    return "\n".join(f"{branch}: {', '.join(f'{ratio:.5f}' for ratio in ratios)}"
-                     for branch, ratios in mag_ratios.mag_ratios.items())
+    return "\n".join(
+        f"{branch}: {', '.join(f'{ratio:.5f}' for ratio in ratios)}" for branch, ratios in mag_ratios.mag_ratios.items()
+    )
 
 
 def schedule_of(mag_ratios):

@@ -1,10 +1,11 @@
 """FLUX.1-dev (and FLUX.1-Kontext, or any FluxPipeline) with MagCache.
 
-    python magcache_flux.py --prompt "A photo of a black bicycle."
-    python magcache_flux.py --compare                      # un-cached, cached and fewer steps side by side
-    python magcache_flux.py --model black-forest-labs/FLUX.1-Kontext-dev --image cat.png --prompt "Add a hat."
-    python magcache_flux.py --model my-finetune --magcache_calibration
+python magcache_flux.py --prompt "A photo of a black bicycle."
+python magcache_flux.py --compare                      # un-cached, cached and fewer steps side by side
+python magcache_flux.py --model black-forest-labs/FLUX.1-Kontext-dev --image cat.png --prompt "Add a hat."
+python magcache_flux.py --model my-finetune --magcache_calibration
 """
+
 import sys
 from pathlib import Path
 

@@ -1,9 +1,10 @@
 """FLUX.1-schnell (or any few-step FluxPipeline) with MagCache.
 
-    python magcache_flux_schnell.py --prompt "A photo of a black bicycle."
-    python magcache_flux_schnell.py --compare            # un-cached, cached and fewer steps side by side
-    python magcache_flux_schnell.py --model my-finetune --magcache_calibration
+python magcache_flux_schnell.py --prompt "A photo of a black bicycle."
+python magcache_flux_schnell.py --compare            # un-cached, cached and fewer steps side by side
+python magcache_flux_schnell.py --model my-finetune --magcache_calibration
 """
+
 import sys
 from pathlib import Path
 

@@ -5,6 +5,7 @@
 
 Lies beside sample_video.py in a HunyuanVideo checkout, with `common/`. --no-magcache runs sample_video.py as it is.
 """
+
 import importlib
 import math
 import random
@@ -25,10 +26,17 @@ TABLES = {"HYVideo-T/2-cfgdistill": ("hunyuanvideo-t2v-544p", "hunyuanvideo-t2v-
 
 # The transformer: image and text tokens apart in double_blocks, joined in single_blocks with the image first.
 HOST = Host(
-    blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens=0, latent="x", timestep="t",
+    blocks=("double_blocks", "single_blocks"),
+    final_layer="final_layer",
+    image_tokens=0,
+    latent="x",
+    timestep="t",
     residual_shape=lambda model, forward: (
-        len(forward["x"]), math.prod(size // patch for size, patch in zip(forward["x"].shape[2:], model.patch_size)),
-        model.hidden_size))
+        len(forward["x"]),
+        math.prod(size // patch for size, patch in zip(forward["x"].shape[2:], model.patch_size)),
+        model.hidden_size,
+    ),
+)
 
 
 def run(script):
@@ -50,19 +58,33 @@ def run(script):
 def session_of(args, script):
     """The Session of a command line. Raises MagCacheError for what cannot work, before anything is loaded."""
     if not args.flow_reverse:
-        raise MagCacheError("Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
-                            "HunyuanVideo's own commands do, or run with --no-magcache.")
+        raise MagCacheError(
+            "Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
+            "HunyuanVideo's own commands do, or run with --no-magcache."
+        )
     if args.video_length == 1:
-        raise MagCacheError("There are no ratios of stills, and sample_video.py cannot save one: give --video-length 5 or more.")
+        raise MagCacheError(
+            "There are no ratios of stills, and sample_video.py cannot save one: give --video-length 5 or more."
+        )
     if args.seed is None and args.ulysses_degree * args.ring_degree > 1:
         raise MagCacheError("Several processes must start from the same noise: give --seed.")
     args.seed = random.randint(0, 1_000_000) if args.seed is None else args.seed  # --compare renders it more than once
     height, width = args.video_size
     lines = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
-    about = {name: getattr(args, name) for name in ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale",
-                                                    "embedded_cfg_scale", "use_fp8")}
-    session = Session(args, lines, "hunyuanvideo-t2v", f"{width}x{height}", args.video_length,
-                      published(args, width * height), about, videos=lambda outputs: 2 * outputs["samples"] - 1)
+    about = {
+        name: getattr(args, name)
+        for name in ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale", "embedded_cfg_scale", "use_fp8")
+    }
+    session = Session(
+        args,
+        lines,
+        "hunyuanvideo-t2v",
+        f"{width}x{height}",
+        args.video_length,
+        published(args, width * height),
+        about,
+        videos=lambda outputs: 2 * outputs["samples"] - 1,
+    )
     folder = f"{args.save_path}_{args.save_path_suffix}" if args.save_path_suffix else args.save_path
     session.check(f"{folder}/video.mp4")
     return session
@@ -70,8 +92,11 @@ def session_of(args, script):
 
 def published(args, pixels):
     """The name of the published table whose pictures are nearest in size; None for other checkpoints."""
-    return min(TABLES.get(args.model, ()), default=None,
-               key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)))
+    return min(
+        TABLES.get(args.model, ()),
+        default=None,
+        key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)),
+    )
 
 
 def cached(sampler_class, session):
@@ -81,7 +106,9 @@ def cached(sampler_class, session):
         def load_diffusion_pipeline(self, *args, **kwargs):
             pipe = super().load_diffusion_pipeline(*args, **kwargs)
             if session:  # here, since parallelize_transformer afterwards calls the forward that it finds
-                session.patch(pipe.transformer, HOST, lambda: self.pipeline.scheduler.timesteps, fingerprint(pipe.transformer))
+                session.patch(
+                    pipe.transformer, HOST, lambda: self.pipeline.scheduler.timesteps, fingerprint(pipe.transformer)
+                )
             return pipe
 
         def predict(self, *args, infer_steps, **kwargs):

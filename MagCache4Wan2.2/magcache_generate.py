@@ -5,6 +5,7 @@
 
 Lies beside generate.py in a Wan2.2 checkout, with `common/`.
 """
+
 from common.wan import main
 
 # Settings of each task; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.

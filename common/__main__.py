@@ -1,10 +1,11 @@
 """What can be known without running a model, and the handling of files around it.
 
-    python -m common presets
-    python -m common plan flux-dev --steps 28
-    python -m common compare uncached.png cached.png
-    python -m common install MagCache4FLUX /path/to/checkout
+python -m common presets
+python -m common plan flux-dev --steps 28
+python -m common compare uncached.png cached.png
+python -m common install MagCache4FLUX /path/to/checkout
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -27,15 +28,30 @@ def presets(args):
     rows = []
     for name, table in [(table.name, table) for table in tables] + [(str(path), table) for path, table in own]:
         schedule = planned(table, table.levels(table.steps), Settings(**table.settings)) if table.settings else None
-        rows.append([name, table.origin, table.steps, len(table.mag_ratios), *table.settings.values(),
-                     *[""] * (3 - len(table.settings)),
-                     f"{schedule.computed}/{schedule.steps}" if schedule else "", f"{schedule.bound:.2f}x" if schedule else ""])
-    print(needs("tabulate", "tabulate").tabulate(rows, headers=[
-        "name", "origin", "steps", "branches", "thresh", "K", "retention", "computed", "at most"], disable_numparse=True))
+        rows.append(
+            [
+                name,
+                table.origin,
+                table.steps,
+                len(table.mag_ratios),
+                *table.settings.values(),
+                *[""] * (3 - len(table.settings)),
+                f"{schedule.computed}/{schedule.steps}" if schedule else "",
+                f"{schedule.bound:.2f}x" if schedule else "",
+            ]
+        )
+    print(
+        needs("tabulate", "tabulate").tabulate(
+            rows,
+            headers=["name", "origin", "steps", "branches", "thresh", "K", "retention", "computed", "at most"],
+            disable_numparse=True,
+        )
+    )
 
 
 def planned(table, levels, settings, interpolation="sigma"):
-    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary lies."""
+    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary
+    lies."""
     return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
 
 
@@ -54,8 +70,11 @@ def plan(args):
     table = load(args.preset)
     levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
     target = target_of(args)
-    schedule = planned(table, levels, thresholds(args, table), args.magcache_interp) if target is None else \
-        target.plan(table, levels, table.switch_step(levels))
+    schedule = (
+        planned(table, levels, thresholds(args, table), args.magcache_interp)
+        if target is None
+        else target.plan(table, levels, table.switch_step(levels))
+    )
     print(plan_text(schedule, levels, table))
     if args.plot:
         plot_schedule(args.plot, schedule, levels, table.name)
@@ -65,6 +84,7 @@ def plan(args):
 def compare(args):
     """PSNR, SSIM and MS-SSIM of B against A, and both side by side."""
     from .quality import quality, quality_text, read_frames, side_by_side
+
     (reference, fps), (result, _) = read_frames(args.a), read_frames(args.b)
     print(quality_text(quality(reference, result)))
     out = args.out or Path(f"compare_{Path(args.b).stem}").with_suffix(".png" if fps is None else ".mp4")
@@ -75,13 +95,15 @@ def compare(args):
 def install(args):
     """Copy a drop-in and `common/` into an upstream checkout."""
     from .install import install as copy
+
     command = copy(args.folder, args.path)
     print(f"Installed. Run it there:\n  cd {args.path}\n  {command}")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m common", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m common", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     commands.add_parser("presets", help=presets.__doc__).set_defaults(run=presets)
@@ -95,7 +117,9 @@ def main(arguments=None):
     command.add_argument("--retention_ratio", type=float)
     add_target_flags(command)
     command.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
-    command.add_argument("--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error and skipped steps")
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error and skipped steps"
+    )
     command.set_defaults(run=plan)
 
     command = commands.add_parser("compare", help=compare.__doc__)

@@ -1,5 +1,6 @@
-"""A drop-in beside an upstream checkout's own script: the script's parser with the MagCache flags, its rendering cached,
-calibrated or compared, its output saved whole with a report beside it."""
+"""A drop-in beside an upstream checkout's own script: the script's parser with the MagCache flags, its rendering
+cached, calibrated or compared, its output saved whole with a report beside it."""
+
 import argparse
 import functools
 import importlib.util
@@ -24,8 +25,15 @@ from .quality import VIDEO_SUFFIXES, quality, quality_table, side_by_side
 from .ratios import MagCacheError, calibrations_folder, load, read
 from .report import plot_schedule, write_report
 
-SETTING_FLAGS = ("magcache_thresh", "magcache_K", "retention_ratio", "magcache_speedup", "magcache_steps", "magcache_max_error",
-                 "mag_ratios")
+SETTING_FLAGS = (
+    "magcache_thresh",
+    "magcache_K",
+    "retention_ratio",
+    "magcache_speedup",
+    "magcache_steps",
+    "magcache_max_error",
+    "mag_ratios",
+)
 
 
 def run_script(run, script):
@@ -43,8 +51,10 @@ def checkouts_script(name, upstream, folder):
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise MagCacheError(f"There is no {name}.py of {upstream} beside this script: python -m common install {folder} "
-                            f"/path/to/{upstream} puts it there.") from None
+        raise MagCacheError(
+            f"There is no {name}.py of {upstream} beside this script: python -m common install {folder} "
+            f"/path/to/{upstream} puts it there."
+        ) from None
 
 
 def script_at(path):
@@ -74,13 +84,17 @@ def flags_added(module, add):
 def add_flags(parser):
     """The MagCache flags of a drop-in whose host computes everything unless it is asked not to."""
     group = add_magcache_flags(parser)
-    group.add_argument("--use_magcache", action="store_true", help="render with MagCache, by the settings of the task; "
-                       "any setting of this group implies it")
+    group.add_argument(
+        "--use_magcache",
+        action="store_true",
+        help="render with MagCache, by the settings of the task; any setting of this group implies it",
+    )
 
 
 def flags_taken(add):
-    """Take the flags of `add(parser)` out of sys.argv, for hosts whose own parser knows of nothing else. Returns them parsed.
-    Raises MagCacheError for a flag that looks like one of them and is none: such hosts may pass over it in silence."""
+    """Take the flags of `add(parser)` out of sys.argv, for hosts whose own parser knows of nothing else. Returns them
+    parsed. Raises MagCacheError for a flag that looks like one of them and is none: such hosts may pass over it in
+    silence."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     add(parser)
     args, rest = parser.parse_known_args(sys.argv[1:])
@@ -97,7 +111,8 @@ def flags_taken(add):
 
 @contextmanager
 def timesteps_noted(scheduler_classes):
-    """A function that returns the timesteps last set on a scheduler of these classes, for samplers that keep theirs local."""
+    """A function that returns the timesteps last set on a scheduler of these classes, for samplers that keep theirs
+    local."""
     noted = [None]
 
     def noting(set_timesteps):
@@ -106,6 +121,7 @@ def timesteps_noted(scheduler_classes):
             result = set_timesteps(self, *args, **kwargs)
             noted[0] = self.timesteps
             return result
+
         return noting_set_timesteps
 
     plain = {scheduler: scheduler.set_timesteps for scheduler in scheduler_classes}
@@ -120,8 +136,8 @@ def timesteps_noted(scheduler_classes):
 
 @contextmanager
 def checkpoints_noted(loader_class):
-    """A dict {id of model: fingerprint} of all that `loader_class.from_pretrained` loads meanwhile: taken at once, since
-    sharding and other types change what the weights look like."""
+    """A dict {id of model: fingerprint} of all that `loader_class.from_pretrained` loads meanwhile: taken at once,
+    since sharding and other types change what the weights look like."""
     noted, plain = {}, loader_class.__dict__["from_pretrained"]
 
     def from_pretrained(cls, *args, **kwargs):
@@ -139,11 +155,11 @@ def checkpoints_noted(loader_class):
 class Session:
     """One command of a drop-in: what its models' forward is replaced by, and what came of it.
 
-    args: the parsed flags, the host's and ours; lines: the script's (magcache_thresh, magcache_K, retention_ratio) for this
-    task; task: what ratios hold for besides the checkpoint ("t2v-14B"); size: "832x480"; frames: their number;
+    args: the parsed flags, the host's and ours; lines: the script's (magcache_thresh, magcache_K, retention_ratio) for
+    this task; task: what ratios hold for besides the checkpoint ("t2v-14B"); size: "832x480"; frames: their number;
     preset: name of the published table, or None; about: further entries of reports and calibration files;
-    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1; measures: where no ratios
-    are known, the first rendering is computed in full and measured, and the next ones use what was found.
+    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1; measures: where
+    no ratios are known, the first rendering is computed in full and measured, and the next ones use what was found.
     """
 
     def __init__(self, args, lines, task, size, frames, preset, about, videos=lambda result: [result], measures=False):
@@ -161,11 +177,15 @@ class Session:
         if output and Path(output).suffix.lower() not in fitting_ends:
             raise MagCacheError(f"The output {output} has no ending that can be written: use {fitting_ends[0]}.")
         if self.calibrating and self.args.compare:
-            raise MagCacheError("--compare renders with MagCache, --magcache_calibration measures without: one at a time.")
+            raise MagCacheError(
+                "--compare renders with MagCache, --magcache_calibration measures without: one at a time."
+            )
         if self.calibrating:
             if Path(self.args.magcache_calibration or ".json").suffix not in ("", ".json"):
-                raise MagCacheError(f"--magcache_calibration {self.args.magcache_calibration} is no calibration file: end it in "
-                                    ".json, or leave it out and put the flag last.")
+                raise MagCacheError(
+                    f"--magcache_calibration {self.args.magcache_calibration} is no calibration file: end it in "
+                    ".json, or leave it out and put the flag last."
+                )
             return
         named, own = self.args.mag_ratios or self.preset, [] if self.args.mag_ratios else own_tables(self.task)
         if not named and not own and not self.measures:
@@ -177,50 +197,78 @@ class Session:
                 settings.plan(table, np.asarray(table.sigmas))
 
     def no_table(self):
-        return (f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same command with "
-                "--magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with --no-magcache.")
+        return (
+            f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same "
+            f"command with "
+            "--magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with --no-magcache."
+        )
 
     def table(self, checkpoint):
-        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones; None where there are
-        none and they are to be measured."""
+        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones; None where
+        there are none and they are to be measured."""
         if self.args.mag_ratios:
             return load(self.args.mag_ratios)
         own = [table for table in own_tables(self.task) if table.provenance.get("fingerprint") == checkpoint]
         if own:
-            return min(own, key=lambda table: abs(volume(table.sampler) - volume({"size": self.size, "frames": self.frames})))
+            return min(
+                own, key=lambda table: abs(volume(table.sampler) - volume({"size": self.size, "frames": self.frames}))
+            )
         if not self.preset and not self.measures:
             raise MagCacheError(self.no_table())
         return load(self.preset) if self.preset else None
 
     def patch(self, models, host, timesteps, checkpoint, boundary=None):
-        """Put MagCache, or the calibration, on the pipeline's transformer or its experts: beneath whatever takes hold of their
-        forward afterwards. checkpoint: fingerprint of the weights."""
+        """Put MagCache, or the calibration, on the pipeline's transformer or its experts: beneath whatever takes hold
+        of their forward afterwards. checkpoint: fingerprint of the weights."""
         self.mag_ratios = None if self.calibrating else told_by_writer(lambda: self.table(checkpoint))
         self.measuring = self.mag_ratios is None
         if self.measuring:
             if not self.calibrating:
-                self.say(f"No magnitude ratios are known for {self.task} with this checkpoint: this rendering is computed in "
-                         "full to measure them.")
+                self.say(
+                    f"No magnitude ratios are known for {self.task} with this checkpoint: this rendering is computed "
+                    f"in "
+                    "full to measure them."
+                )
             self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
             return
-        self.handle = magcache_forward(models, host, self.mag_ratios, settings_of(self.args, self.lines, self.mag_ratios, True),
-                                       timesteps, announce=self.say_once, boundary=boundary,
-                                       **cache_options(self.args))
+        self.handle = magcache_forward(
+            models,
+            host,
+            self.mag_ratios,
+            settings_of(self.args, self.lines, self.mag_ratios, True),
+            timesteps,
+            announce=self.say_once,
+            boundary=boundary,
+            **cache_options(self.args),
+        )
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
         """A patch that renders un-cached and saves the magnitude ratios, from the writing rank alone."""
         name = f"{self.task}-{self.size}x{self.frames}"
         self.path = Path(self.args.magcache_calibration or calibrations_folder() / f"{name}-{checkpoint}.json")
         check_writable("The calibration file", self.path)
-        sampler = {"task": self.task, "size": self.size, "frames": self.frames, **({"boundary": boundary} if boundary else {})}
-        description = {"sampler": sampler, "settings": self.lines, "rule": load(self.preset).rule if self.preset else {},
-                       "provenance": {"fingerprint": checkpoint, **self.about, "torch": torch.__version__,
-                                      "date": time.strftime("%Y-%m-%d")}}
+        sampler = {
+            "task": self.task,
+            "size": self.size,
+            "frames": self.frames,
+            **({"boundary": boundary} if boundary else {}),
+        }
+        description = {
+            "sampler": sampler,
+            "settings": self.lines,
+            "rule": load(self.preset).rule if self.preset else {},
+            "provenance": {
+                "fingerprint": checkpoint,
+                **self.about,
+                "torch": torch.__version__,
+                "date": time.strftime("%Y-%m-%d"),
+            },
+        }
         return magcache_calibration(models, host, timesteps, name, self.path, description, self.statistics)
 
     def render(self, draw, steps):
-        """Render as asked for, with the patch on. draw: steps -> what the host's pipeline returns. Returns that for the host
-        to save."""
+        """Render as asked for, with the patch on. draw: steps -> what the host's pipeline returns. Returns that for the
+        host to save."""
         if self.files_saved:  # of an earlier rendering
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
         if not self.measuring:
@@ -228,8 +276,11 @@ class Session:
         with self.handle:
             result, self.seconds = timed(draw, steps)
         if self.measuring:
-            hint = f"use it with --mag_ratios {self.path}." if self.args.magcache_calibration else \
-                f"runs of {self.task} with this checkpoint use it from now on."
+            hint = (
+                f"use it with --mag_ratios {self.path}."
+                if self.args.magcache_calibration
+                else f"runs of {self.task} with this checkpoint use it from now on."
+            )
             self.say(f"Measured in an un-cached run, saved as {self.path}; {hint}")
             self.mag_ratios = self.handle.mag_ratios
             if not self.calibrating:
@@ -252,22 +303,33 @@ class Session:
     def compare(self, draw, steps, result):
         """Render un-cached and by the plain sampler with as many steps as were computed, at the same seed."""
         computed = self.report.schedule.computed
-        rows = {f"un-cached, {steps} steps": timed(draw, steps), f"MagCache, {computed} of {steps}": (result, self.seconds),
-                f"plain sampler, {computed} steps": timed(draw, computed)}
+        rows = {
+            f"un-cached, {steps} steps": timed(draw, steps),
+            f"MagCache, {computed} of {steps}": (result, self.seconds),
+            f"plain sampler, {computed} steps": timed(draw, computed),
+        }
         if not is_writer():
             return
-        self.frames_rendered = {title: [as_frames(video) for video in self.videos(rendered)]
-                                for title, (rendered, _) in rows.items()}
+        self.frames_rendered = {
+            title: [as_frames(video) for video in self.videos(rendered)] for title, (rendered, _) in rows.items()
+        }
         (first, reference), *others = self.frames_rendered.items()
         self.comparison = {first: {"steps": steps}} | {
-            title: {"steps": computed} | quality(np.concatenate(reference), np.concatenate(videos)) for title, videos in others}
+            title: {"steps": computed} | quality(np.concatenate(reference), np.concatenate(videos))
+            for title, videos in others
+        }
         for title, (_, seconds) in rows.items():
             self.comparison[title]["seconds"] = seconds
         self.say(quality_table(self.comparison))
-        self.say("PSNR, SSIM and MS-SSIM are against the un-cached rendering at the same seed; seconds are the whole pipeline's.")
+        self.say(
+            "PSNR, SSIM and MS-SSIM are against the un-cached rendering at the same seed; seconds are the whole "
+            "pipeline's."
+        )
 
     def saving(self, write, rename=None):
-        """The host's `write(tensor=..., save_file=..., ...)`, made whole: under a temporary name, renamed, with a report."""
+        """The host's `write(tensor=..., save_file=..., ...)`, made whole: under a temporary name, renamed, with a
+        report."""
+
         @functools.wraps(write)
         def save(tensor, save_file, **kwargs):
             target = Path(save_file)
@@ -285,6 +347,7 @@ class Session:
                     part.unlink()
             self.saved(target, kwargs.get("fps"))
             return str(target)
+
         return save
 
     def saved(self, target, fps):
@@ -293,23 +356,36 @@ class Session:
         if not self.report:
             return
         if self.args.magcache_plot and not self.measuring:
-            plot_schedule(target.with_suffix(".schedule.png"), self.report.schedule, self.report.levels, self.mag_ratios.name)
+            plot_schedule(
+                target.with_suffix(".schedule.png"), self.report.schedule, self.report.levels, self.mag_ratios.name
+            )
         if self.frames_rendered:
             sheet = target.with_name(f"{target.stem}_compare{target.suffix}")
             side_by_side(sheet, [videos[self.files_saved] for videos in self.frames_rendered.values()], fps)
             self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {sheet}")
-        write_report(target.with_suffix(".json"), self.report, task=self.task, size=self.size, frames=self.frames, **self.about,
-                     mag_ratios_of=self.mag_ratios.name, seconds_whole_pipeline=round(self.seconds, 4), quality=self.comparison,
-                     **({"measured": str(self.path)} if self.measuring else {}),
-                     **({"earlier_clips": [report.to_dict() for report in self.reports[:-1]]} if self.reports[1:] else {}))
+        write_report(
+            target.with_suffix(".json"),
+            self.report,
+            task=self.task,
+            size=self.size,
+            frames=self.frames,
+            **self.about,
+            mag_ratios_of=self.mag_ratios.name,
+            seconds_whole_pipeline=round(self.seconds, 4),
+            quality=self.comparison,
+            **({"measured": str(self.path)} if self.measuring else {}),
+            **({"earlier_clips": [report.to_dict() for report in self.reports[:-1]]} if self.reports[1:] else {}),
+        )
         self.files_saved += 1
 
     def say_what_differs(self):
         sampler = self.mag_ratios.sampler
         if "size" in sampler and (sampler["size"], sampler.get("frames", self.frames)) != (self.size, self.frames):
             frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
-            self.say_once(f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} "
-                          "frames. --magcache_calibration measures anew.")
+            self.say_once(
+                f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} "
+                "frames. --magcache_calibration measures anew."
+            )
 
     def say_once(self, text):
         """What would be the same for every video of a session."""
@@ -324,7 +400,9 @@ class Session:
 
 def switched_on(args):
     """Whether the flags ask for MagCache: --use_magcache itself, or any of its settings."""
-    return args.magcache and (args.use_magcache or args.compare or any(getattr(args, name) is not None for name in SETTING_FLAGS))
+    return args.magcache and (
+        args.use_magcache or args.compare or any(getattr(args, name) is not None for name in SETTING_FLAGS)
+    )
 
 
 def own_tables(task):
@@ -340,8 +418,8 @@ def volume(sampler):
 
 
 def fitting(path):
-    """The path, its name cut where it leaves no room for the longer names beside it: a file system takes 255 bytes, and hosts
-    put the prompt there."""
+    """The path, its name cut where it leaves no room for the longer names beside it: a file system takes 255 bytes, and
+    hosts put the prompt there."""
     return path.with_name(path.stem.encode()[:200].decode(errors="ignore") + path.suffix)
 
 

@@ -1,4 +1,6 @@
-"""The facts of HunyuanVideoTransformer3DModel, HunyuanVideo in diffusers, for `magcache_forward` and `magcache_calibration`."""
+"""The facts of HunyuanVideoTransformer3DModel, HunyuanVideo in diffusers, for `magcache_forward` and
+`magcache_calibration`."""
+
 from .blocks import Host
 
 
@@ -10,5 +12,6 @@ def residual_shape(model, forward):
 
 
 # Text-to-video, and image-to-video with the picture as further channels or as the first frame's tokens.
-HUNYUANVIDEO = Host(blocks=("transformer_blocks", "single_transformer_blocks"), final_layer="norm_out",
-                    residual_shape=residual_shape)
+HUNYUANVIDEO = Host(
+    blocks=("transformer_blocks", "single_transformer_blocks"), final_layer="norm_out", residual_shape=residual_shape
+)

@@ -1,8 +1,9 @@
 """Copy a drop-in script and `common/` into an upstream checkout, without touching anybody else's file.
 
-Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in which
-folder there everything goes (`into`; none: its root), and what to run then.
+Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in
+which folder there everything goes (`into`; none: its root), and what to run then.
 """
+
 import hashlib
 import json
 from pathlib import Path
@@ -19,8 +20,8 @@ def folders():
 
 
 def install(folder, target):
-    """Copy; returns the command to run in the target. Raises MagCacheError before the first file is copied if the target
-    is not the right checkout or a file in the way was not written by this function."""
+    """Copy; returns the command to run in the target. Raises MagCacheError before the first file is copied if the
+    target is not the right checkout or a file in the way was not written by this function."""
     source, target = REPOSITORY / Path(folder).name, Path(target)
     if not (source / "install.json").is_file():
         raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
@@ -40,17 +41,25 @@ def install(folder, target):
         written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
     except (OSError, ValueError):
         raise MagCacheError(f"{manifest_path} cannot be read; remove it and what was installed with it.") from None
-    foreign = [name for name in files if (target / name).exists() and not (
-        (target / name).is_file() and digest(target / name) in (written.get(name), digest(files[name])))]
+    foreign = [
+        name
+        for name in files
+        if (target / name).exists()
+        and not ((target / name).is_file() and digest(target / name) in (written.get(name), digest(files[name])))
+    ]
     if foreign:
-        raise MagCacheError(f"{target / foreign[0]} is in the way and was not written by this command, or was edited since; "
-                            "move it away first.")
+        raise MagCacheError(
+            f"{target / foreign[0]} is in the way and was not written by this command, or was edited since; "
+            "move it away first."
+        )
     for name, path in files.items():
         try:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(path.read_bytes())
         except OSError as error:
-            raise MagCacheError(f"{target / name} cannot be written ({error.strerror}); make the folder writable.") from None
+            raise MagCacheError(
+                f"{target / name} cannot be written ({error.strerror}); make the folder writable."
+            ) from None
     write_json(manifest_path, written | {name: digest(path) for name, path in files.items()})
     return facts["run"]
 

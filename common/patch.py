@@ -1,4 +1,5 @@
 """`magcache_forward` and `magcache_calibration`: replace the forward of one model instance, and put it back."""
+
 import functools
 import inspect
 import os
@@ -24,16 +25,28 @@ from .steps import TRAIN_TIMESTEPS, Call, StepTracker
 REHEARSALS = 3  # of a reused step, at the end of a calibration
 
 
-def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, interpolation="sigma",
-                     device=None, dtype=None, announce=tqdm.write, boundary=None):
+def magcache_forward(
+    model,
+    host,
+    mag_ratios,
+    settings,
+    timesteps,
+    rule=None,
+    interpolation="sigma",
+    device=None,
+    dtype=None,
+    announce=tqdm.write,
+    boundary=None,
+):
     """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
 
     model: the transformer, also compiled, offloaded or sharded, or a list of those among which the sampler divides its
         steps (a high-noise and a low-noise expert); host: `blocks.Host`, the facts of its class.
-    mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a planned
-    schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
+    mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a
+    planned schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
-        being 1000, as one object that lasts as long as the run. A diffusers pipeline: `lambda: pipe.scheduler.timesteps`.
+        being 1000, as one object that lasts as long as the run. A diffusers pipeline: `lambda:
+        pipe.scheduler.timesteps`.
     interpolation: "sigma" or "nearest" (`MagRatios.at`).
     device, dtype: where and how residuals are kept (None: as the model makes them).
     announce: gets the plan as text at the start of each run.
@@ -48,8 +61,17 @@ def magcache_forward(model, host, mag_ratios, settings, timesteps, rule=None, in
         return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule, switch_step)
 
     factor = getattr(settings, "magcache_guard", None)
-    return MagCache(model, host, timesteps, plan, Residuals(device, dtype, for_all=factor is not None), announce, mag_ratios,
-                    PAYLOADS[getattr(settings, "payload", "residual")], factor and Guard(factor))
+    return MagCache(
+        model,
+        host,
+        timesteps,
+        plan,
+        Residuals(device, dtype, for_all=factor is not None),
+        announce,
+        mag_ratios,
+        PAYLOADS[getattr(settings, "payload", "residual")],
+        factor and Guard(factor),
+    )
 
 
 def magcache_calibration(model, host, timesteps, name, path=None, description=None, statistics=None):
@@ -80,7 +102,9 @@ class Expert:
         self.original = self.model.forward
         earlier = getattr(self.original, "magcache", None)
         if earlier is not None and earlier.active:
-            raise MagCacheError("This model is patched already; remove the first patch (handle.remove()) before the second.")
+            raise MagCacheError(
+                "This model is patched already; remove the first patch (handle.remove()) before the second."
+            )
         # Keywords that it does not know are passed on as they are.
         self.argument_names = argument_names(self.model)
 
@@ -117,7 +141,8 @@ class Expert:
 
 
 class Patch:
-    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores it."""
+    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores
+    it."""
 
     def __init__(self, models, host, timesteps, payload=BlockStack):
         self.host, self.timesteps = host, timesteps
@@ -159,13 +184,15 @@ class Patch:
     def require_reached(self):
         if not self.reached:
             name = type(self.experts[0].model).__name__
-            raise MagCacheError(f"The patched forward of {name} was never called, so nothing was cached: patch the instance that "
-                                "the sampler runs, after its last wrapper was put on.")
+            raise MagCacheError(
+                f"The patched forward of {name} was never called, so nothing was cached: patch the instance that "
+                "the sampler runs, after its last wrapper was put on."
+            )
 
     @torch.compiler.disable
     def before(self, expert, args, kwargs):
-        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the output where it is
-        predicted as a whole, so that no forward is needed, else None."""
+        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the output
+        where it is predicted as a whole, so that no forward is needed, else None."""
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
         latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
@@ -209,12 +236,15 @@ class Patch:
         self.end_run()
 
     def expect_lasting_timesteps(self, level):
-        """New timesteps mean a new run. Raises MagCacheError if every call has new ones, so that no run gets beyond one call."""
+        """New timesteps mean a new run. Raises MagCacheError if every call has new ones, so that no run gets beyond one
+        call."""
         goes_on = len(self.run.report.calls) == 1 and level < self.run.tracker.level
         self.short_runs = self.short_runs + 1 if goes_on else 0
         if self.short_runs == 3:
-            raise MagCacheError("The function `timesteps` returns a new object at each call, which tells one run from the next: "
-                                "let it return the sampler's own timesteps.")
+            raise MagCacheError(
+                "The function `timesteps` returns a new object at each call, which tells one run from the next: "
+                "let it return the sampler's own timesteps."
+            )
 
     def settle(self):
         """Complete a run that reached its last step with fewer branches than before: guidance ended there."""
@@ -225,8 +255,12 @@ class Patch:
         self.settle()
         self.end_run()
         if timesteps is None or len(timesteps) == 0:
-            raise MagCacheError("The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts.")
-        levels = np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float) / TRAIN_TIMESTEPS
+            raise MagCacheError(
+                "The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts."
+            )
+        levels = (
+            np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float) / TRAIN_TIMESTEPS
+        )
         tracker = StepTracker(levels, level, tolerance)
         schedule = self.plan(tracker.levels)
         self.reports.append(RunReport(schedule, tracker.levels.tolist()))
@@ -266,7 +300,9 @@ class MagCache(Patch):
     def prepare(self, run, call):
         residual, self.why = None, ""
         if run.schedule.reuse[call.step]:
-            residual, self.why = (None, run.stopped) if run.stopped else self.residuals.predict(call, self.latent, run.schedule)
+            residual, self.why = (
+                (None, run.stopped) if run.stopped else self.residuals.predict(call, self.latent, run.schedule)
+            )
         self.reusing = residual is not None
         if self.reusing:
             return self.expert.payload.replace(residual)
@@ -396,7 +432,8 @@ def inner_module(model):
 
 
 def argument_names(model):
-    """Of the class's forward, since a wrapper on the instance may hide the names; of the instance's where the class has none."""
+    """Of the class's forward, since a wrapper on the instance may hide the names; of the instance's where the class has
+    none."""
     forward = type(model).forward
     if forward is torch.nn.Module.forward:
         return list(inspect.signature(model.forward).parameters)
@@ -419,11 +456,13 @@ def is_writer():
 
 
 def told_by_writer(find):
-    """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not plan
-    differently."""
+    """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not
+    plan differently."""
     found, distributed = [find() if is_writer() else None], torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         # Not every host makes the GPU of a rank the current one.
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if distributed.get_backend() == "nccl" else None
+        device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if distributed.get_backend() == "nccl" else None
+        )
         distributed.broadcast_object_list(found, src=0, device=device)
     return found[0]

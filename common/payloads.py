@@ -1,9 +1,10 @@
 """What a reused step predicts: the residual of the block stack, or the output of the whole model.
 
-A payload has four methods. Around a computed call: `record(arguments)`, those of forward by name, before it, and `finish(output)`
-after it, which returns the tensor to keep, (batch, tokens, width). Around a reused call: `replace(tensor)`, which returns the
-output, or None where forward is still to make it, and `restore()` after it.
+A payload has four methods. Around a computed call: `record(arguments)`, those of forward by name, before it, and
+`finish(output)` after it, which returns the tensor to keep, (batch, tokens, width). Around a reused call:
+`replace(tensor)`, which returns the output, or None where forward is still to make it, and `restore()` after it.
 """
+
 import torch
 from torch.utils import _pytree as pytree
 
@@ -27,12 +28,13 @@ class ModelOutput:
         return torch.cat(tensors)[None, :, None]
 
     def replace(self, tensor):
-        """The output of the last computed call, a tuple, list, dictionary or dataclass of tensors, with these values."""
+        """The output of the last computed call, a tuple, list, dictionary or dataclass of tensors, with these
+        values."""
         values, leaves = tensor.flatten(), []
         for leaf in self.leaves:
             if isinstance(leaf, torch.Size):
-                leaves.append(values[:leaf.numel()].clone().reshape(leaf))
-                values = values[leaf.numel():]
+                leaves.append(values[: leaf.numel()].clone().reshape(leaf))
+                values = values[leaf.numel() :]
             else:
                 leaves.append(leaf)
         return pytree.tree_unflatten(leaves, self.form)
@@ -42,8 +44,11 @@ class ModelOutput:
 
 
 def leading_tokens(output, count, tokens):
-    """An output less what is made of other tokens than the first `count` (None: all), where it has a row for each of `tokens`."""
-    return pytree.tree_map_only(torch.Tensor, lambda made: made[:, :count] if made.shape[1:2] == (tokens,) else made, output)
+    """An output less what is made of other tokens than the first `count` (None: all), where it has a row for each of
+    `tokens`."""
+    return pytree.tree_map_only(
+        torch.Tensor, lambda made: made[:, :count] if made.shape[1:2] == (tokens,) else made, output
+    )
 
 
 PAYLOADS = {"residual": BlockStack, "output": ModelOutput}

@@ -1,4 +1,5 @@
 """How close a cached result is to the un-cached one: PSNR, SSIM and MS-SSIM, and both side by side."""
+
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ def read_frames(path):
             frames = imageio.imread(path, plugin="FFMPEG")
             return np.asarray(frames)[..., :3], imageio.immeta(path, plugin="FFMPEG").get("fps", 24)
         from PIL import Image
+
         return np.asarray(Image.open(path).convert("RGB"))[None], None
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
@@ -38,15 +40,21 @@ def quality(reference, result):
     """
     metrics = needs("torchmetrics.functional.image", "torchmetrics")
     import torch
+
     if reference.shape != result.shape:
         raise MagCacheError(f"Only equals can be compared: {describe(reference)} against {describe(result)}.")
     rows = []
     for one, other in zip(reference, result):
         one, other = (torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 255 for frame in (one, other))
-        rows.append((float(metrics.peak_signal_noise_ratio(other, one, data_range=1.0)),
-                     float(metrics.structural_similarity_index_measure(other, one, data_range=1.0)),
-                     float(metrics.multiscale_structural_similarity_index_measure(other, one, data_range=1.0))
-                     if min(one.shape[-2:]) >= MS_SSIM_LEAST else np.nan))
+        rows.append(
+            (
+                float(metrics.peak_signal_noise_ratio(other, one, data_range=1.0)),
+                float(metrics.structural_similarity_index_measure(other, one, data_range=1.0)),
+                float(metrics.multiscale_structural_similarity_index_measure(other, one, data_range=1.0))
+                if min(one.shape[-2:]) >= MS_SSIM_LEAST
+                else np.nan,
+            )
+        )
     psnr, ssim, ms_ssim = (float(value) for value in np.mean(rows, axis=0))
     return {"psnr": psnr, "ssim": ssim, "ms_ssim": None if np.isnan(ms_ssim) else ms_ssim}
 
@@ -63,14 +71,27 @@ def quality_text(figures):
 def quality_table(rows):
     """rows: {label: figures}, figures as from `quality` plus "seconds"; a table as text."""
     tabulate = needs("tabulate", "tabulate").tabulate
-    return tabulate([[label, figures.get("steps"), figures.get("seconds"), figures.get("psnr"), figures.get("ssim"),
-                      figures.get("ms_ssim")] for label, figures in rows.items()],
-                    headers=["", "computed steps", "seconds", "PSNR dB", "SSIM", "MS-SSIM"], missingval="",
-                    floatfmt=("", "d", ".2f", ".2f", ".4f", ".4f"))
+    return tabulate(
+        [
+            [
+                label,
+                figures.get("steps"),
+                figures.get("seconds"),
+                figures.get("psnr"),
+                figures.get("ssim"),
+                figures.get("ms_ssim"),
+            ]
+            for label, figures in rows.items()
+        ],
+        headers=["", "computed steps", "seconds", "PSNR dB", "SSIM", "MS-SSIM"],
+        missingval="",
+        floatfmt=("", "d", ".2f", ".2f", ".4f", ".4f"),
+    )
 
 
 def side_by_side(path, columns, fps=None):
-    """Write pictures, or videos when fps is given, next to each other: columns is a list of (frames, height, width, 3)."""
+    """Write pictures, or videos when fps is given, next to each other: columns is a list of (frames, height, width,
+    3)."""
     tallest = max(frames.shape[1] for frames in columns)
     longest = max(len(frames) for frames in columns)
     joined = np.concatenate([padded(frames, tallest, longest) for frames in columns], axis=2)
@@ -78,8 +99,10 @@ def side_by_side(path, columns, fps=None):
 
 
 def padded(frames, height, length):
-    wide = np.pad(frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255)
-    wide[len(frames):, :frames.shape[1], :frames.shape[2]] = frames[-1]
+    wide = np.pad(
+        frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255
+    )
+    wide[len(frames) :, : frames.shape[1], : frames.shape[2]] = frames[-1]
     return wide
 
 
@@ -91,9 +114,12 @@ def save_frames(path, frames, fps=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         if fps is None:
             from PIL import Image
+
             Image.fromarray(frames[0]).save(part)
         else:
-            needs("imageio.v3", "imageio[ffmpeg]").imwrite(part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2)
+            needs("imageio.v3", "imageio[ffmpeg]").imwrite(
+                part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2
+            )
         part.replace(path)
     except (OSError, ValueError) as error:
         raise MagCacheError(f"{path} cannot be written ({error}).") from None
@@ -104,7 +130,7 @@ def save_frames(path, frames, fps=None):
 
 def even(frames):
     """Video codecs want even sizes."""
-    return frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2]
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
 
 def magnified_difference(reference, result):
@@ -117,6 +143,7 @@ def contact_sheet(path, rows, titles, labels):
     """A picture of rows of uint8 images (height, width, 3) under column titles; labels[r][c] stands below an image."""
     figure_class = needs("matplotlib.figure", "matplotlib").Figure
     from .report import save_figure
+
     figure = figure_class(figsize=(2.6 * len(titles), 2.9 * len(rows) + 0.4), layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(rows), len(titles), squeeze=False))
     for row, images in enumerate(rows):

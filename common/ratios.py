@@ -2,6 +2,7 @@
 
 gamma_t = mean over tokens of |r_t| / |r_{t-1}|, with r_t the residual of the block stack (paper, section 3.2, eq. 4).
 """
+
 import json
 import os
 import re
@@ -67,8 +68,10 @@ class MagRatios:
         for branch, ratios in self.mag_ratios.items():
             values = np.asarray(ratios, dtype=float)
             if len(values) != steps:
-                raise MagCacheError(f"{self.name}: branch '{branch}' has {len(values)} ratios for {steps} noise levels; "
-                                    "each step needs one of each.")
+                raise MagCacheError(
+                    f"{self.name}: branch '{branch}' has {len(values)} ratios for {steps} noise levels; "
+                    "each step needs one of each."
+                )
             if not (np.isfinite(values).all() and (values > 0).all()):
                 raise MagCacheError(f"{self.name}: branch '{branch}' has ratios that are not positive numbers.")
         if not (np.diff(levels) <= 0).all():
@@ -94,7 +97,8 @@ class MagRatios:
         return np.stack(rows)
 
     def within_experts(self, ratios):
-        """The ratios with 1 at the step where the second of two experts takes over: that jump belongs to no noise level."""
+        """The ratios with 1 at the step where the second of two experts takes over: that jump belongs to no noise
+        level."""
         ratios, boundary = np.array(ratios, dtype=float), self.sampler.get("boundary")
         if boundary:
             ratios[np.flatnonzero(np.asarray(self.sigmas) < boundary)[:1]] = 1
@@ -118,7 +122,8 @@ class MagRatios:
 
 
 def flow_sigmas(steps, shift=1.0):
-    """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, bent by sigma' = shift*sigma / (1 + (shift-1)*sigma)."""
+    """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, bent by sigma' = shift*sigma / (1 +
+    (shift-1)*sigma)."""
     if steps <= 0:
         raise MagCacheError(f"The number of steps must be at least 1, not {steps}.")
     if not 0 < shift < np.inf:
@@ -175,7 +180,9 @@ def read(path):
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise MagCacheError(f"There is no calibration file {path}; make it with --magcache_calibration {path}.") from None
+        raise MagCacheError(
+            f"There is no calibration file {path}; make it with --magcache_calibration {path}."
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MagCacheError(f"{path} cannot be read as a calibration file ({error}); calibrate again.") from None
     known = MagRatios.__dataclass_fields__
@@ -197,8 +204,10 @@ def load(name_or_path):
         return read(preset)
     if str(name_or_path).endswith(".json") or os.sep in str(name_or_path):
         return read(name_or_path)
-    raise MagCacheError(f"There is no preset '{name_or_path}'; the presets are {', '.join(preset_names())}, "
-                        "and a calibration file is named by its path.")
+    raise MagCacheError(
+        f"There is no preset '{name_or_path}'; the presets are {', '.join(preset_names())}, "
+        "and a calibration file is named by its path."
+    )
 
 
 def preset_names():
@@ -213,7 +222,9 @@ def write(path, ratios):
 def write_json(path, content):
     """JSON with one line a list of numbers."""
     text = json.dumps(content, indent=1)
-    write_text(path, re.sub(r"\[\n\s+([-+.\deE,\s]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
+    write_text(
+        path, re.sub(r"\[\n\s+([-+.\deE,\s]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    )
 
 
 def write_text(path, text):
@@ -232,7 +243,8 @@ def write_text(path, text):
 
 
 def find(model, fingerprint=None):
-    """The table of a checkpoint: its own calibration, found by the fingerprint of its weights, else the preset of that name.
+    """The table of a checkpoint: its own calibration, found by the fingerprint of its weights, else the preset of that
+    name.
 
     model: hub id or folder. Returns None when there is neither: no other model's table is ever lent silently.
     """
@@ -251,5 +263,8 @@ def find(model, fingerprint=None):
 def is_checkpoint(model, hub_id):
     """Whether a hub id or local folder is the checkpoint `owner/name`, also as a snapshot in the hub's cache."""
     path = Path(str(model))
-    return str(model) == hub_id or f"models--{hub_id.replace('/', '--')}" in path.parts or \
-        (path.is_dir() and path.name == hub_id.split("/")[-1])
+    return (
+        str(model) == hub_id
+        or f"models--{hub_id.replace('/', '--')}" in path.parts
+        or (path.is_dir() and path.name == hub_id.split("/")[-1])
+    )

@@ -1,4 +1,5 @@
 """What will be skipped, and what was: one line, JSON, a picture."""
+
 from collections import Counter
 from math import isfinite
 from pathlib import Path
@@ -16,14 +17,20 @@ def memory_text(count):
 
 
 def settings_text(settings):
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in vars(settings).items() if value is not None)
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in vars(settings).items()
+        if value is not None
+    )
 
 
 def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
     """The plan of a run, known before its first step."""
-    lines = [f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), "
-             f"{settings_text(schedule.settings)}", f"  {schedule.strip}   # computes, . reuses"]
+    lines = [
+        f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), "
+        f"{settings_text(schedule.settings)}",
+        f"  {schedule.strip}   # computes, . reuses",
+    ]
     if not mag_ratios.fits(levels):
         lines.append(f"  ratios of {mag_ratios.steps} steps carried over to the noise levels of this run")
     if mag_ratios.origin == "borrowed":
@@ -32,13 +39,17 @@ def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
         lines.append(f"  nothing will be reused: {schedule.why_none}")
     elif isinstance(schedule.settings, Settings):
         ceiling = schedule.fewest_computed
-        lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
-                     f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
+        lines.append(
+            f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
+            f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio"
+        )
         if has_gram(mag_ratios):
             other = Target(schedule.computed).plan(mag_ratios, levels, mag_ratios.switch_step(levels))
-            lines += ["  expected relative error of a reused residual " +
-                      error_text(error_by_gram(schedule, levels, mag_ratios)),
-                      f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}"]
+            lines += [
+                "  expected relative error of a reused residual "
+                + error_text(error_by_gram(schedule, levels, mag_ratios)),
+                f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}",
+            ]
     else:
         lines += target_text(schedule, levels, mag_ratios)
     if bytes_a_branch is not None and not schedule.why_none:
@@ -52,18 +63,31 @@ def target_text(schedule, levels, mag_ratios):
     expected = speedup(schedule.steps, schedule.computed, share)
     lines = [f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"]
     if share:
-        lines[0] += f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
+        lines[0] += (
+            f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
+        )
     elif asked.payload == "residual":
         lines[0] += " (the table has no step times)"
     if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
-        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused step "
-                     "allow this")
+        lines.append(
+            f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused step "
+            "allow this"
+        )
     if not has_gram(mag_ratios):
-        return [*lines, "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
-                "--magcache_calibration measures it"]
-    rule = nearest_by_the_rule(mag_ratios, levels, rule_of(mag_ratios), schedule.computed, mag_ratios.switch_step(levels))
-    return [*lines, f"  expected relative error of a predicted {asked.payload} {error_text(schedule.error[schedule.reuse])}",
-            f"    the paper's rule with {rule.computed} computed steps, of a residual: {error_text(rule.error[rule.reuse])}"]
+        return [
+            *lines,
+            "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
+            "--magcache_calibration measures it",
+        ]
+    rule = nearest_by_the_rule(
+        mag_ratios, levels, rule_of(mag_ratios), schedule.computed, mag_ratios.switch_step(levels)
+    )
+    return [
+        *lines,
+        f"  expected relative error of a predicted {asked.payload} {error_text(schedule.error[schedule.reuse])}",
+        f"    the paper's rule with {rule.computed} computed steps, of a residual: "
+        f"{error_text(rule.error[rule.reuse])}",
+    ]
 
 
 def error_text(errors):
@@ -78,7 +102,8 @@ class RunReport:
         self.peak_bytes, self.complete = 0, False
 
     def add(self, call, kind, seconds, why=""):
-        """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not planned."""
+        """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not
+        planned."""
         self.calls.append((call.step, call.branch, kind, seconds, why))
 
     @property
@@ -122,8 +147,10 @@ class RunReport:
         if not self.reused:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
             return f"MagCache reused nothing in {len(self.calls)} calls: {why}."
-        text = (f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
-                f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}")
+        text = (
+            f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
+            f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}"
+        )
         for why, calls in self.unplanned.items():
             text += f"; {calls} computed unplanned ({why})"
         return text
@@ -132,16 +159,29 @@ class RunReport:
         spent, saved = self.seconds()
         settings = self.schedule.settings
         return {
-            "settings": vars(settings) if settings else None, "strip": self.schedule.strip, "steps": self.schedule.steps,
-            "planned_computed": self.schedule.computed, "bound": round(self.schedule.bound, 4),
-            "why_none": self.schedule.why_none, "complete": self.complete, "calls": len(self.calls),
-            "computed": self.computed, "reused": self.reused, "unplanned": self.unplanned,
-            "seconds": round(spent, 4), "seconds_saved": round(saved, 4), "transformer_speedup": round(self.speedup, 4),
-            "extra_bytes": self.peak_bytes, "sigmas": [round(level, 6) for level in self.levels],
+            "settings": vars(settings) if settings else None,
+            "strip": self.schedule.strip,
+            "steps": self.schedule.steps,
+            "planned_computed": self.schedule.computed,
+            "bound": round(self.schedule.bound, 4),
+            "why_none": self.schedule.why_none,
+            "complete": self.complete,
+            "calls": len(self.calls),
+            "computed": self.computed,
+            "reused": self.reused,
+            "unplanned": self.unplanned,
+            "seconds": round(spent, 4),
+            "seconds_saved": round(saved, 4),
+            "transformer_speedup": round(self.speedup, 4),
+            "extra_bytes": self.peak_bytes,
+            "sigmas": [round(level, 6) for level in self.levels],
             "accumulated_error": [round(value, 6) for value in self.schedule.error.tolist()],
             "mag_ratios": None if self.schedule.ratios is None else self.schedule.ratios.round(6).tolist(),
-            "by_call": [{"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
-                        for step, branch, kind, seconds, why in self.calls]}
+            "by_call": [
+                {"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
+                for step, branch, kind, seconds, why in self.calls
+            ],
+        }
 
 
 def write_report(path, report, **about):
@@ -167,7 +207,9 @@ def plot_schedule(path, schedule, levels, title):
     top.axhline(1, color="0.8", zorder=0)
     top.set_ylabel("magnitude ratio $\\gamma_t$")
     top.legend(frameon=False)
-    top.set_title(f"{title}: {schedule.computed} of {schedule.steps} steps computed, at most {schedule.bound:.2f}x", loc="left")
+    top.set_title(
+        f"{title}: {schedule.computed} of {schedule.steps} steps computed, at most {schedule.bound:.2f}x", loc="left"
+    )
     bottom.bar(steps, schedule.error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
     bottom.bar([0], [0], color="tab:blue", label="computed")
     bottom.bar([0], [0], color="tab:orange", label="reused")
@@ -200,6 +242,7 @@ def save_figure(path, figure):
 def needs(module, package):
     """Import a module of a package that only some commands use; a sentence names the package when it is missing."""
     from importlib import import_module
+
     try:
         return import_module(module)
     except ImportError:

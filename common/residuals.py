@@ -1,4 +1,5 @@
 """What is kept between steps: the newest residuals of each branch of one run, and the prediction made of them."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,8 @@ class Kept:
 
 
 class Residuals:
-    """The newest residuals (or model outputs) of each branch, on a device and in a dtype of choice (None: as the model made
-    them). for_all: keep what predicts every later step, computed ones too (`guard.Guard`)."""
+    """The newest residuals (or model outputs) of each branch, on a device and in a dtype of choice (None: as the model
+    made them). for_all: keep what predicts every later step, computed ones too (`guard.Guard`)."""
 
     def __init__(self, device=None, dtype=None, for_all=False):
         self.device, self.dtype, self.for_all, self.kept, self.peak_bytes = device, dtype, for_all, {}, 0
@@ -27,8 +28,13 @@ class Residuals:
     def keep(self, call, latent, residual):
         """Keep a residual computed at `call` for a latent of this shape and device. It takes the place of an earlier
         evaluation at the same step."""
-        kept = Kept(call.step, signature(latent), residual.to(self.device or residual.device, self.dtype), residual.dtype,
-                    residual.device)
+        kept = Kept(
+            call.step,
+            signature(latent),
+            residual.to(self.device or residual.device, self.dtype),
+            residual.dtype,
+            residual.device,
+        )
         self.kept[call.branch] = [kept, *(one for one in self.kept.get(call.branch, []) if one.step != call.step)]
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
@@ -43,7 +49,7 @@ class Residuals:
             return None, "no residual of this branch yet"
         if kept[0].latent != signature(latent):
             return None, "the latent changed its shape or device"
-        kept = kept[:len(anchors)]
+        kept = kept[: len(anchors)]
         as_planned = [one.step for one in kept] == anchors and all(one.latent == kept[0].latent for one in kept)
         if schedule.weights is None or not as_planned:
             return kept[0].as_made(), ""
@@ -74,5 +80,6 @@ class Residuals:
 
 
 def signature(latent):
-    """Its dtype is no part: HunyuanVideo's first latent is float16, the others are float32, and autocast makes one of them."""
+    """Its dtype is no part: HunyuanVideo's first latent is float16, the others are float32, and autocast makes one of
+    them."""
     return tuple(latent.shape), latent.device

@@ -4,6 +4,7 @@ Paper, section 3.3: acc *= gamma_t; k += 1; err += |1 - acc|; reuse while err is
 k <= `magcache_K`, else compute and start again from acc = 1, k = 0, err = 0. The first `retention_ratio` of the steps
 always compute. The rule looks at ratios and settings only, so the schedule is known before the run.
 """
+
 from dataclasses import dataclass, field, replace
 from math import ceil, floor
 
@@ -14,7 +15,8 @@ from .ratios import MagCacheError
 
 @dataclass(frozen=True)
 class Settings:
-    """magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio: share kept at the start."""
+    """magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio: share kept at the
+    start."""
 
     magcache_thresh: float
     magcache_K: int
@@ -26,7 +28,9 @@ class Settings:
         if self.magcache_K < 0:
             raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
         if not 0 <= self.retention_ratio <= 1:
-            raise MagCacheError(f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}.")
+            raise MagCacheError(
+                f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}."
+            )
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Rule:
 class Schedule:
     """One run, planned.
 
-    reuse: whether step i reuses a residual; error: the accumulated error on which that was decided; retained: the steps that
-    compute whatever the error; why_none: why nothing is reused; ratios: (branches, steps).
+    reuse: whether step i reuses a residual; error: the accumulated error on which that was decided; retained: the steps
+    that compute whatever the error; why_none: why nothing is reused; ratios: (branches, steps).
     settings: what was asked for, a `Settings` or a `planner.Target`.
     fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
     weights: (branches, steps, 2), how a step weighs the two newest residuals; None: the newest as it is.
@@ -96,7 +100,7 @@ class Schedule:
 
     def anchors(self, step):
         """The computed steps before this one from which it is predicted, the newest first: at most `depth`."""
-        return np.flatnonzero(~self.reuse[:step])[::-1][:self.depth].tolist()
+        return np.flatnonzero(~self.reuse[:step])[::-1][: self.depth].tolist()
 
     @property
     def depth(self):
@@ -107,8 +111,12 @@ class Schedule:
 def first_reusable(steps, retention_ratio, start="floor"):
     """Index of the first step that may be reused: at least one step has to leave a residual."""
     kept = steps * retention_ratio
-    index = {"floor": int(kept), "half_up": floor(kept + 0.5), "ceil": ceil(kept),
-             "calls": ceil(int(2 * steps * retention_ratio) / 2)}[start]
+    index = {
+        "floor": int(kept),
+        "half_up": floor(kept + 0.5),
+        "ceil": ceil(kept),
+        "calls": ceil(int(2 * steps * retention_ratio) / 2),
+    }[start]
     return max(1, index)
 
 
@@ -119,13 +127,13 @@ def retained_steps(steps, retention_ratio, rule=Rule(), switch_step=None):
     """
     kept = np.zeros(steps, dtype=bool)
     if switch_step is None or not 0 < switch_step < steps:
-        kept[:first_reusable(steps, retention_ratio, rule.start)] = True
+        kept[: first_reusable(steps, retention_ratio, rule.start)] = True
     elif rule.experts == "last":
-        kept[:switch_step + first_reusable(steps - switch_step, retention_ratio, rule.start)] = True
+        kept[: switch_step + first_reusable(steps - switch_step, retention_ratio, rule.start)] = True
     else:
-        kept[:first_reusable(switch_step, retention_ratio, rule.start)] = True
+        kept[: first_reusable(switch_step, retention_ratio, rule.start)] = True
         # The release includes the end of the second window: forward number split + (N - split) * R still computes.
-        kept[switch_step:switch_step + floor((steps - switch_step) * retention_ratio) + 1] = True
+        kept[switch_step : switch_step + floor((steps - switch_step) * retention_ratio) + 1] = True
     for step, of_steps in rule.never_reuse:
         if steps > 1:
             kept |= np.round(np.arange(steps) * (of_steps - 1) / (steps - 1)).astype(int) == step
@@ -142,7 +150,9 @@ def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
     retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
     off = why_off(steps, settings, rule)
     if off:
-        return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), settings, off, ratios, steps)
+        return Schedule(
+            np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), settings, off, ratios, steps
+        )
     reuse, error = decide(ratios, settings.magcache_thresh, settings.magcache_K, rule, retained)
     fewest_computed = steps - int(decide(ratios, np.inf, settings.magcache_K, rule, retained)[0].sum())
     why_none = "" if reuse.any() else why_nothing(error, retained, settings, rule)
@@ -150,7 +160,8 @@ def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
 
 
 def decide(ratios, magcache_thresh, magcache_K, rule, retained):
-    """The rule itself. ratios: (branches, steps); retained: mask (steps,). Returns (reuse, accumulated error) a step."""
+    """The rule itself. ratios: (branches, steps); retained: mask (steps,). Returns (reuse, accumulated error) a
+    step."""
     branches, steps = ratios.shape
     reuse, error = np.zeros(steps, dtype=bool), np.zeros(steps)
     accumulated, accumulated_error, k = np.ones(branches), np.zeros(branches), 0
@@ -172,8 +183,9 @@ def decide(ratios, magcache_thresh, magcache_K, rule, retained):
 
 def compute_all(steps, why="MagCache is off"):
     """The schedule of an un-cached run."""
-    return Schedule(np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, why,
-                    fewest_computed=steps)
+    return Schedule(
+        np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, why, fewest_computed=steps
+    )
 
 
 def why_off(steps, settings, rule):
@@ -191,8 +203,10 @@ def why_nothing(error, retained, settings, rule):
         return "retention_ratio keeps every step"
     if error[~retained].min() < settings.magcache_thresh:
         return f"the ratio of every step is more than {rule.max_deviation} away from 1"
-    return (f"the smallest error of reusing a step is {error[~retained].min():.3f}, above magcache_thresh "
-            f"{settings.magcache_thresh}")
+    return (
+        f"the smallest error of reusing a step is {error[~retained].min():.3f}, above magcache_thresh "
+        f"{settings.magcache_thresh}"
+    )
 
 
 def rule_of(preset):
@@ -202,8 +216,11 @@ def rule_of(preset):
         raise MagCacheError(f"{preset.name}: there is no rule named {', '.join(sorted(unknown))}.")
     try:
         rule = Rule(**preset.rule)
-        rule = replace(rule, never_reuse=tuple((int(step), int(steps)) for step, steps in rule.never_reuse),
-                       min_steps=int(rule.min_steps))
+        rule = replace(
+            rule,
+            never_reuse=tuple((int(step), int(steps)) for step, steps in rule.never_reuse),
+            min_steps=int(rule.min_steps),
+        )
         first_reusable(10, 0.5, rule.start)
     except (TypeError, ValueError, KeyError) as error:
         raise MagCacheError(f"{preset.name}: its 'rule' cannot be read ({error!r}).") from None

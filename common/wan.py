@@ -1,4 +1,6 @@
-"""What the Wan2.1 and Wan2.2 folders share: the facts of Wan's transformer, and their checkouts' generate.py with MagCache."""
+"""What the Wan2.1 and Wan2.2 folders share: the facts of Wan's transformer, and their checkouts' generate.py with
+MagCache."""
+
 import importlib
 import json
 import math
@@ -23,9 +25,19 @@ from .flags import check_flags
 from .patch import inner_module, is_writer
 from .ratios import MagCacheError
 
-WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0, latent="x", timestep="t",
-           residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim))
-SAVERS = ("cache_video", "cache_image", "save_video")  # what generate.py writes its result with, in one version or another
+WAN = Host(
+    blocks=("blocks",),
+    final_layer="head",
+    image_tokens=0,
+    latent="x",
+    timestep="t",
+    residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim),
+)
+SAVERS = (
+    "cache_video",
+    "cache_image",
+    "save_video",
+)  # what generate.py writes its result with, in one version or another
 
 
 def main(script):
@@ -58,14 +70,22 @@ def run(script):
 def session_of(args, script):
     """The Session of a command line. Raises MagCacheError for a task that MagCache does not know."""
     if args.task not in script["SETTINGS"]:
-        raise MagCacheError(f"MagCache knows the tasks {', '.join(script['SETTINGS'])}, not {args.task}; leave out "
-                            "--use_magcache.")
+        raise MagCacheError(
+            f"MagCache knows the tasks {', '.join(script['SETTINGS'])}, not {args.task}; leave out --use_magcache."
+        )
     lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), script["SETTINGS"][args.task]))
     task = args.task if args.task != "ti2v-5B" else f"ti2v-5B-{'i2v' if args.image else 't2v'}"
     width, height = map(int, args.size.split("*"))
-    about = {"prompt": args.prompt, "seed": args.base_seed, "solver": args.sample_solver, "shift": args.sample_shift,
-             "guide_scale": args.sample_guide_scale}
-    return Session(args, lines, task, f"{width}x{height}", args.frame_num, published(args, script["TABLES"], task), about)
+    about = {
+        "prompt": args.prompt,
+        "seed": args.base_seed,
+        "solver": args.sample_solver,
+        "shift": args.sample_shift,
+        "guide_scale": args.sample_guide_scale,
+    }
+    return Session(
+        args, lines, task, f"{width}x{height}", args.frame_num, published(args, script["TABLES"], task), about
+    )
 
 
 def published(args, tables, task):
@@ -98,6 +118,7 @@ def cached(pipeline_class, session):
     class Cached(pipeline_class):
         def __init__(self, *args, **kwargs):
             from diffusers import ModelMixin
+
             with checkpoints_noted(ModelMixin) as self.checkpoints:
                 super().__init__(*args, **kwargs)
 
@@ -137,5 +158,8 @@ def host_of(pipe, model):
         mine = forward["seq_len"] // pipe.sp_size
         return min(max(tokens - rank * mine, 0), mine)
 
-    return replace(host, noise_tokens=share, residual_shape=lambda model, forward:
-                   (len(forward["x"]), forward["seq_len"] // pipe.sp_size, model.dim))
+    return replace(
+        host,
+        noise_tokens=share,
+        residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"] // pipe.sp_size, model.dim),
+    )

@@ -1,7 +1,8 @@
 """Draw demo/samples.png: what the demo model makes of 24 prompts.
 
-    python demo/samples.py
+python demo/samples.py
 """
+
 import sys
 from pathlib import Path
 
@@ -18,6 +19,6 @@ COLUMNS = 8
 if __name__ == "__main__":
     pipe, _ = load_demo()
     pictures = [render(pipe, prompt, 28, seed=3)[0] for prompt in tqdm(PROMPTS)]
-    rows = [np.concatenate(pictures[start:start + COLUMNS], axis=1) for start in range(0, len(pictures), COLUMNS)]
+    rows = [np.concatenate(pictures[start : start + COLUMNS], axis=1) for start in range(0, len(pictures), COLUMNS)]
     sheet = Image.fromarray(np.concatenate(rows, axis=0))
     sheet.resize((2 * sheet.width, 2 * sheet.height), Image.LANCZOS).save(REPOSITORY / "demo" / "samples.png")

@@ -6,6 +6,7 @@
 Data: glyphs of Debian's `fonts-noto-color-emoji` (SIL Open Font License 1.1) with their Unicode names as
 captions, on a handful of plain backgrounds. Loss: rectified flow matching, as in FLUX.
 """
+
 import argparse
 import json
 import random
@@ -32,16 +33,58 @@ GLYPHS = (
     "⚽🏀🎸🎺🎨🎲🏆🚗🚌🚲🚂🚁🚀🛸⛵⛄🏠🏰"
     "🌞🌈🌍⚡🔥⭐🌙🎈🎁🔔💎🔑💡⏰📷⚓☂👑🎩💛💙"
 )
-NAMES = {"😀": "grinning face", "😍": "face with heart eyes", "😎": "face with sunglasses", "😭": "crying face",
-         "👽": "alien", "🎃": "pumpkin", "🍊": "orange", "🎂": "birthday cake", "🍦": "ice cream", "🍺": "beer mug",
-         "☕": "coffee cup", "🍀": "four leaf clover", "⚽": "soccer ball", "🏀": "basketball", "🎲": "dice",
-         "🚗": "red car", "🚂": "steam train", "⛵": "sailboat", "⛄": "snowman", "🏠": "house", "🏰": "castle",
-         "🌞": "sun", "🌍": "globe", "⚡": "lightning", "⭐": "star", "🌙": "moon", "🎁": "gift", "💎": "diamond",
-         "💡": "light bulb", "☂": "umbrella", "🎩": "top hat", "🍕": "pizza", "🐝": "bee", "🐳": "whale"}
-BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 24), "sky blue": (150, 205, 245), "pink": (250, 190, 210),
-               "green": (120, 190, 120), "yellow": (250, 225, 120), "purple": (150, 115, 190), "orange": (245, 165, 95)}
-TEMPLATES = ("{name} on a {background} background", "a {name} on a {background} background",
-             "an emoji of a {name}, {background} background", "{background} background, {name}")
+NAMES = {
+    "😀": "grinning face",
+    "😍": "face with heart eyes",
+    "😎": "face with sunglasses",
+    "😭": "crying face",
+    "👽": "alien",
+    "🎃": "pumpkin",
+    "🍊": "orange",
+    "🎂": "birthday cake",
+    "🍦": "ice cream",
+    "🍺": "beer mug",
+    "☕": "coffee cup",
+    "🍀": "four leaf clover",
+    "⚽": "soccer ball",
+    "🏀": "basketball",
+    "🎲": "dice",
+    "🚗": "red car",
+    "🚂": "steam train",
+    "⛵": "sailboat",
+    "⛄": "snowman",
+    "🏠": "house",
+    "🏰": "castle",
+    "🌞": "sun",
+    "🌍": "globe",
+    "⚡": "lightning",
+    "⭐": "star",
+    "🌙": "moon",
+    "🎁": "gift",
+    "💎": "diamond",
+    "💡": "light bulb",
+    "☂": "umbrella",
+    "🎩": "top hat",
+    "🍕": "pizza",
+    "🐝": "bee",
+    "🐳": "whale",
+}
+BACKGROUNDS = {
+    "white": (255, 255, 255),
+    "black": (20, 20, 24),
+    "sky blue": (150, 205, 245),
+    "pink": (250, 190, 210),
+    "green": (120, 190, 120),
+    "yellow": (250, 225, 120),
+    "purple": (150, 115, 190),
+    "orange": (245, 165, 95),
+}
+TEMPLATES = (
+    "{name} on a {background} background",
+    "a {name} on a {background} background",
+    "an emoji of a {name}, {background} background",
+    "{background} background, {name}",
+)
 SIZE, TEXT_LENGTH, WIDTH, BATCH = 64, 16, 160, 48
 
 
@@ -60,10 +103,16 @@ def render_glyphs():
 
 
 def compose(picture, color, rng):
-    """One training picture: the glyph at a random size, place and (half of the time) mirrored, on a plain background."""
+    """One training picture: the glyph at a random size, place and (half of the time) mirrored, on a plain
+    background."""
     side = rng.randint(50, 58)
-    scaled = picture.resize((max(1, round(side * picture.width / max(picture.size))),
-                             max(1, round(side * picture.height / max(picture.size)))), Image.LANCZOS)
+    scaled = picture.resize(
+        (
+            max(1, round(side * picture.width / max(picture.size))),
+            max(1, round(side * picture.height / max(picture.size))),
+        ),
+        Image.LANCZOS,
+    )
     if rng.random() < 0.5:
         scaled = scaled.transpose(Image.FLIP_LEFT_RIGHT)
     image = Image.new("RGB", (SIZE, SIZE), color)
@@ -81,13 +130,27 @@ def build_tokenizers(folder, captions):
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=["<|startoftext|>", "<|endoftext|>"], end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=2000,
+            special_tokens=["<|startoftext|>", "<|endoftext|>"],
+            end_of_word_suffix="</w>",
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     bpe.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)])
-    clip = CLIPTokenizerFast(tokenizer_object=bpe, model_max_length=TEXT_LENGTH, bos_token="<|startoftext|>",
-                             eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", 0), ("<|endoftext|>", 1)]
+    )
+    clip = CLIPTokenizerFast(
+        tokenizer_object=bpe,
+        model_max_length=TEXT_LENGTH,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
     clip.save_pretrained(folder / "tokenizer")
     model = json.loads(bpe.to_str())["model"]
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
@@ -96,21 +159,51 @@ def build_tokenizers(folder, captions):
 
     # Whole words first, single characters for everything else.
     words = sorted({"▁" + word.strip(",") for caption in captions for word in caption.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -50.0), *((word, -5.0) for word in words),
-              *((letter, -20.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789,.-'" if letter not in words)]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", -50.0),
+        *((word, -5.0) for word in words),
+        *((letter, -20.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789,.-'" if letter not in words),
+    ]
     unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
     unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     unigram.pre_tokenizer = pre_tokenizers.Metaspace()
     unigram.decoder = decoders.Metaspace()
     unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    t5 = T5TokenizerFast(tokenizer_object=unigram, model_max_length=TEXT_LENGTH, extra_ids=0, eos_token="</s>",
-                         unk_token="<unk>", pad_token="<pad>")
+    t5 = T5TokenizerFast(
+        tokenizer_object=unigram,
+        model_max_length=TEXT_LENGTH,
+        extra_ids=0,
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
     t5.save_pretrained(folder / "tokenizer_2")
-    for name, tokenizer, config in (("tokenizer", bpe, {"tokenizer_class": "CLIPTokenizer", "bos_token": "<|startoftext|>",
-                                                        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                                                        "pad_token": "<|endoftext|>"}),
-                                    ("tokenizer_2", unigram, {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>",
-                                                              "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0})):
+    for name, tokenizer, config in (
+        (
+            "tokenizer",
+            bpe,
+            {
+                "tokenizer_class": "CLIPTokenizer",
+                "bos_token": "<|startoftext|>",
+                "eos_token": "<|endoftext|>",
+                "unk_token": "<|endoftext|>",
+                "pad_token": "<|endoftext|>",
+            },
+        ),
+        (
+            "tokenizer_2",
+            unigram,
+            {
+                "tokenizer_class": "T5Tokenizer",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "pad_token": "<pad>",
+                "extra_ids": 0,
+            },
+        ),
+    ):
         # What transformers 5 writes here, transformers 4 cannot read.
         tokenizer.save(str(folder / name / "tokenizer.json"))
         config |= {"model_max_length": TEXT_LENGTH}
@@ -120,18 +213,57 @@ def build_tokenizers(folder, captions):
 
 def build_models(clip_vocabulary, t5_vocabulary):
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 64), latent_channels=16, norm_num_groups=8, sample_size=SIZE,
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0,
-        scaling_factor=1.0)
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 64),
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
     transformer = FluxTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=7, attention_head_dim=32, num_attention_heads=WIDTH // 32,
-        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(8, 12, 12))
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=clip_vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=TEXT_LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1, projection_dim=64))
-    t5 = T5EncoderModel(T5Config(vocab_size=t5_vocabulary, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2,
-                                 dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1))
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=7,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=clip_vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+            projection_dim=64,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=t5_vocabulary,
+            d_model=64,
+            d_kv=32,
+            d_ff=128,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
     return vae, transformer, clip, t5
 
 
@@ -146,7 +278,7 @@ def train_vae(vae, pictures, minutes, device, rng):
             group["lr"] = 2e-3 * min(1, elapsed / 20) * (1 - elapsed / (minutes * 60)) ** 0.7
         batch = pool[torch.randint(len(pool), (32,))]
         top, left = rng.randrange(0, 33, 4), rng.randrange(0, 33, 4)
-        batch = batch[:, :, top:top + 32, left:left + 32].to(device, memory_format=torch.channels_last)
+        batch = batch[:, :, top : top + 32, left : left + 32].to(device, memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16):
             posterior = vae.encode(batch).latent_dist
             reconstruction = vae.decode(posterior.sample()).sample.float()
@@ -166,10 +298,14 @@ def encode_pictures(vae, pictures, variants, device, rng):
     """Latents of every glyph on every background in several placements; also sets the VAE's scaling factors."""
     rows, latents = [(name, background) for name in pictures for background in BACKGROUNDS for _ in range(variants)], []
     for begin in tqdm(range(0, len(rows), 64), desc="encode"):
-        batch = to_tensor([compose(pictures[name], BACKGROUNDS[background], rng) for name, background in rows[begin:begin + 64]])
+        batch = to_tensor(
+            [compose(pictures[name], BACKGROUNDS[background], rng) for name, background in rows[begin : begin + 64]]
+        )
         latents.append(vae.encode(batch.to(device)).latent_dist.mode().cpu())
     latents = torch.cat(latents)
-    vae.register_to_config(shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(
+        shift_factor=round(latents.mean().item(), 4), scaling_factor=round(1 / latents.std().item(), 4)
+    )
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor, rows
 
 
@@ -181,11 +317,16 @@ def train_transformer(transformer, clip, t5, tokenizers, latents, rows, minutes,
     packed = latents.reshape(-1, 16, height, 2, height, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, height**2, 64)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, height, height, device, torch.float32)
     text_ids = torch.zeros(TEXT_LENGTH, 3, device=device)
-    sequences = {(name, background, template): template.format(name=name, background=background)
-                 for name, background in set(rows) for template in TEMPLATES}
+    sequences = {
+        (name, background, template): template.format(name=name, background=background)
+        for name, background in set(rows)
+        for template in TEMPLATES
+    }
     texts = list(sequences.values()) + [""]
-    clip_ids, t5_ids = (tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True,
-                                  return_tensors="pt").input_ids for tokenizer in tokenizers)
+    clip_ids, t5_ids = (
+        tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+        for tokenizer in tokenizers
+    )
     index_of = {key: index for index, key in enumerate(sequences)}
     start, bar, step, losses = time.time(), tqdm(total=round(minutes * 60), desc="FLUX", unit="s"), 0, []
     last_save = start
@@ -193,8 +334,12 @@ def train_transformer(transformer, clip, t5, tokenizers, latents, rows, minutes,
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * min(1, (step + 1) / 300) * max(0.02, 1 - elapsed / (minutes * 60))
         chosen = torch.randint(len(rows), (BATCH,))
-        text = torch.tensor([len(texts) - 1 if rng.random() < 0.1 else index_of[(*rows[i], rng.choice(TEMPLATES))]
-                             for i in chosen.tolist()])
+        text = torch.tensor(
+            [
+                len(texts) - 1 if rng.random() < 0.1 else index_of[(*rows[i], rng.choice(TEMPLATES))]
+                for i in chosen.tolist()
+            ]
+        )
         clean, noise = packed[chosen].to(device), torch.randn(BATCH, height**2, 64, device=device)
         sigma = torch.sigmoid(torch.randn(BATCH, device=device))
         sigma = 3 * sigma / (1 + 2 * sigma)
@@ -202,8 +347,15 @@ def train_transformer(transformer, clip, t5, tokenizers, latents, rows, minutes,
         with torch.autocast(device, torch.bfloat16):
             prompt = t5(t5_ids[text].to(device))[0]
             pooled = clip(clip_ids[text].to(device)).pooler_output
-            velocity = transformer(hidden_states=noisy, encoder_hidden_states=prompt, pooled_projections=pooled,
-                                   timestep=sigma, img_ids=image_ids, txt_ids=text_ids, return_dict=False)[0]
+            velocity = transformer(
+                hidden_states=noisy,
+                encoder_hidden_states=prompt,
+                pooled_projections=pooled,
+                timestep=sigma,
+                img_ids=image_ids,
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0]
         loss = F.mse_loss(velocity.float(), noise - clean)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -243,12 +395,23 @@ def save_model(folder, vae, transformer, clip, t5):
     clip.save_pretrained(folder / "text_encoder")
     t5.save_pretrained(folder / "text_encoder_2")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({
-        "_class_name": "FluxPipeline", "_diffusers_version": "0.35.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
+    (folder / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "FluxPipeline",
+                "_diffusers_version": "0.35.0",
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "text_encoder_2": ["transformers", "T5EncoderModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "tokenizer_2": ["transformers", "T5TokenizerFast"],
+                "transformer": ["diffusers", "FluxTransformer2DModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+            indent=2,
+        )
+        + "\n"
+    )
 
 
 def main():
@@ -256,7 +419,9 @@ def main():
     parser.add_argument("--minutes", type=float, default=75, help="training time of the transformer")
     parser.add_argument("--vae_minutes", type=float, default=12)
     parser.add_argument("--vae", type=Path, help="folder of a trained VAE, to train the rest only")
-    parser.add_argument("--start", type=Path, help="folder of a trained model, to go on from its weights and tokenizers")
+    parser.add_argument(
+        "--start", type=Path, help="folder of a trained model, to go on from its weights and tokenizers"
+    )
     parser.add_argument("--variants", type=int, default=8, help="placements of each glyph on each background")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
@@ -265,39 +430,74 @@ def main():
     torch.manual_seed(0)
     rng = random.Random(0)
     pictures = render_glyphs()
-    captions = [template.format(name=name, background=background)
-                for name in pictures for background in BACKGROUNDS for template in TEMPLATES]
+    captions = [
+        template.format(name=name, background=background)
+        for name in pictures
+        for background in BACKGROUNDS
+        for template in TEMPLATES
+    ]
     building = args.out.with_name(args.out.name + ".part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     if args.start:
         for name in ("tokenizer", "tokenizer_2"):
             shutil.copytree(args.start / name, building / name)
-        tokenizers = (CLIPTokenizerFast.from_pretrained(building / "tokenizer"),
-                      T5TokenizerFast.from_pretrained(building / "tokenizer_2"))
+        tokenizers = (
+            CLIPTokenizerFast.from_pretrained(building / "tokenizer"),
+            T5TokenizerFast.from_pretrained(building / "tokenizer_2"),
+        )
     else:
         tokenizers = build_tokenizers(building, captions)
     vae, transformer, clip, t5 = build_models(len(tokenizers[0]), len(tokenizers[1]))
     if args.start:
         for model, name in ((transformer, "transformer"), (clip, "text_encoder"), (t5, "text_encoder_2")):
-            model.load_state_dict(type(model).from_pretrained(args.start / name, torch_dtype=torch.float32).state_dict())
+            model.load_state_dict(
+                type(model).from_pretrained(args.start / name, torch_dtype=torch.float32).state_dict()
+            )
         args.vae = args.vae or args.start / "vae"
     for model in (vae, transformer, clip, t5):
         model.to(args.device)
-    print(f"{len(pictures)} glyphs; transformer {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M, "
-          f"VAE {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{len(pictures)} glyphs; transformer {sum(p.numel() for p in transformer.parameters()) / 1e6:.2f} M, "
+        f"VAE {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters",
+        flush=True,
+    )
     if args.vae:
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.vae).state_dict())
     else:
         train_vae(vae, pictures, args.vae_minutes, args.device, rng)
         vae.save_pretrained(building / "vae")
     latents, rows = encode_pictures(vae, pictures, args.variants, args.device, rng)
-    step, loss = train_transformer(transformer, clip, t5, tokenizers, latents, rows, args.minutes, args.device, rng,
-                                   lambda: save_model(building, vae, transformer, clip, t5))
-    (building / "training.json").write_text(json.dumps({
-        "glyphs": len(pictures), "latents": len(rows), "vae": str(args.vae) if args.vae else f"{args.vae_minutes} minutes",
-        "start": str(args.start or ""), "minutes": args.minutes, "steps": step, "batch": BATCH, "loss": round(loss, 5),
-        "device": args.device, "date": time.strftime("%Y-%m-%d")}, indent=2) + "\n")
+    step, loss = train_transformer(
+        transformer,
+        clip,
+        t5,
+        tokenizers,
+        latents,
+        rows,
+        args.minutes,
+        args.device,
+        rng,
+        lambda: save_model(building, vae, transformer, clip, t5),
+    )
+    (building / "training.json").write_text(
+        json.dumps(
+            {
+                "glyphs": len(pictures),
+                "latents": len(rows),
+                "vae": str(args.vae) if args.vae else f"{args.vae_minutes} minutes",
+                "start": str(args.start or ""),
+                "minutes": args.minutes,
+                "steps": step,
+                "batch": BATCH,
+                "loss": round(loss, 5),
+                "device": args.device,
+                "date": time.strftime("%Y-%m-%d"),
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     shutil.rmtree(args.out, ignore_errors=True)
     building.rename(args.out)
 

@@ -1,4 +1,5 @@
 """What must hold of the ComfyUI nodes, run by comfyui_worker.py against real ComfyUI code and tiny random models."""
+
 import copy
 import json
 import sys
@@ -23,8 +24,13 @@ STEPS = 12
 
 
 def table(steps=28, name="tiny", **more):
-    made = ratios.MagRatios(name=name, origin="measured", sigmas=tuple(ratios.flow_sigmas(steps, 3.0)),
-                            mag_ratios={"cond": [1.0] + [0.98] * (steps - 1), "uncond": [1.0] + [0.97] * (steps - 1)}, **more)
+    made = ratios.MagRatios(
+        name=name,
+        origin="measured",
+        sigmas=tuple(ratios.flow_sigmas(steps, 3.0)),
+        mag_ratios={"cond": [1.0] + [0.98] * (steps - 1), "uncond": [1.0] + [0.97] * (steps - 1)},
+        **more,
+    )
     path = WORK / f"{name}.json"
     ratios.write(path, made)
     return str(path)
@@ -42,10 +48,32 @@ def cached(patcher, **options):
     return magcache.on(patcher), said
 
 
-def sample(patcher, family="flux", steps=STEPS, cfg=3.0, sampler="euler", scheduler="simple", seed=0, denoise=1.0, batch=1,
-           positive=None, negative=None, samples=None):
-    made = nodes.KSampler().sample(patcher, seed, steps, cfg, sampler, scheduler, positive or prompt(0), negative or prompt(1),
-                                   {"samples": latent(family, batch) if samples is None else samples}, denoise)
+def sample(
+    patcher,
+    family="flux",
+    steps=STEPS,
+    cfg=3.0,
+    sampler="euler",
+    scheduler="simple",
+    seed=0,
+    denoise=1.0,
+    batch=1,
+    positive=None,
+    negative=None,
+    samples=None,
+):
+    made = nodes.KSampler().sample(
+        patcher,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive or prompt(0),
+        negative or prompt(1),
+        {"samples": latent(family, batch) if samples is None else samples},
+        denoise,
+    )
     return made[0]["samples"]
 
 
@@ -54,15 +82,18 @@ def transformer(patcher):
 
 
 class Watched:
-    """Hooks on an unpatched transformer: what enters its first block and its final layer, and which calls ran blocks."""
+    """Hooks on an unpatched transformer: what enters its first block and its final layer, and which calls ran
+    blocks."""
 
     def __init__(self, patcher):
         model = transformer(patcher)
         self.host = models.host_of(model)
         first = next(blocks for blocks in (getattr(model, name) for name in self.host.blocks) if len(blocks))[0]
         self.before, self.ran, self.sigmas, self.branches = None, [], [], []
-        self.hooks = [first.register_forward_pre_hook(self.enter, with_kwargs=True),
-                      getattr(model, self.host.final_layer).register_forward_pre_hook(self.leave)]
+        self.hooks = [
+            first.register_forward_pre_hook(self.enter, with_kwargs=True),
+            getattr(model, self.host.final_layer).register_forward_pre_hook(self.leave),
+        ]
         self.patcher = patcher.clone()
         self.patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "watch", self.call)
 
@@ -97,9 +128,9 @@ class Watched:
 
 
 class Oracle(Watched):
-    """What caching must give, made the expensive way: all blocks run at every step, and where `reuse` says so the final layer
-    gets the tokens that entered the first block plus the residual of the last computed call with the same conditioning, window
-    and replaced blocks. A call for which there is none computes."""
+    """What caching must give, made the expensive way: all blocks run at every step, and where `reuse` says so the final
+    layer gets the tokens that entered the first block plus the residual of the last computed call with the same
+    conditioning, window and replaced blocks. A call for which there is none computes."""
 
     def __init__(self, patcher, reuse, levels):
         super().__init__(patcher)
@@ -107,18 +138,20 @@ class Oracle(Watched):
 
     def leave(self, module, args):
         after, *rest = args
-        before = self.before[:, -after.shape[1]:]
+        before = self.before[:, -after.shape[1] :]
         rows = after.shape[0] // len(self.keys)
         step = max(0, int((self.levels >= self.sigma * 0.9999).sum()) - 1)
         if self.reuse[step] and all(key in self.residuals for key in self.keys):
             return before + torch.cat([self.residuals[key] for key in self.keys]), *rest
         for index, key in enumerate(self.keys):
-            self.residuals[key] = (after - before)[index * rows:(index + 1) * rows]
+            self.residuals[key] = (after - before)[index * rows : (index + 1) * rows]
 
 
 def levels_of(patcher, steps=STEPS, scheduler="simple", denoise=1.0):
     total = int(steps / denoise)
-    return comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, total)[-steps - 1:-1].tolist()
+    return comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, total)[
+        -steps - 1 : -1
+    ].tolist()
 
 
 def expected_of(patcher, family="flux", **options):
@@ -160,7 +193,8 @@ def nothing_skipped_is_plain(family, cfg):
 
 
 def reuse_is_what_it_should_be(family, cfg):
-    """Bit for bit the oracle's latent; exactly the planned steps run their blocks; twice the same; nothing is left behind."""
+    """Bit for bit the oracle's latent; exactly the planned steps run their blocks; twice the same; nothing is left
+    behind."""
     patcher = build(family)
     plain = sample(patcher, family, cfg=cfg)
     expected, schedule = expected_of(patcher, family, cfg=cfg)
@@ -206,8 +240,8 @@ def sampler_skips_the_planned_steps(sampler):
 
 
 def batched_is_split(family):
-    """Conditional and unconditional in one call, in two, and in one or two by turns as memory has it: the same steps are
-    skipped and the same picture comes out, to rounding."""
+    """Conditional and unconditional in one call, in two, and in one or two by turns as memory has it: the same steps
+    are skipped and the same picture comes out, to rounding."""
     patcher = build(family)
     roomy = type(patcher).get_free_memory
     results, strips = [], []
@@ -247,12 +281,26 @@ def two_stages():
     patcher = build("wan")
     patched, said = cached(patcher)
     watched = Watched(patched)
-    halfway = nodes.KSamplerAdvanced().sample(watched.patcher, "enable", 0, STEPS, 1.0, "euler", "simple", prompt(0), prompt(1),
-                                              {"samples": latent("wan")}, 0, 6, "enable")[0]
+    halfway = nodes.KSamplerAdvanced().sample(
+        watched.patcher,
+        "enable",
+        0,
+        STEPS,
+        1.0,
+        "euler",
+        "simple",
+        prompt(0),
+        prompt(1),
+        {"samples": latent("wan")},
+        0,
+        6,
+        "enable",
+    )[0]
     first = watched.strip
     watched.ran.clear()
-    nodes.KSamplerAdvanced().sample(watched.patcher, "disable", 0, STEPS, 1.0, "euler", "simple", prompt(0), prompt(1), halfway,
-                                    6, 10000, "disable")
+    nodes.KSamplerAdvanced().sample(
+        watched.patcher, "disable", 0, STEPS, 1.0, "euler", "simple", prompt(0), prompt(1), halfway, 6, 10000, "disable"
+    )
     watched.remove()
     levels = levels_of(patcher)
     assert first == plan(levels[:6]).strip and watched.strip == plan(levels[6:]).strip
@@ -262,8 +310,16 @@ def two_stages():
 def a_run_knows_nothing_of_the_one_before():
     """Run B after run A is B alone, bit for bit, whatever A was, and also where A breaks off at any of its calls."""
     patcher = build("flux")
-    runs = {"base": {}, "steps": {"steps": 7}, "cfg": {"cfg": 1.0}, "seed": {"seed": 5}, "batch": {"batch": 2},
-            "sampler": {"sampler": "heun"}, "prompt": {"positive": prompt(7)}, "size": {"samples": torch.zeros(1, 16, 12, 8)}}
+    runs = {
+        "base": {},
+        "steps": {"steps": 7},
+        "cfg": {"cfg": 1.0},
+        "seed": {"seed": 5},
+        "batch": {"batch": 2},
+        "sampler": {"sampler": "heun"},
+        "prompt": {"positive": prompt(7)},
+        "size": {"samples": torch.zeros(1, 16, 12, 8)},
+    }
     alone = {name: sample(cached(patcher)[0], **run) for name, run in runs.items()}
     patched, said = cached(patcher)
     before = state_of(transformer(patcher))
@@ -316,8 +372,12 @@ def regions_and_schedules(family):
     """Several conditionings a branch, by area and by part of the run: each has a residual of its own."""
     patcher = build(family)
     height = latent(family).shape[-2]
-    positive = prompt(0, area=(height // 2, height, 0, 0)) + prompt(3, area=(height // 2, height, height // 2, 0)) + \
-        prompt(4, start_percent=0.0, end_percent=0.5) + prompt(5, start_percent=0.5, end_percent=1.0)
+    positive = (
+        prompt(0, area=(height // 2, height, 0, 0))
+        + prompt(3, area=(height // 2, height, height // 2, 0))
+        + prompt(4, start_percent=0.0, end_percent=0.5)
+        + prompt(5, start_percent=0.5, end_percent=1.0)
+    )
     expected, schedule = expected_of(patcher, family, positive=positive)
     patched, said = cached(patcher)
     assert torch.equal(sample(patched, family, positive=positive), expected), said
@@ -336,11 +396,13 @@ def context_windows():
 
 def nodes_of(module):
     import importlib
+
     return importlib.import_module(f"comfy_extras.{module}")
 
 
 def skip_layer_guidance():
-    """Skip-layer guidance calls the model with the same conditioning again, but without some blocks: another residual."""
+    """Skip-layer guidance calls the model with the same conditioning again, but without some blocks: another
+    residual."""
     patcher = build("wan")
     guided = nodes_of("nodes_slg").SkipLayerGuidanceDiT.execute(patcher, 2.0, 0.0, 1.0, "1,2", "").args[0]
     plain = sample(patcher, "wan")
@@ -351,11 +413,23 @@ def skip_layer_guidance():
 
 
 def references():
-    """Kontext: tokens of a reference picture follow those of the picture. HunyuanVideo: they precede and are cut off."""
-    for family, key in (("flux", "reference_latents"), ("flux2", "reference_latents"), ("qwen", "reference_latents"),
-                        ("hunyuan", "ref_latent")):
-        patcher, reference = build(family), torch.randn(latent(family).shape, generator=torch.Generator().manual_seed(1))
-        about = {key: [reference]} if key == "reference_latents" else {"guiding_frame_index": None, key: reference[:, :, :1]}
+    """Kontext: tokens of a reference picture follow those of the picture. HunyuanVideo: they precede and are cut
+    off."""
+    for family, key in (
+        ("flux", "reference_latents"),
+        ("flux2", "reference_latents"),
+        ("qwen", "reference_latents"),
+        ("hunyuan", "ref_latent"),
+    ):
+        patcher, reference = (
+            build(family),
+            torch.randn(latent(family).shape, generator=torch.Generator().manual_seed(1)),
+        )
+        about = (
+            {key: [reference]}
+            if key == "reference_latents"
+            else {"guiding_frame_index": None, key: reference[:, :, :1]}
+        )
         plain = sample(patcher, family)
         positive = prompt(0, **about)
         expected, _ = expected_of(patcher, family, positive=positive)
@@ -365,15 +439,22 @@ def references():
 
 
 def controls_count_once(family):
-    """What forward adds between its blocks (control nets, block patches) is in the residual and not added a second time."""
+    """What forward adds between its blocks (control nets, block patches) is in the residual and not added a second
+    time."""
     patcher = build(family).clone()
     made = torch.Generator().manual_seed(3)
     if family == "qwen":
         patcher.set_model_patch(lambda args: {**args, "img": args["img"] + 0.3}, "double_block")
     else:
-        control = {"input": [torch.randn(1, 16, 64, generator=made)] * 2, "output": [torch.randn(1, 16, 64, generator=made)] * 2}
+        control = {
+            "input": [torch.randn(1, 16, 64, generator=made)] * 2,
+            "output": [torch.randn(1, 16, 64, generator=made)] * 2,
+        }
         patcher.set_model_unet_function_wrapper(
-            lambda apply, call: apply(call["input"], call["timestep"], **{**call["c"], "control": copy.deepcopy(control)}))
+            lambda apply, call: apply(
+                call["input"], call["timestep"], **{**call["c"], "control": copy.deepcopy(control)}
+            )
+        )
     assert not torch.allclose(sample(patcher, family), sample(build(family), family))
     expected, _ = expected_of(patcher, family)
     patched, said = cached(patcher)
@@ -382,6 +463,7 @@ def controls_count_once(family):
 
 def replaced_first_block():
     """A patch that calls the first block itself is cached like any other; one that never calls it is left alone."""
+
     def calls_it(args, extra):
         out = extra["original_block"]({**args, "img": args["img"] * 1.1})
         return {**out, "img": out["img"] + 0.1}
@@ -410,7 +492,8 @@ def speech_of(patcher, **options):
 
 
 def beside_other_wrappers():
-    """EasyCache and MagCache on one model, in both orders: neither breaks, and where EasyCache rests all is as without it."""
+    """EasyCache and MagCache on one model, in both orders: neither breaks, and where EasyCache rests all is as without
+    it."""
     easy = nodes_of("nodes_easycache").EasyCacheNode.execute
     patcher = build("flux")
     before = state_of(transformer(patcher))
@@ -442,8 +525,13 @@ def the_last_magcache_node_holds():
 
 def window_of_steps():
     patcher = build("flux")
-    for first, last, strip in ((0, -1, "##..#..#..#."), (0, -2, "##..#..#..##"), (5, -1, "#####..#..#."), (0, 6, "##..#..#####"),
-                               (-4, -1, "########..#.")):
+    for first, last, strip in (
+        (0, -1, "##..#..#..#."),
+        (0, -2, "##..#..#..##"),
+        (5, -1, "#####..#..#."),
+        (0, 6, "##..#..#####"),
+        (-4, -1, "########..#."),
+    ):
         patched, said = cached(patcher, start_step=first, end_step=last)
         watched = Watched(patched)
         sample(watched.patcher)
@@ -457,7 +545,8 @@ def cache_on_the_cpu():
 
 
 def unknown_models_render_uncached():
-    """Another class, another make of a known class, a wrong model type, no ratios: a sentence, and the plain picture."""
+    """Another class, another make of a known class, a wrong model type, no ratios: a sentence, and the plain
+    picture."""
     patcher = build("flux", seed=1)  # one that no other check calibrates
     plain = sample(patcher)
     model = transformer(patcher)
@@ -483,12 +572,20 @@ def unknown_models_render_uncached():
 
 def mistakes_are_refused_by_the_node():
     node = nodes.NODE_CLASS_MAPPINGS["MagCache"]
-    defaults = {"model": build("flux"), "model_type": "auto", "magcache_thresh": -1, "retention_ratio": -1, "magcache_K": -1}
-    for mistake, sentence in (({"mag_ratios": "no-such"}, "There is no preset 'no-such'"),
-                              ({"mag_ratios": "/no/such.json"}, "there is no calibration file"),
-                              ({"retention_ratio": 2.0}, "retention_ratio is a share"),
-                              ({"speedup": 0.5}, "magcache_speedup must be a number of 1 or more"),
-                              ({"speedup": 2.0, "end_step": -2}, "start_step and end_step go with the thresholds")):
+    defaults = {
+        "model": build("flux"),
+        "model_type": "auto",
+        "magcache_thresh": -1,
+        "retention_ratio": -1,
+        "magcache_K": -1,
+    }
+    for mistake, sentence in (
+        ({"mag_ratios": "no-such"}, "There is no preset 'no-such'"),
+        ({"mag_ratios": "/no/such.json"}, "there is no calibration file"),
+        ({"retention_ratio": 2.0}, "retention_ratio is a share"),
+        ({"speedup": 0.5}, "magcache_speedup must be a number of 1 or more"),
+        ({"speedup": 2.0, "end_step": -2}, "start_step and end_step go with the thresholds"),
+    ):
         try:
             node.execute(**{**defaults, **mistake})
         except ratios.MagCacheError as error:
@@ -500,13 +597,30 @@ def mistakes_are_refused_by_the_node():
 def recommended_settings():
     """With the node's defaults each model type plans with what was published for it."""
     table_of_the_release = {
-        "flux": (.24, .1, 5), "chroma": (.10, .25, 2), "hunyuan_video": (.24, .2, 6), "wan2.1_t2v_1.3B": (.12, .2, 4),
-        "wan2.1_t2v_14B": (.24, .2, 6), "wan2.1_i2v_480p_14B": (.24, .2, 6), "wan2.1_i2v_720p_14B": (.24, .2, 6),
-        "flux_kontext": (.05, .2, 4), "qwen_image": (.10, .2, 2), "hunyuan_video1.5": (.03, .25, 2),
-        "wan2.1_vace_1.3B": (.02, .2, 3), "wan2.1_vace_14B": (.02, .2, 3), "wan2.2_t2v_14B": (.06, .4, 2),
-        "wan2.2_i2v_14B": (.06, .1, 2), "wan2.2_ti2v_5B_t2v": (.06, .2, 2)}
-    family = {"Flux": "flux", "Chroma": "chroma", "HunyuanVideo": "hunyuan", "WanModel": "wan", "VaceWanModel": "vace",
-              "QwenImageTransformer2DModel": "qwen"}
+        "flux": (0.24, 0.1, 5),
+        "chroma": (0.10, 0.25, 2),
+        "hunyuan_video": (0.24, 0.2, 6),
+        "wan2.1_t2v_1.3B": (0.12, 0.2, 4),
+        "wan2.1_t2v_14B": (0.24, 0.2, 6),
+        "wan2.1_i2v_480p_14B": (0.24, 0.2, 6),
+        "wan2.1_i2v_720p_14B": (0.24, 0.2, 6),
+        "flux_kontext": (0.05, 0.2, 4),
+        "qwen_image": (0.10, 0.2, 2),
+        "hunyuan_video1.5": (0.03, 0.25, 2),
+        "wan2.1_vace_1.3B": (0.02, 0.2, 3),
+        "wan2.1_vace_14B": (0.02, 0.2, 3),
+        "wan2.2_t2v_14B": (0.06, 0.4, 2),
+        "wan2.2_i2v_14B": (0.06, 0.1, 2),
+        "wan2.2_ti2v_5B_t2v": (0.06, 0.2, 2),
+    }
+    family = {
+        "Flux": "flux",
+        "Chroma": "chroma",
+        "HunyuanVideo": "hunyuan",
+        "WanModel": "wan",
+        "VaceWanModel": "vace",
+        "QwenImageTransformer2DModel": "qwen",
+    }
     for model_type, (thresh, retention, K) in table_of_the_release.items():
         name = family[models.MODEL_TYPES[model_type][0]]
         patched, said = cached(build(name), model_type=model_type, thresholds={}, mag_ratios="")
@@ -525,8 +639,17 @@ def wan22_in_two_samplers():
         strips = []
         for part in halves:
             watched = Watched(patched)
-            comfy.samplers.sample(watched.patcher, torch.randn(1, 16, 2, 8, 8), prompt(0), prompt(1), 1.0, torch.device("cpu"),
-                                  comfy.samplers.sampler_object("euler"), part, latent_image=latent("wan"))
+            comfy.samplers.sample(
+                watched.patcher,
+                torch.randn(1, 16, 2, 8, 8),
+                prompt(0),
+                prompt(1),
+                1.0,
+                torch.device("cpu"),
+                comfy.samplers.sampler_object("euler"),
+                part,
+                latent_image=latent("wan"),
+            )
             strips.append(watched.strip)
             watched.remove()
         table_ = ratios.load(models.MODEL_TYPES[model_type][1][0])
@@ -534,7 +657,6 @@ def wan22_in_two_samplers():
         share = table_.settings["retention_ratio"]
         assert strips[0].index(".") >= 26 * share - 1 if high_is_cached else "high-noise expert" in said[0]
         assert strips[1].index(".") >= 14 * share - 1
-
 
 
 # Calibration
@@ -547,7 +669,8 @@ def calibrated(patcher, family="flux", **options):
 
 
 class Ratios(Watched):
-    """Measured by hooks, for each branch and step: the mean over tokens of |r_t| / |r_{t-1}|, and the model's output squared."""
+    """Measured by hooks, for each branch and step: the mean over tokens of |r_t| / |r_{t-1}|, and the model's output
+    squared."""
 
     def __init__(self, patcher, tokens):
         super().__init__(patcher)
@@ -560,7 +683,7 @@ class Ratios(Watched):
 
     def leave(self, module, args):
         after = args[0]
-        residual = (after - self.before[:, -after.shape[1]:])[:, :self.tokens].double()
+        residual = (after - self.before[:, -after.shape[1] :])[:, : self.tokens].double()
         for branch, part in zip(self.branches[-1], residual.chunk(len(self.branches[-1]))):
             if branch in self.previous:
                 self.ratios[branch].append(float((part.norm(dim=-1) / self.previous[branch].norm(dim=-1)).mean()))
@@ -568,7 +691,8 @@ class Ratios(Watched):
 
 
 def calibration_measures(family, cfg, free):
-    """The picture is the plain one and the file holds what hooks measure, batched or split; MagCache then takes the file."""
+    """The picture is the plain one and the file holds what hooks measure, batched or split; MagCache then takes the
+    file."""
     patcher = build(family, seed=11)
     reference = torch.randn(latent(family).shape, generator=torch.Generator().manual_seed(1))
     positive = prompt(0, reference_latents=[reference]) if family == "flux" else prompt(0)  # not to be counted
@@ -588,7 +712,11 @@ def calibration_measures(family, cfg, free):
         assert np.allclose(file.mag_ratios[branch], values, rtol=2e-4, atol=2e-6), (file.mag_ratios[branch], values)
     for rows, energies in zip(file.statistics["gram_of_outputs"].values(), measured.energies.values()):
         assert np.allclose([row[0] for row in rows], energies, rtol=1e-3)
-    assert np.allclose(file.sigmas, levels_of(patcher), atol=1e-6) and file.origin == "measured" and "gram" in file.statistics
+    assert (
+        np.allclose(file.sigmas, levels_of(patcher), atol=1e-6)
+        and file.origin == "measured"
+        and "gram" in file.statistics
+    )
     assert "written; MagCache nodes take it" in said[-1]
     patched, heard = cached(patcher, mag_ratios="")
     sample(patched, family, cfg=cfg)
@@ -621,9 +749,17 @@ def interrupted_calibration_writes_nothing():
     except comfy.model_management.InterruptProcessingException:
         hook.remove()
     assert set(ratios.calibrations_folder().glob("*")) == before and calibration.failure == "the run broke off", said
-    for mistake, sentence in (({"steps": 1}, "sample at least 2"),
-                              ({"positive": prompt(0, start_percent=0.0, end_percent=0.5) +
-                                prompt(1, start_percent=0.5, end_percent=1.0), "cfg": 1.0}, "runs of one kind")):
+    for mistake, sentence in (
+        ({"steps": 1}, "sample at least 2"),
+        (
+            {
+                "positive": prompt(0, start_percent=0.0, end_percent=0.5)
+                + prompt(1, start_percent=0.5, end_percent=1.0),
+                "cfg": 1.0,
+            },
+            "runs of one kind",
+        ),
+    ):
         calibration, _, said = calibrated(patcher, **mistake)
         assert sentence in calibration.failure and sentence in said[-1], said
         try:
@@ -635,8 +771,8 @@ def interrupted_calibration_writes_nothing():
 
 
 def planned_speedup():
-    """A calibration plans for a speed-up with predicted residuals and comes closer to the plain picture than the paper's rule
-    with more computed steps; with ratios alone the plan is the weaker one."""
+    """A calibration plans for a speed-up with predicted residuals and comes closer to the plain picture than the
+    paper's rule with more computed steps; with ratios alone the plan is the weaker one."""
     patcher = build("wan", seed=14)
     patched, said = cached(patcher, speedup=2.0, thresholds={})
     sample(patched, "wan")
@@ -645,11 +781,16 @@ def planned_speedup():
     seconds = calibration.mag_ratios.statistics["seconds"]
     assert 0 < seconds["reused"] < seconds["computed"], seconds
     file = json.loads(calibration.path.read_text())
-    file["statistics"]["seconds"] = {"computed": 1.0, "reused": 0.0}  # so that the plan does not hang on this machine's load
+    file["statistics"]["seconds"] = {
+        "computed": 1.0,
+        "reused": 0.0,
+    }  # so that the plan does not hang on this machine's load
     calibration.path.write_text(json.dumps(file))
     errors = {}
-    for name, computed, options in (("planned", 6, {"speedup": 2.0, "thresholds": {}}),
-                                    ("rule", 7, {"thresholds": {**SETTINGS, "magcache_K": 1}})):
+    for name, computed, options in (
+        ("planned", 6, {"speedup": 2.0, "thresholds": {}}),
+        ("rule", 7, {"thresholds": {**SETTINGS, "magcache_K": 1}}),
+    ):
         patched, said = cached(patcher, mag_ratios="", **options)
         errors[name] = float((sample(patched, "wan") - plain).norm())
         assert f"computes {computed} of 12" in said[0] and "--" not in said[0], said
@@ -683,8 +824,13 @@ def loras_have_calibrations_of_their_own():
     assert "was measured without the LoRAs of this model" in said[0] and calibration.path.stem in said[1], said
     own, _, _ = calibrated(with_lora(patcher))
     assert own.path != calibration.path
-    for order, path in ((lora_first, own.path), (lora_last, own.path), (lambda: cached(patcher, mag_ratios=""), calibration.path),
-                        (lora_last, own.path), (lora_first, own.path)):
+    for order, path in (
+        (lora_first, own.path),
+        (lora_last, own.path),
+        (lambda: cached(patcher, mag_ratios=""), calibration.path),
+        (lora_last, own.path),
+        (lora_first, own.path),
+    ):
         patched, said = order()
         sample(patched)
         assert path.stem in said[0], said
@@ -693,7 +839,9 @@ def loras_have_calibrations_of_their_own():
 
 
 def weights_that_cannot_be_read():
-    """A loader's own kind of tensor: published ratios are used all the same, and a calibration says why it writes nothing."""
+    """A loader's own kind of tensor: published ratios are used all the same, and a calibration says why it writes
+    nothing."""
+
     class Packed(torch.Tensor):
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -709,7 +857,9 @@ def weights_that_cannot_be_read():
     layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
     patched, said = cached(patcher, mag_ratios="", model_type="flux", thresholds={})
     sample(patched)
-    assert "looks for no calibration: the weights of this model cannot be read" in said[0] and "8 reused" in said[2], said
+    assert "looks for no calibration: the weights of this model cannot be read" in said[0] and "8 reused" in said[2], (
+        said
+    )
     calibration, _, said = calibrated(patcher)
     assert "cannot be read" in calibration.failure and calibration.path is None, said
     other.path.unlink()
@@ -736,8 +886,8 @@ class Backend:
 
 
 def compiled(family, order, fullgraph):
-    """Compile Model before or after MagCache: the steps that are skipped are those of MagCache alone, the picture is the same,
-    and a second run makes no new graph."""
+    """Compile Model before or after MagCache: the steps that are skipped are those of MagCache alone, the picture is
+    the same, and a second run makes no new graph."""
     torch._dynamo.reset()
     patcher, backend = build(family), Backend()
     compile_node = nodes.NODE_CLASS_MAPPINGS["CompileModel"].execute
@@ -793,28 +943,71 @@ def recognised():
     def real(module, name, config):
         with torch.device("meta"):
             return getattr(sys.modules[f"comfy.ldm.{module}.model"], name)(
-                **config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init)
+                **config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init
+            )
 
-    dev = {**FLUX, "hidden_size": 3072, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
-           "vec_in_dim": 768, "context_in_dim": 4096, "mlp_ratio": 4.0}
+    dev = {
+        **FLUX,
+        "hidden_size": 3072,
+        "num_heads": 24,
+        "depth": 19,
+        "depth_single_blocks": 38,
+        "axes_dim": [16, 56, 56],
+        "vec_in_dim": 768,
+        "context_in_dim": 4096,
+        "mlp_ratio": 4.0,
+    }
     flux = real("flux", "Flux", dev)
     assert models.recognise(flux) == "flux" and models.recognise(flux, references=True) == "flux_kontext"
     assert models.recognise(real("flux", "Flux", {**dev, "guidance_embed": False})) == "flux_schnell"
     assert models.recognise(real("flux", "Flux", {**dev, "in_channels": 96})) is None  # FLUX Fill
-    chroma = {**{key: value for key, value in dev.items() if key != "guidance_embed"}, "image_model": "chroma", "in_channels": 64,
-              "out_channels": 64, "in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}
+    chroma = {
+        **{key: value for key, value in dev.items() if key != "guidance_embed"},
+        "image_model": "chroma",
+        "in_channels": 64,
+        "out_channels": 64,
+        "in_dim": 64,
+        "out_dim": 3072,
+        "hidden_dim": 5120,
+        "n_layers": 5,
+    }
     assert models.recognise(real("chroma", "Chroma", chroma)) == "chroma"
-    hunyuan = {**HUNYUAN, "hidden_size": 3072, "num_heads": 24, "depth": 20, "depth_single_blocks": 40, "axes_dim": [16, 56, 56],
-               "vec_in_dim": 768, "context_in_dim": 4096, "mlp_ratio": 4.0}
+    hunyuan = {
+        **HUNYUAN,
+        "hidden_size": 3072,
+        "num_heads": 24,
+        "depth": 20,
+        "depth_single_blocks": 40,
+        "axes_dim": [16, 56, 56],
+        "vec_in_dim": 768,
+        "context_in_dim": 4096,
+        "mlp_ratio": 4.0,
+    }
     assert models.recognise(real("hunyuan_video", "HunyuanVideo", hunyuan)) == "hunyuan_video"
-    later = {**hunyuan, "hidden_size": 2048, "num_heads": 16, "depth": 54, "depth_single_blocks": 0, "in_channels": 65,
-             "out_channels": 32, "patch_size": [1, 1, 1], "vec_in_dim": None, "vision_in_dim": 1152, "context_in_dim": 3584,
-             "guidance_embed": False, "byt5": True, "use_cond_type_embedding": True}
+    later = {
+        **hunyuan,
+        "hidden_size": 2048,
+        "num_heads": 16,
+        "depth": 54,
+        "depth_single_blocks": 0,
+        "in_channels": 65,
+        "out_channels": 32,
+        "patch_size": [1, 1, 1],
+        "vec_in_dim": None,
+        "vision_in_dim": 1152,
+        "context_in_dim": 3584,
+        "guidance_embed": False,
+        "byt5": True,
+        "use_cond_type_embedding": True,
+    }
     assert models.recognise(real("hunyuan_video", "HunyuanVideo", later)) == "hunyuan_video1.5"
 
     def wan(**sizes):
-        return real("wan", "VaceWanModel" if "vace_layers" in sizes else "WanModel",
-                    {**WAN, "text_dim": 4096, "freq_dim": 256, "num_layers": 2, **sizes})
+        return real(
+            "wan",
+            "VaceWanModel" if "vace_layers" in sizes else "WanModel",
+            {**WAN, "text_dim": 4096, "freq_dim": 256, "num_layers": 2, **sizes},
+        )
 
     small, large = {"dim": 1536, "num_heads": 12}, {"dim": 5120, "num_heads": 40}
     assert models.recognise(wan(**small)) == "wan2.1_t2v_1.3B"
@@ -825,12 +1018,16 @@ def recognised():
     assert models.recognise(to_video, latent=(90, 160)) == "wan2.1_i2v_720p_14B"
     assert models.recognise(wan(**large, in_dim=36)) == "wan2.2_i2v_14B"
     five = wan(dim=3072, num_heads=24, in_dim=48)
-    assert models.recognise(five) == "wan2.2_ti2v_5B_t2v" and models.recognise(five, start_image=True) == "wan2.2_ti2v_5B_i2v"
+    assert (
+        models.recognise(five) == "wan2.2_ti2v_5B_t2v"
+        and models.recognise(five, start_image=True) == "wan2.2_ti2v_5B_i2v"
+    )
     for sizes, name in ((small, "wan2.1_vace_1.3B"), (large, "wan2.1_vace_14B")):
         assert models.recognise(wan(**sizes, model_type="vace", vace_layers=2, vace_in_dim=96)) == name
     for family in ("flux", "flux2", "chroma", "wan", "vace", "hunyuan", "hunyuan1.5", "qwen"):
         assert models.recognise(transformer(build(family))) is None, family
     from comfyui_models import FAMILIES
+
     qwen = {**FAMILIES["qwen"][2], "num_layers": 60}
     picture = real("qwen_image", "QwenImageTransformer2DModel", qwen)
     assert models.recognise(picture) == "qwen_image" and models.recognise(picture, references=True) == "qwen_image_edit"
@@ -840,7 +1037,8 @@ def recognised():
 
 
 def as_prompt(workflow):
-    """A workflow as the page saves it, in the format of the API: values of widgets in the order of the inputs, links by name."""
+    """A workflow as the page saves it, in the format of the API: values of widgets in the order of the inputs, links by
+    name."""
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -866,11 +1064,12 @@ def as_prompt(workflow):
 
 
 def example_is_valid(name):
-    """The host's own validation takes the workflow, with every file that it names in its place, and MagCache stands in it with
-    the recommended settings of its model type."""
+    """The host's own validation takes the workflow, with every file that it names in its place, and MagCache stands in
+    it with the recommended settings of its model type."""
     import asyncio
 
     import execution
+
     if "SaveWEBM" not in nodes.NODE_CLASS_MAPPINGS:
         asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
     workflow = json.loads((Path(PACKAGE.replace("_x_", ".")) / "examples" / name).read_text())
@@ -899,13 +1098,16 @@ def the_released_package_is_not_replaced():
     """Whichever of the two loads first, the console says so; nodes of the released package that are there stay."""
     import asyncio
     import logging
+
     ours = dict(nodes.NODE_CLASS_MAPPINGS)
     folder = WORK.parent / "custom_nodes"
     theirs = folder / "comfyui-magcache"
     theirs.mkdir()
     (theirs / "pyproject.toml").write_text('[project]\nname = "magcache"\n')
-    (theirs / "__init__.py").write_text("class Theirs:\n    @classmethod\n    def INPUT_TYPES(cls):\n        return {}\n\n\n"
-                                        "NODE_CLASS_MAPPINGS = {'MagCache': Theirs}\n")
+    (theirs / "__init__.py").write_text(
+        "class Theirs:\n    @classmethod\n    def INPUT_TYPES(cls):\n        return {}\n\n\n"
+        "NODE_CLASS_MAPPINGS = {'MagCache': Theirs}\n"
+    )
     heard = []
     listener = logging.Handler()
     listener.emit = lambda record: heard.append(record.getMessage())
@@ -913,7 +1115,9 @@ def the_released_package_is_not_replaced():
     folder_paths.add_model_folder_path("custom_nodes", str(folder))
     try:
         asyncio.run(nodes.load_custom_node(PACKAGE.replace("_x_", ".")))
-        assert any("comfyui-magcache is a MagCache package with nodes of the same names" in line for line in heard), heard
+        assert any("comfyui-magcache is a MagCache package with nodes of the same names" in line for line in heard), (
+            heard
+        )
         heard.clear()
         asyncio.run(nodes.load_custom_node(str(theirs)))
         asyncio.run(nodes.load_custom_node(PACKAGE.replace("_x_", ".")))
@@ -931,6 +1135,7 @@ def without_common_it_says_what_to_do():
     import asyncio
     import logging
     import shutil
+
     copied = WORK.parent / "copied" / "ComfyUI-MagCache"
     shutil.copytree(PACKAGE.replace("_x_", "."), copied, ignore=shutil.ignore_patterns("common", "__pycache__"))
     heard = []

@@ -2,9 +2,10 @@
 
     python comfyui_client.py PORT < workflows.json > answers.json
 
-Workflows come as a list in the format of the API. Of each the answer has the texts shown on nodes, the outputs that the history
-holds, and the pictures among them, read back over HTTP.
+Workflows come as a list in the format of the API. Of each the answer has the texts shown on nodes, the outputs that the
+history holds, and the pictures among them, read back over HTTP.
 """
+
 import asyncio
 import base64
 import json
@@ -26,7 +27,7 @@ async def run(session, address, socket, prompt):
         if message.type == aiohttp.WSMsgType.BINARY:
             event, length = struct.unpack(">II", message.data[:8])
             if event == TEXT:
-                texts.append([message.data[8:8 + length].decode(), message.data[8 + length:].decode()])
+                texts.append([message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()])
         elif message.type == aiohttp.WSMsgType.TEXT:
             told = json.loads(message.data)
             if told["data"].get("prompt_id") == posted["prompt_id"]:

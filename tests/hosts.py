@@ -1,5 +1,6 @@
-"""The hosts' own packages, for tests against their real code: downloaded by pip, pinned by version and sha256, unpacked once
-into a cache folder ($MAGCACHE_TEST_CACHE, else ~/.cache/magcache-tests) and never installed."""
+"""The hosts' own packages, for tests against their real code: downloaded by pip, pinned by version and sha256, unpacked
+once into a cache folder ($MAGCACHE_TEST_CACHE, else ~/.cache/magcache-tests) and never installed."""
+
 import os
 import subprocess
 import sys
@@ -37,9 +38,27 @@ def unpacked(name, version, sha256):
 def download(requirement, sha256, folder):
     """Download one file into a folder; pip compares the hash."""
     (folder / "requirements.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                    "--require-hashes", "--ignore-requires-python", "--no-build-isolation", "--dest", folder / "file",
-                    "--requirement", folder / "requirements.txt"], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--require-hashes",
+            "--ignore-requires-python",
+            "--no-build-isolation",
+            "--dest",
+            folder / "file",
+            "--requirement",
+            folder / "requirements.txt",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return next((folder / "file").iterdir())
 
 

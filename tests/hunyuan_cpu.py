@@ -1,11 +1,13 @@
-"""Run a HunyuanVideo checkout's scripts on a CPU, with tiny random weights and pictures of an eighth of the size: everything of
-theirs is real but the text encoders, the VAE, the attention kernel, xfuser's collectives and packages that a test does not need.
+"""Run a HunyuanVideo checkout's scripts on a CPU, with tiny random weights and pictures of an eighth of the size:
+everything of theirs is real but the text encoders, the VAE, the attention kernel, xfuser's collectives and packages
+that a test does not need.
 
     cd /folder/with/hyvideo && python tests/hunyuan_cpu.py magcache_sample_video.py --video-size 544 960 ...
     cd /folder/with/hyvideo && python tests/hunyuan_cpu.py --checkpoint     # writes ckpts/ with weights and FP8 weights
 
 Under WORLD_SIZE > 1 the process group is gloo's. HUNYUAN_LATE=1 puts the patch on after parallelize_transformer.
 """
+
 import logging
 import os
 import runpy
@@ -24,8 +26,15 @@ torch.set_num_threads(1)
 
 WEIGHTS = Path("ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt")
 FP8_WEIGHTS = WEIGHTS.with_name("mp_rank_00_model_states_fp8.pt")
-TINY = {"mm_double_blocks_depth": 2, "mm_single_blocks_depth": 3, "rope_dim_list": [8, 12, 12], "hidden_size": 64, "heads_num": 2,
-        "mlp_width_ratio": 2, "guidance_embed": True}
+TINY = {
+    "mm_double_blocks_depth": 2,
+    "mm_single_blocks_depth": 3,
+    "rope_dim_list": [8, 12, 12],
+    "hidden_size": 64,
+    "heads_num": 2,
+    "mlp_width_ratio": 2,
+    "guidance_embed": True,
+}
 
 
 class HostTorch(CpuTorch):
@@ -54,6 +63,7 @@ class TextEncoder(torch.nn.Module):
 
     def __init__(self, text_encoder_type, text_encoder_precision, **kwargs):
         from hyvideo.constants import PRECISION_TO_TYPE
+
         super().__init__()
         self.kind, self.dtype = text_encoder_type, PRECISION_TO_TYPE[text_encoder_precision]
 
@@ -82,7 +92,9 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, *args):
 
 def get_cu_seqlens(text_mask, img_len):
     length = text_mask.shape[1] + img_len
-    ends = [[index * length + int(text) + img_len, (index + 1) * length] for index, text in enumerate(text_mask.sum(dim=1))]
+    ends = [
+        [index * length + int(text) + img_len, (index + 1) * length] for index, text in enumerate(text_mask.sum(dim=1))
+    ]
     return torch.tensor([0, *sum(ends, [])], dtype=torch.int32)
 
 
@@ -94,20 +106,30 @@ def all_gather(tensor, dim):
 
 class LongContextAttention:
     def __call__(self, _, query, key, value, joint_tensor_query, joint_tensor_key, joint_tensor_value, **kwargs):
-        return attend(torch.cat([query, joint_tensor_query], 1), torch.cat([all_gather(key, 1), joint_tensor_key], 1),
-                      torch.cat([all_gather(value, 1), joint_tensor_value], 1))
+        return attend(
+            torch.cat([query, joint_tensor_query], 1),
+            torch.cat([all_gather(key, 1), joint_tensor_key], 1),
+            torch.cat([all_gather(value, 1), joint_tensor_value], 1),
+        )
 
 
 def sequence_parallelism():
     """What HunyuanVideo takes of xfuser, on the default process group."""
     distributed = types.ModuleType("xfuser.core.distributed")
-    distributed.get_sequence_parallel_world_size, distributed.get_sequence_parallel_rank = dist.get_world_size, dist.get_rank
+    distributed.get_sequence_parallel_world_size, distributed.get_sequence_parallel_rank = (
+        dist.get_world_size,
+        dist.get_rank,
+    )
     distributed.get_sp_group = lambda: types.SimpleNamespace(all_gather=all_gather)
     distributed.init_distributed_environment = distributed.initialize_model_parallel = lambda *args, **kwargs: None
     attention = types.ModuleType("xfuser.core.long_ctx_attention")
     attention.xFuserLongContextAttention = LongContextAttention
-    return {"xfuser": types.ModuleType("xfuser"), "xfuser.core": types.ModuleType("xfuser.core"),
-            "xfuser.core.distributed": distributed, "xfuser.core.long_ctx_attention": attention}
+    return {
+        "xfuser": types.ModuleType("xfuser"),
+        "xfuser.core": types.ModuleType("xfuser.core"),
+        "xfuser.core.distributed": distributed,
+        "xfuser.core.long_ctx_attention": attention,
+    }
 
 
 def packages():
@@ -123,6 +145,7 @@ def import_hyvideo():
     import diffusers  # noqa: F401
     import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
+
     sys.modules.update(packages())
     if "WORLD_SIZE" in os.environ:
         sys.modules.update(sequence_parallelism())
@@ -130,11 +153,13 @@ def import_hyvideo():
         dist.init_process_group = lambda backend: init_process_group("gloo")
     plain_sum = torch.Tensor.sum
     torch.Tensor.sum = lambda self, *args, **kwargs: plain_sum(
-        self.float() if self.dtype == torch.float8_e4m3fn else self, *args, **kwargs)
+        self.float() if self.dtype == torch.float8_e4m3fn else self, *args, **kwargs
+    )
 
     import hyvideo.inference as inference
     from hyvideo.diffusion.pipelines import pipeline_hunyuan_video as pipeline
     from hyvideo.modules import attenion, models
+
     inference.torch = pipeline.torch = HostTorch("torch")
     attenion.get_cu_seqlens = models.get_cu_seqlens = get_cu_seqlens
     attenion.flash_attn_varlen_func = flash_attn_varlen_func
@@ -166,6 +191,7 @@ def parallelize_early(inference):
 def tiny_model():
     """HYVideoDiffusionTransformer with random weights, none of them zero."""
     from hyvideo.modules.models import HYVideoDiffusionTransformer
+
     torch.manual_seed(0)
     widths = types.SimpleNamespace(text_states_dim=4096, text_states_dim_2=768)
     model = HYVideoDiffusionTransformer(widths, in_channels=16, **TINY)
@@ -176,7 +202,8 @@ def tiny_model():
 
 
 def write_checkpoints():
-    """The weights where sample_video.py looks for them, and those of the double and single blocks in FP8 with their scales."""
+    """The weights where sample_video.py looks for them, and those of the double and single blocks in FP8 with their
+    scales."""
     WEIGHTS.parent.mkdir(parents=True)
     model = tiny_model()
     torch.save({"module": model.state_dict()}, WEIGHTS)

@@ -1,5 +1,7 @@
-"""Models shaped like Open-Sora's, small enough for every test: what their forwards do with their tokens is theirs, what a block
-computes is not. Tokens see each other through a mean, so that a rank of a sequence-parallel group needs the others."""
+"""Models shaped like Open-Sora's, small enough for every test: what their forwards do with their tokens is theirs, what
+a block computes is not. Tokens see each other through a mean, so that a rank of a sequence-parallel group needs the
+others."""
+
 import types
 
 import torch
@@ -93,11 +95,11 @@ class MMDiT(nn.Module):
         img = torch.cat((txt, img), 1)
         for block in self.single_blocks:
             img = block(img, vec, pe)
-        return self.final_layer(img[:, txt.shape[1]:, ...], vec)
+        return self.final_layer(img[:, txt.shape[1] :, ...], vec)
 
     def share(self):
-        """Put sequence parallelism on the instance, as ColossalAI does: ranks share text and image as one sequence, so that the
-        first holds the text and fewer image tokens."""
+        """Put sequence parallelism on the instance, as ColossalAI does: ranks share text and image as one sequence, so
+        that the first holds the text and fewer image tokens."""
         for block in (*self.double_blocks, *self.single_blocks):
             block.parallel = True
 
@@ -107,13 +109,13 @@ class MMDiT(nn.Module):
             rank, lengths = dist.get_rank(), [int(part.sum()) for part in is_image]
             before = sum(lengths[:rank])
             text_before = sum(len(part) for part in is_image[:rank]) - before
-            img = img[:, before:before + lengths[rank]].clone()
-            txt = txt[:, text_before:text_before + int((~is_image[rank]).sum())].clone()
+            img = img[:, before : before + lengths[rank]].clone()
+            txt = txt[:, text_before : text_before + int((~is_image[rank]).sum())].clone()
             pe = pe.chunk(dist.get_world_size(), dim=1)[rank].clone()
-            for block in self.double_blocks[0:len(self.double_blocks)]:
+            for block in self.double_blocks[0 : len(self.double_blocks)]:
                 img, txt = block(img, txt, vec, pe)
             img = torch.cat((txt, img), 1)
-            for block in self.single_blocks[0:len(self.single_blocks)]:
+            for block in self.single_blocks[0 : len(self.single_blocks)]:
                 img = block(img, vec, pe)
             mine = self.final_layer(img[:, is_image[rank]], vec)
             parts = [torch.zeros(mine.shape[0], length, mine.shape[2]) for length in lengths]
@@ -151,7 +153,8 @@ class Embedder(nn.Module):
 
 
 class STDiT3(nn.Module):
-    """Open-Sora 1.2's: spatial and temporal blocks in pairs; with sequence parallelism the final layer sees all tokens."""
+    """Open-Sora 1.2's: spatial and temporal blocks in pairs; with sequence parallelism the final layer sees all
+    tokens."""
 
     def __init__(self, seed=0, depth=3, parallel=False):
         super().__init__()
@@ -172,8 +175,10 @@ class STDiT3(nn.Module):
         x, y = x.to(dtype), y.to(dtype)
         frames, rows, columns = self.get_dynamic_size(x)
         area = rows * columns
-        t, t0 = (torch.cos(level.to(dtype)[:, None] / 300 * torch.arange(WIDTH, dtype=dtype))
-                 for level in (timestep, torch.zeros_like(timestep)))
+        t, t0 = (
+            torch.cos(level.to(dtype)[:, None] / 300 * torch.arange(WIDTH, dtype=dtype))
+            for level in (timestep, torch.zeros_like(timestep))
+        )
         x = self.x_embedder(x)
         if self.enable_sequence_parallelism:
             ranks = dist.get_world_size()
@@ -191,8 +196,8 @@ class STDiT3(nn.Module):
 
 
 class Reused:
-    """An independent computation: every block runs, and at the steps of `strip` with a dot their residual is that of the last #.
-    By torch's own hooks, on a model that no patch touches."""
+    """An independent computation: every block runs, and at the steps of `strip` with a dot their residual is that of
+    the last #. By torch's own hooks, on a model that no patch touches."""
 
     def __init__(self, model, strip):
         self.strip, self.step = strip, -1

@@ -1,14 +1,15 @@
-"""Run an Open-Sora checkout's scripts on a CPU, with tiny random weights: everything of theirs is real, their main() and models
-and the configurations too, but the text encoders, the VAEs, the attention kernels, ColossalAI and the packages that they import
-and a test does not need.
+"""Run an Open-Sora checkout's scripts on a CPU, with tiny random weights: everything of theirs is real, their main()
+and models and the configurations too, but the text encoders, the VAEs, the attention kernels, ColossalAI and the
+packages that they import and a test does not need.
 
-    cd /checkout && python tests/opensora_cpu.py magcache_inference.py configs/diffusion/inference/256px.py --prompt cat ...
-    cd /checkout && python tests/opensora_cpu.py --serve            # runs many (`wan_cpu.serve`)
+    cd /checkout && python tests/opensora_cpu.py magcache_inference.py configs/diffusion/inference/256px.py --prompt cat
+    ... cd /checkout && python tests/opensora_cpu.py --serve            # runs many (`wan_cpu.serve`)
 
-REUSE=##..#. in the environment: the transformer runs all its blocks, and where there is a dot their effect is replaced by that
-of the last #. This is the independent computation with which a cached run is compared. Under WORLD_SIZE > 1 the process group
-is gloo's.
+REUSE=##..#. in the environment: the transformer runs all its blocks, and where there is a dot their effect is replaced
+by that of the last #. This is the independent computation with which a cached run is compared. Under WORLD_SIZE > 1 the
+process group is gloo's.
 """
+
 import hashlib
 import importlib
 import importlib.machinery
@@ -29,8 +30,27 @@ from torch import nn  # noqa: E402
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 
-ABSENT = ("colossalai", "tensornvme", "pandarallel", "dill", "omegaconf", "openai", "torchvision", "liger_kernel", "flash_attn",
-          "xformers", "timm", "cv2", "ftfy", "bs4", "apex", "rich", "matplotlib", "tensorboard", "galore_torch")
+ABSENT = (
+    "colossalai",
+    "tensornvme",
+    "pandarallel",
+    "dill",
+    "omegaconf",
+    "openai",
+    "torchvision",
+    "liger_kernel",
+    "flash_attn",
+    "xformers",
+    "timm",
+    "cv2",
+    "ftfy",
+    "bs4",
+    "apex",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+    "galore_torch",
+)
 
 
 class Absent(wan_cpu.AbsentPackages):
@@ -52,6 +72,7 @@ def randomized(model):
 
 
 # What ColossalAI, flash-attention, liger, xformers and timm do, in a few lines.
+
 
 def launch_from_torch(*args, **kwargs):
     if not dist.is_initialized():
@@ -75,8 +96,9 @@ class DistCoordinator:
 class Policy:
     @staticmethod
     def append_or_create_method_replacement(description, policy, target_key):
-        policy[target_key] = types.SimpleNamespace(attribute_replacement={}, sub_module_replacement=[],
-                                                   method_replacement=description)
+        policy[target_key] = types.SimpleNamespace(
+            attribute_replacement={}, sub_module_replacement=[], method_replacement=description
+        )
 
 
 class SequenceParallel:
@@ -84,11 +106,19 @@ class SequenceParallel:
 
     def boost(self, model):
         from opensora.models.mmdit.distributed import MMDiTPolicy
+
         policy = MMDiTPolicy()
-        policy.model, policy.shard_config = model, types.SimpleNamespace(
-            pipeline_stage_manager=None, enable_sequence_parallelism=True, enable_tensor_parallelism=False,
-            sequence_parallel_size=dist.get_world_size(), sequence_parallelism_mode="ring_attn",
-            sequence_parallel_process_group=dist.group.WORLD)
+        policy.model, policy.shard_config = (
+            model,
+            types.SimpleNamespace(
+                pipeline_stage_manager=None,
+                enable_sequence_parallelism=True,
+                enable_tensor_parallelism=False,
+                sequence_parallel_size=dist.get_world_size(),
+                sequence_parallelism_mode="ring_attn",
+                sequence_parallel_process_group=dist.group.WORLD,
+            ),
+        )
         for target, description in policy.module_policy().items():
             for module in model.modules():
                 if isinstance(module, target):
@@ -110,7 +140,7 @@ def all_gather_of_unequal(parts, tensor, group=None):
     longest = max(part.shape[1] for part in parts)
     padded = nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[1]))
     for part, gathered in zip(parts, all_gather(padded[None], 0, group)):
-        part.copy_(gathered[:, :part.shape[1]])
+        part.copy_(gathered[:, : part.shape[1]])
 
 
 def attention(q, k, v, *args, **kwargs):
@@ -128,7 +158,9 @@ def attention_by_segments(q, k, v, p=0.0, attn_bias=None):
     if attn_bias is None:
         return attention(q, k, v)
     queries, keys = attn_bias
-    return torch.cat([attention(*parts) for parts in zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))], dim=1)
+    return torch.cat(
+        [attention(*parts) for parts in zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))], dim=1
+    )
 
 
 class Rope:
@@ -137,6 +169,7 @@ class Rope:
         def rotated(x):
             left, right = x.chunk(2, dim=-1)
             return (x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]).to(x.dtype)
+
         return rotated(q), rotated(k)
 
 
@@ -159,6 +192,7 @@ class Mlp(nn.Module):
 
 def write_video(path, frames, fps, **options):
     import imageio
+
     imageio.mimwrite(path, frames.numpy(), fps=fps, macro_block_size=None)
 
 
@@ -167,6 +201,7 @@ class VideoWriter:
 
     def __init__(self, path, code, fps, size):
         import imageio
+
         self.writer = imageio.get_writer(path, fps=fps, macro_block_size=None)
 
     def write(self, frame):
@@ -178,6 +213,7 @@ class VideoWriter:
 
 def save_image(pictures, path, normalize, value_range):
     from PIL import Image
+
     low, high = value_range
     picture = (pictures[0].float().clamp(low, high) - low) / (high - low)
     Image.fromarray((picture * 255).byte().permute(1, 2, 0).cpu().numpy()).save(path)
@@ -186,6 +222,7 @@ def save_image(pictures, path, normalize, value_range):
 def read_from_path(path, image_size, **options):
     """A picture as video of one frame, [3, 1, height, width] in -1..1; for a .mp4 forty frames of noise."""
     from PIL import Image
+
     height, width = image_size
     if path.endswith(".mp4"):
         return torch.rand(3, 40, height, width, generator=seeded(path)) * 2 - 1
@@ -200,21 +237,33 @@ def stand_ins():
         "colossalai.utils": {"set_seed": set_seed, "get_current_device": lambda: torch.device("cpu")},
         "colossalai.cluster": {"DistCoordinator": DistCoordinator},
         "colossalai.cluster.dist_coordinator": {"DistCoordinator": DistCoordinator},
-        "colossalai.shardformer.policies.base_policy": {"Policy": Policy, "ModulePolicyDescription": types.SimpleNamespace,
-                                                        "SubModuleReplacementDescription": types.SimpleNamespace},
+        "colossalai.shardformer.policies.base_policy": {
+            "Policy": Policy,
+            "ModulePolicyDescription": types.SimpleNamespace,
+            "SubModuleReplacementDescription": types.SimpleNamespace,
+        },
         "colossalai.shardformer.layer.utils": {"is_share_sp_tp": lambda mode: False},
         "flash_attn": {"flash_attn_func": attention},
         "liger_kernel.ops.rope": {"LigerRopeFunction": Rope},
         "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": RMSNorm},
-        "xformers.ops": {"memory_efficient_attention": attention_by_segments, "fmha": types.SimpleNamespace(
-            BlockDiagonalMask=types.SimpleNamespace(from_seqlens=lambda queries, keys: (queries, list(keys))))},
+        "xformers.ops": {
+            "memory_efficient_attention": attention_by_segments,
+            "fmha": types.SimpleNamespace(
+                BlockDiagonalMask=types.SimpleNamespace(from_seqlens=lambda queries, keys: (queries, list(keys)))
+            ),
+        },
         "timm.models.vision_transformer": {"Mlp": Mlp},
         "timm.models.layers": {"DropPath": lambda rate: nn.Identity()},
         "torchvision.io": {"write_video": write_video},
         "torchvision.utils": {"save_image": save_image},
         "torchvision.datasets.folder": {"IMG_EXTENSIONS": (".png", ".jpg"), "pil_loader": None},
-        "cv2": {"setNumThreads": lambda count: None, "VideoWriter": VideoWriter, "COLOR_RGB2BGR": None,
-                "VideoWriter_fourcc": lambda *letters: None, "cvtColor": lambda frame, code: frame[..., ::-1]},
+        "cv2": {
+            "setNumThreads": lambda count: None,
+            "VideoWriter": VideoWriter,
+            "COLOR_RGB2BGR": None,
+            "VideoWriter_fourcc": lambda *letters: None,
+            "cvtColor": lambda frame, code: frame[..., ::-1],
+        },
     }
     for name, values in contents.items():
         vars(importlib.import_module(name)).update(values)
@@ -242,7 +291,7 @@ class VAE(nn.Module):
     def encode(self, video):
         shape = (self.latent_frames(video.shape[2]), *(size // self.stride for size in video.shape[3:]))
         small = nn.functional.adaptive_avg_pool3d(video.float(), shape).to(self.dtype)
-        return small.repeat(1, -(-self.out_channels // 3), 1, 1, 1)[:, :self.out_channels]
+        return small.repeat(1, -(-self.out_channels // 3), 1, 1, 1)[:, : self.out_channels]
 
     def decode(self, latents, num_frames=None):
         wan_cpu.decoded.append(latents.float().clone())
@@ -295,15 +344,18 @@ def versions_2(models):
     import opensora.models.mmdit.distributed
     import opensora.utils.cai
     import opensora.utils.inference
+
     opensora.models.mmdit.distributed.RingAttention.attention = staticmethod(ring_attention)
     opensora.models.mmdit.distributed.dist = types.SimpleNamespace(
-        **{**vars(dist), "all_gather": all_gather_of_unequal})
+        **{**vars(dist), "all_gather": all_gather_of_unequal}
+    )
     opensora.utils.inference.read_from_path = read_from_path
 
     def get_booster(cfg, ae=False):
         if ae or cfg.get("plugin") != "hybrid":
             return None
         from opensora.acceleration.parallel_states import set_data_parallel_group
+
         cfg.plugin_config["sp_size"] = dist.get_world_size()
         for rank in range(dist.get_world_size()):
             group = dist.new_group([rank])
@@ -319,7 +371,9 @@ def versions_1(models):
     import opensora.utils.inference_utils
     from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 
-    def stdit3(from_pretrained=None, enable_flash_attn=None, enable_layernorm_kernel=None, force_huggingface=None, **config):
+    def stdit3(
+        from_pretrained=None, enable_flash_attn=None, enable_layernorm_kernel=None, force_huggingface=None, **config
+    ):
         torch.manual_seed(0)
         return randomized(STDiT3(STDiT3Config(depth=3, hidden_size=48, num_heads=4, **config)))
 
@@ -338,7 +392,9 @@ def versions_1(models):
 
     def all_to_all(tensor, world_size, group, scatter_dim, gather_dim):
         parts = all_gather(tensor[None], 0, group)
-        return torch.cat([part.tensor_split(world_size, scatter_dim)[dist.get_rank(group)] for part in parts], dim=gather_dim)
+        return torch.cat(
+            [part.tensor_split(world_size, scatter_dim)[dist.get_rank(group)] for part in parts], dim=gather_dim
+        )
 
     communications._all_to_all = all_to_all
     communications._gather = lambda tensor, group, dim=-1: all_gather(tensor, dim, group)
@@ -348,11 +404,13 @@ def versions_1(models):
     models.register_module("OpenSoraVAE_V1_2", force=True, module=lambda **config: VAE(4))
     models.register_module("OpenSoraVAE_V1_3", force=True, module=lambda **config: VAE(16))
     import opensora.models.text_encoder.t5 as t5
+
     t5.text_preprocessing = str.lower
 
 
 class Reuse:
-    """Where REUSE has a dot, the residual of the last computed step behind the blocks, by torch's own hooks. All blocks run."""
+    """Where REUSE has a dot, the residual of the last computed step behind the blocks, by torch's own hooks. All blocks
+    run."""
 
     def __init__(self, model, strip):
         self.strip, self.step = strip, -1
@@ -362,7 +420,9 @@ class Reuse:
         if pairs:
             model.temporal_blocks[-1].register_forward_hook(lambda block, arguments, output: self.after(output))
         else:
-            model.final_layer.register_forward_pre_hook(lambda layer, arguments: (self.after(arguments[0]), *arguments[1:]))
+            model.final_layer.register_forward_pre_hook(
+                lambda layer, arguments: (self.after(arguments[0]), *arguments[1:])
+            )
 
     def before(self, block, arguments):
         self.step, self.tokens = (self.step + 1) % len(self.strip), arguments[0]
@@ -381,12 +441,14 @@ def import_opensora():
     import peft  # noqa: F401
     import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
+
     sys.meta_path.insert(0, Absent())
     stand_ins()
     sys.modules.setdefault("torch.utils.tensorboard", wan_cpu.Anything("torch.utils.tensorboard"))
     torch.cuda.synchronize = lambda *args: None
     import opensora.models
     from opensora.registry import MODELS
+
     (versions_2 if hasattr(opensora.models, "Flux") else versions_1)(MODELS)
     name = "flux" if hasattr(opensora.models, "Flux") else "STDiT3-XL/2"
     build = MODELS.module_dict[name]

@@ -1,4 +1,5 @@
 """Payloads, the guard and the measured step times, on a tiny FLUX."""
+
 import copy
 import json
 import multiprocessing
@@ -29,7 +30,9 @@ def planned(table, host):
     """`magcache_forward` with a target, calibrated on another prompt."""
 
     def patch(sampler, target, announce=None, **options):
-        return magcache_forward(sampler.model, host, table, target, lambda: sampler.timesteps, announce=announce, **options)
+        return magcache_forward(
+            sampler.model, host, table, target, lambda: sampler.timesteps, announce=announce, **options
+        )
 
     return patch
 
@@ -76,8 +79,16 @@ def test_plan_states_the_memory_of_the_payload(model, euler, planned, host):
         assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
 
 
-@pytest.mark.parametrize("form", [lambda x: (x,), lambda x: [x, 2 * x], lambda x: {"x": x, "other": None}, lambda x: x,
-                                  lambda x: Transformer2DModelOutput(sample=x)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: (x,),
+        lambda x: [x, 2 * x],
+        lambda x: {"x": x, "other": None},
+        lambda x: x,
+        lambda x: Transformer2DModelOutput(sample=x),
+    ],
+)
 def test_outputs_of_any_form(form):
     x, payload = torch.arange(6.0).reshape(2, 3), ModelOutput()
     output = form(x)
@@ -113,7 +124,9 @@ def test_outputs_of_reference_tokens_do_not_count(model, euler, host):
     with magcache_calibration(model, kontext, lambda: sampler.timesteps, "tiny") as handle:
         sampler.run()
     rows = torch.stack(outputs).double()
-    np.testing.assert_allclose(unpacked(handle.mag_ratios.statistics["gram_of_outputs"]["cond"]), rows @ rows.T, rtol=1e-6)
+    np.testing.assert_allclose(
+        unpacked(handle.mag_ratios.statistics["gram_of_outputs"]["cond"]), rows @ rows.T, rtol=1e-6
+    )
 
 
 def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
@@ -157,10 +170,14 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
     reuse, kinds = report.schedule.reuse, [call[2] for call in report.calls]
     seen = next(step for step in range(5, 12) if not reuse[step])
     branches = 2 if cfg else 1
-    assert kinds[:(seen + 1) * branches] == ["reused" if one else "computed" for one in reuse[:seen + 1] for _ in range(branches)]
-    assert set(kinds[(seen + 1) * branches:]) == {"computed"} and torch.isfinite(result).all()
-    (why, calls), = report.unplanned.items()
-    assert why.startswith(f"the guard saw step {seen} predicted ") and calls == branches * int(reuse[seen + 1:].sum()) > 0
+    assert kinds[: (seen + 1) * branches] == [
+        "reused" if one else "computed" for one in reuse[: seen + 1] for _ in range(branches)
+    ]
+    assert set(kinds[(seen + 1) * branches :]) == {"computed"} and torch.isfinite(result).all()
+    ((why, calls),) = report.unplanned.items()
+    assert (
+        why.startswith(f"the guard saw step {seen} predicted ") and calls == branches * int(reuse[seen + 1 :].sum()) > 0
+    )
     assert f"{calls} computed unplanned (the guard saw" in report.line()
     with planned(expected, Target(7, magcache_guard=3, payload=payload)):
         assert torch.equal(again, expected.run(cfg=cfg))  # the next run starts anew
@@ -168,8 +185,10 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
 
 def test_a_guard_needs_a_planned_run(model, euler, ratios, host):
     sampler = euler(model)
-    with pytest.raises(MagCacheError, match="need the Gram matrix"), \
-            magcache_forward(model, host, ratios, Target(5, magcache_guard=3), lambda: sampler.timesteps):
+    with (
+        pytest.raises(MagCacheError, match="need the Gram matrix"),
+        magcache_forward(model, host, ratios, Target(5, magcache_guard=3), lambda: sampler.timesteps),
+    ):
         sampler.run()
 
 

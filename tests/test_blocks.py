@@ -1,4 +1,6 @@
-"""`BlockStack` on forwards that diffusers does not have: blocks that write into their input, tokens cut off in between."""
+"""`BlockStack` on forwards that diffusers does not have: blocks that write into their input, tokens cut off in
+between."""
+
 from dataclasses import replace
 
 import pytest
@@ -16,8 +18,8 @@ class Add(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
-    """Three blocks that each add 1 in place, a control net that adds 10 behind the first; two leading reference tokens are
-    cut off before the head."""
+    """Three blocks that each add 1 in place, a control net that adds 10 behind the first; two leading reference tokens
+    are cut off before the head."""
 
     def __init__(self):
         super().__init__()
@@ -58,8 +60,8 @@ def test_the_input_is_copied_only_where_it_must_be(in_place):
 
 
 class Pairs(torch.nn.Module):
-    """Two lists of blocks that run in pairs, on a half of the tokens, as a rank of a sequence-parallel group would; the head gets
-    the tokens of both halves."""
+    """Two lists of blocks that run in pairs, on a half of the tokens, as a rank of a sequence-parallel group would; the
+    head gets the tokens of both halves."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
 """Calibration measures what it says and writes whole files; reports tell what ran."""
+
 import copy
 import itertools
 import json
@@ -28,7 +29,7 @@ class Measured(Tokens):
         self.sampler, self.tokens, self.residuals = sampler, tokens, {}
 
     def changed(self, args):
-        residual = (self.after - self.before)[:, :self.tokens].float()
+        residual = (self.after - self.before)[:, : self.tokens].float()
         self.residuals.setdefault(self.sampler.branch, []).append(residual)
         return args
 
@@ -105,7 +106,8 @@ def test_the_file_is_written_by_complete_runs_only(model, euler, calibrating, tm
             if step < 5:
                 *_, _ = itertools.islice(sampler.iterate(steps=6, prompt=1), step + 1)
             hook = model.norm_out.register_forward_pre_hook(
-                lambda module, args, step=step: 1 / 0 if sampler.step == step else None)
+                lambda module, args, step=step: 1 / 0 if sampler.step == step else None
+            )
             with pytest.raises(ZeroDivisionError):
                 sampler.run(steps=6, prompt=1)
             hook.remove()
@@ -120,7 +122,9 @@ def test_timesteps_that_do_not_last_are_a_mistake(model, euler, host, ratios):
     """A copy at every call would make every call a run of its own, and nothing would ever be reused."""
     sampler = euler(model)
     with pytest.raises(MagCacheError, match="new object at each call"):
-        with magcache_forward(model, host, ratios, Settings(0.1, 3, 0.2), lambda: sampler.timesteps.tolist(), announce=None):
+        with magcache_forward(
+            model, host, ratios, Settings(0.1, 3, 0.2), lambda: sampler.timesteps.tolist(), announce=None
+        ):
             sampler.run()
 
 
@@ -235,10 +239,17 @@ def test_report_of_a_cached_run(model, euler, cached, tmp_path):
     line, entries = report.line(), json.loads(json.dumps(report.to_dict()))
     assert line.startswith("MagCache: 10 of 24 model calls computed, 14 reused; transformer ") and "\n" not in line
     assert line.endswith("; extra memory 16.0 KiB") and report.speedup > 1
-    assert (entries["strip"], entries["computed"], entries["reused"], entries["complete"]) == ("##..#..#..#.", 10, 14, True)
+    assert (entries["strip"], entries["computed"], entries["reused"], entries["complete"]) == (
+        "##..#..#..#.",
+        10,
+        14,
+        True,
+    )
     assert entries["extra_bytes"] == report.peak_bytes == 2 * 64 * 32 * 4 and entries["unplanned"] == {}
     assert entries["settings"] == {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
-    assert [(call["step"], call["branch"]) for call in entries["by_call"]] == list(itertools.product(range(12), range(2)))
+    assert [(call["step"], call["branch"]) for call in entries["by_call"]] == list(
+        itertools.product(range(12), range(2))
+    )
     assert {call["kind"] for call in entries["by_call"] if call["step"] in (2, 3, 5, 6, 8, 9, 11)} == {"reused"}
     assert sum(call["seconds"] for call in entries["by_call"]) == pytest.approx(entries["seconds"], abs=1e-3)
     assert entries["sigmas"] == pytest.approx(sampler.timesteps.numpy() / 1000, abs=1e-6)
@@ -247,13 +258,16 @@ def test_report_of_a_cached_run(model, euler, cached, tmp_path):
     assert written["prompt"] == "a cat" and written["by_call"] == entries["by_call"]
 
 
-@pytest.mark.parametrize("options, run, why", [
-    ({"thresh": 0.0}, {}, "magcache_thresh is 0"),
-    ({"K": 0}, {}, "magcache_K is 0"),
-    ({}, {"steps": 4}, "a run of 4 steps has nothing to gain"),
-    ({"retention": 1.0}, {}, "retention_ratio keeps every step"),
-    ({"thresh": 0.01}, {}, "the smallest error of reusing a step is 0.0"),
-])
+@pytest.mark.parametrize(
+    "options, run, why",
+    [
+        ({"thresh": 0.0}, {}, "magcache_thresh is 0"),
+        ({"K": 0}, {}, "magcache_K is 0"),
+        ({}, {"steps": 4}, "a run of 4 steps has nothing to gain"),
+        ({"retention": 1.0}, {}, "retention_ratio keeps every step"),
+        ({"thresh": 0.01}, {}, "the smallest error of reusing a step is 0.0"),
+    ],
+)
 def test_a_run_without_reuse_explains_itself(model, euler, cached, options, run, why):
     sampler, plans = euler(model), []
     with cached(sampler, announce=plans.append, **options) as handle:
@@ -287,7 +301,9 @@ def test_the_report_of_a_calibration(model, euler, calibrating):
     with calibrating(sampler) as handle:
         sampler.run()
     report = handle.reports[0]
-    assert report.computed == 12 and report.complete and report.line().endswith(": the ratios were measured in this run.")
+    assert (
+        report.computed == 12 and report.complete and report.line().endswith(": the ratios were measured in this run.")
+    )
     assert json.loads(json.dumps(report.to_dict()))["strip"] == "#" * 12
 
 
@@ -310,8 +326,12 @@ def test_a_table_of_another_model_is_announced(model, euler, cached, ratios):
 def test_branches_by_number_and_steps_evaluated_twice():
     """A host may call the unconditional branch first, and a solver evaluate a step twice, the first one too."""
     statistics, made = Statistics(), torch.Generator().manual_seed(0)
-    residuals = {(step, branch, turn): torch.randn(1, 3, 4, generator=made)
-                 for step in range(4) for branch in (1, 0) for turn in (0, 1)}
+    residuals = {
+        (step, branch, turn): torch.randn(1, 3, 4, generator=made)
+        for step in range(4)
+        for branch in (1, 0)
+        for turn in (0, 1)
+    }
     statistics.begin([1.0, 0.75, 0.5, 0.25])
     for (step, branch, _), residual in residuals.items():
         statistics.add(Call(step, branch), residual, residual.reshape(1, -1, 1))

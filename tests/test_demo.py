@@ -1,4 +1,5 @@
 """The trained demo model in diffusers' own pipelines: what a run leaves behind, and how good its pictures are."""
+
 import json
 from pathlib import Path
 
@@ -32,14 +33,29 @@ def pipe():
 
 def draw(pipe, prompt=PROMPT, steps=12, size=64, seed=0, **options):
     """uint8 (pictures, height, width, 3)"""
-    images = pipe(prompt, height=size, width=size, num_inference_steps=steps, max_sequence_length=16, output_type="np",
-                  generator=torch.Generator().manual_seed(seed), **options).images
+    images = pipe(
+        prompt,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        max_sequence_length=16,
+        output_type="np",
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    ).images
     return (images * 255).round().astype(np.uint8)
 
 
 def patched(pipe, thresh=0.12, K=3, retention=0.2, target=None):
-    return magcache_forward(pipe.transformer, FLUX, load("demo"), target or Settings(thresh, K, retention),
-                            lambda: pipe.scheduler.timesteps, Rule(), announce=None)
+    return magcache_forward(
+        pipe.transformer,
+        FLUX,
+        load("demo"),
+        target or Settings(thresh, K, retention),
+        lambda: pipe.scheduler.timesteps,
+        Rule(),
+        announce=None,
+    )
 
 
 RUNS = {
@@ -137,13 +153,27 @@ def test_every_block_runs_at_computed_steps_and_none_at_reused_ones(pipe):
             hook.remove()
     schedule = handle.reports[-1].schedule
     assert len(entered) == schedule.computed * len(blocks) and schedule.computed < schedule.steps
-    assert [call[2] for call in handle.reports[-1].calls] == ["reused" if reuse else "computed" for reuse in schedule.reuse]
+    assert [call[2] for call in handle.reports[-1].calls] == [
+        "reused" if reuse else "computed" for reuse in schedule.reuse
+    ]
 
 
 def test_image_to_image_starts_in_the_middle(pipe):
     """strength 0.5: the ratios are those of the lower noise levels, and the first step of the run computes."""
-    edit = FluxImg2ImgPipeline(**{name: pipe.components[name] for name in (
-        "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")})
+    edit = FluxImg2ImgPipeline(
+        **{
+            name: pipe.components[name]
+            for name in (
+                "scheduler",
+                "vae",
+                "text_encoder",
+                "tokenizer",
+                "text_encoder_2",
+                "tokenizer_2",
+                "transformer",
+            )
+        }
+    )
     edit.set_progress_bar_config(disable=True)
     start = Image.fromarray(draw(pipe, steps=28)[0])
 

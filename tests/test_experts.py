@@ -1,5 +1,6 @@
-"""Two experts that divide the steps of one run, hint branches, and ranks that divide the tokens: on toy models whose residuals
-differ so much that a mix-up cannot hide. Compared bit for bit with runs that no patch touched."""
+"""Two experts that divide the steps of one run, hint branches, and ranks that divide the tokens: on toy models whose
+residuals differ so much that a mix-up cannot hide. Compared bit for bit with runs that no patch touched."""
+
 import copy
 import itertools
 import multiprocessing
@@ -94,18 +95,24 @@ def boundary_at(switch, steps=STEPS, shift=5.0):
 
 def flat(boundary=None):
     sampler = {"shift": 5.0, **({"boundary": boundary} if boundary else {})}
-    return MagRatios("flat", {"cond": [1.0] + [0.98] * (STEPS - 1), "uncond": [1.0] + [0.97] * (STEPS - 1)},
-                     tuple(flow_sigmas(STEPS, 5.0)), "measured", sampler=sampler)
+    return MagRatios(
+        "flat",
+        {"cond": [1.0] + [0.98] * (STEPS - 1), "uncond": [1.0] + [0.97] * (STEPS - 1)},
+        tuple(flow_sigmas(STEPS, 5.0)),
+        "measured",
+        sampler=sampler,
+    )
 
 
 def cached(sampler, boundary, host=TOY, ratios=None, settings=REUSES_MUCH):
-    return magcache_forward(sampler.models, host, ratios or flat(), settings, lambda: sampler.timesteps, announce=None,
-                            boundary=boundary)
+    return magcache_forward(
+        sampler.models, host, ratios or flat(), settings, lambda: sampler.timesteps, announce=None, boundary=boundary
+    )
 
 
 def oracle(sampler, schedule, switch, **run):
-    """The same video the expensive way: every block runs, and where the schedule reuses, the head gets the tokens that came
-    in plus the newest residual of that expert and branch, or the two that the schedule weighs."""
+    """The same video the expensive way: every block runs, and where the schedule reuses, the head gets the tokens that
+    came in plus the newest residual of that expert and branch, or the two that the schedule weighs."""
     kept, calls, hooks = {}, {}, []
 
     def around(number, model):
@@ -139,8 +146,8 @@ def oracle(sampler, schedule, switch, **run):
 
 
 def best_of_all(rows, computed, predictor, K, switch):
-    """The anchors of the schedule with the least sum of fourth powers of relative errors, found by trying all of them; no
-    residual of one expert serves the other."""
+    """The anchors of the schedule with the least sum of fourth powers of relative errors, found by trying all of them;
+    no residual of one expert serves the other."""
     costs = {}
     for rest in itertools.combinations(range(1, len(rows)), computed - 1):
         anchors, cost, run = (0, *rest), 0.0, 0
@@ -186,7 +193,9 @@ def test_a_plan_is_the_best_of_all_that_keep_the_experts_apart(switch, predictor
 def test_no_switch_is_one_model():
     rows = residuals(9)
     for computed in (2, 5):
-        assert planned(rows, computed, None).strip == planned(rows, computed, 0).strip == planned(rows, computed, 9).strip
+        assert (
+            planned(rows, computed, None).strip == planned(rows, computed, 0).strip == planned(rows, computed, 9).strip
+        )
     assert planned(rows, 2, 4).strip == "#...#...."
 
 
@@ -224,9 +233,9 @@ def test_residuals_stay_with_their_expert(switch):
     plain, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
     with cached(sampler, boundary) as handle:
         result = sampler.run()
-    report, = handle.reports
+    (report,) = handle.reports
     assert report.schedule.reuse.sum() >= 5 and report.unplanned == {} and report.complete
-    assert not report.schedule.reuse[0] and not report.schedule.reuse[switch:switch + 1].any()
+    assert not report.schedule.reuse[0] and not report.schedule.reuse[switch : switch + 1].any()
     assert torch.equal(result, oracle(plain, report.schedule, switch))
     assert not torch.equal(result, plain.run())
 
@@ -235,12 +244,18 @@ def test_residuals_stay_with_their_expert(switch):
 def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
     boundary = boundary_at(switch)
     plain, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
-    with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", tmp_path / "two.json",
-                              {"sampler": {"boundary": boundary}}):
+    with magcache_calibration(
+        sampler.models,
+        TOY,
+        lambda: sampler.timesteps,
+        "two",
+        tmp_path / "two.json",
+        {"sampler": {"boundary": boundary}},
+    ):
         sampler.run()
     with cached(sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6)) as handle:
         result = sampler.run()
-    report, = handle.reports
+    (report,) = handle.reports
     assert report.computed == 12 and report.unplanned == {} and report.schedule.weights is not None
     torch.testing.assert_close(result, oracle(plain, report.schedule, switch), rtol=0, atol=1e-5)
 
@@ -251,7 +266,7 @@ def test_a_schedule_that_forgot_the_switch_computes_there(switch):
     sampler = Sampler(experts(), boundary_at(switch))
     with cached(sampler, None) as handle:
         result = sampler.run()
-    report, = handle.reports
+    (report,) = handle.reports
     wrong = bool(report.schedule.reuse[switch])
     assert report.unplanned == ({"no residual of this branch yet": 2} if wrong else {})
     done = copy.deepcopy(report.schedule)
@@ -346,11 +361,13 @@ def test_hints_are_made_on_computed_steps_only(own):
         bound = model.hints = types.MethodType(HintedToy.hints, model)
     sampler, reference = Sampler([model], -1), Sampler([plain], -1)
     seen = []
-    model.head.register_forward_pre_hook(lambda module, args: seen.append(model.hints(None) if handle.reusing else None))
+    model.head.register_forward_pre_hook(
+        lambda module, args: seen.append(model.hints(None) if handle.reusing else None)
+    )
     with cached(sampler, None, host=HINTED) as handle:
         result = sampler.run()
         assert vars(model).get("hints") is bound
-    report, = handle.reports
+    (report,) = handle.reports
     assert model.hinted == report.computed and report.reused > 0
     assert [hints == [] for hints in seen] == [kind == "reused" for _, _, kind, *_ in report.calls]
     assert torch.equal(result, oracle(reference, report.schedule, 0))
@@ -384,9 +401,14 @@ def measured(sampler, **run):
     sampler.run(**run)
     for hook in hooks:
         hook.remove()
-    return {branch: [1.0] + [(new.norm(dim=-1) / old.norm(dim=-1)).mean().item() if before == after else 1.0
-                             for (_, before, old), (_, after, new) in itertools.pairwise(calls)]
-            for branch, calls in rows.items()}
+    return {
+        branch: [1.0]
+        + [
+            (new.norm(dim=-1) / old.norm(dim=-1)).mean().item() if before == after else 1.0
+            for (_, before, old), (_, after, new) in itertools.pairwise(calls)
+        ]
+        for branch, calls in rows.items()
+    }
 
 
 @pytest.mark.parametrize("switch", [0, 1, 5, 11, 12])
@@ -394,8 +416,14 @@ def test_calibration_has_ratio_1_at_the_switch_and_each_experts_own_elsewhere(sw
     boundary = boundary_at(switch)
     sampler = Sampler(experts(), boundary)
     expected = measured(sampler)
-    with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", tmp_path / "two.json",
-                              {"sampler": {"boundary": boundary}}):
+    with magcache_calibration(
+        sampler.models,
+        TOY,
+        lambda: sampler.timesteps,
+        "two",
+        tmp_path / "two.json",
+        {"sampler": {"boundary": boundary}},
+    ):
         assert torch.equal(sampler.run(), Sampler(experts(), boundary).run())
     found = read(tmp_path / "two.json").mag_ratios
     for branch, name in enumerate(("cond", "uncond")):

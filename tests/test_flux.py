@@ -1,4 +1,6 @@
-"""The two FLUX scripts, run as a user runs them: on the demo model, and on random weights at FLUX.1-dev's layer structure."""
+"""The two FLUX scripts, run as a user runs them: on the demo model, and on random weights at FLUX.1-dev's layer
+structure."""
+
 import json
 import os
 import shutil
@@ -19,7 +21,10 @@ from common.ratios import load, read
 from common.schedule import Settings, magcache_schedule, rule_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DEV, SCHNELL = REPOSITORY / "MagCache4FLUX/magcache_flux.py", REPOSITORY / "MagCache4FLUX_schnell/magcache_flux_schnell.py"
+DEV, SCHNELL = (
+    REPOSITORY / "MagCache4FLUX/magcache_flux.py",
+    REPOSITORY / "MagCache4FLUX_schnell/magcache_flux_schnell.py",
+)
 DEMO = REPOSITORY / "demo/model"
 PROMPT = "a fox on a sky blue background"
 
@@ -59,20 +64,30 @@ def complaint(capsys, script, *arguments):
 
 @pytest.fixture(scope="session")
 def dev_like(tmp_path_factory):
-    """A pipeline folder with random weights, the 19 double and 38 single blocks of FLUX.1-dev and its embedded guidance,
-    narrow; the other parts are the demo's."""
+    """A pipeline folder with random weights, the 19 double and 38 single blocks of FLUX.1-dev and its embedded
+    guidance, narrow; the other parts are the demo's."""
     folder = tmp_path_factory.mktemp("flux") / "dev-like"
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("transformer"))
     torch.manual_seed(0)
-    FluxTransformer2DModel(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=16, num_attention_heads=2,
-                           joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True,
-                           axes_dims_rope=(4, 6, 6)).save_pretrained(folder / "transformer")
+    FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).save_pretrained(folder / "transformer")
     return folder
 
 
 def test_demo_runs_where_there_is_no_gpu_and_no_model(capsys):
     text = run(capsys, DEV, "--prompt", PROMPT)
-    assert "running the small bundled demo model" in text and "MagCache plan: 28 steps, ratios of demo (measured)" in text
+    assert (
+        "running the small bundled demo model" in text and "MagCache plan: 28 steps, ratios of demo (measured)" in text
+    )
     assert Image.open("magcache_flux.png").size == (64, 64)
     report = json.loads(Path("magcache_flux.json").read_text())
     ran = ["#" if call["kind"] == "computed" else "." for call in report["by_call"]]
@@ -84,8 +99,15 @@ def test_threshold_zero_and_no_magcache_are_the_plain_pipeline(capsys):
     run(capsys, DEV, "--prompt", PROMPT, "--magcache_thresh", 0, "--output", "zero.png")
     run(capsys, DEV, "--prompt", PROMPT, "--no-magcache", "--output", "off.png")
     pipe = FluxPipeline.from_pretrained(DEMO).to(torch.float32)
-    plain = pipe(PROMPT, height=64, width=64, num_inference_steps=28, guidance_scale=3.5, max_sequence_length=16,
-                 generator=torch.Generator().manual_seed(42)).images[0]
+    plain = pipe(
+        PROMPT,
+        height=64,
+        width=64,
+        num_inference_steps=28,
+        guidance_scale=3.5,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(42),
+    ).images[0]
     for name in ("zero.png", "off.png"):
         assert np.array_equal(np.asarray(Image.open(name)), np.asarray(plain))
     assert not Path("off.json").exists()
@@ -93,7 +115,12 @@ def test_threshold_zero_and_no_magcache_are_the_plain_pipeline(capsys):
 
 def test_compare_writes_pictures_figures_and_the_control(capsys):
     text = run(capsys, DEV, "--prompt", PROMPT, "a rocket on a black background", "--compare", "--magcache_plot")
-    for name in ("magcache_flux_1.png", "magcache_flux_2.png", "magcache_flux_compare.png", "magcache_flux_1.schedule.png"):
+    for name in (
+        "magcache_flux_1.png",
+        "magcache_flux_2.png",
+        "magcache_flux_compare.png",
+        "magcache_flux_1.schedule.png",
+    ):
         assert Image.open(name).size[0] >= 64
     report = json.loads(Path("magcache_flux_1.json").read_text())
     computed = report["computed"]
@@ -128,7 +155,18 @@ def test_bundled_calibration_was_measured_on_the_bundled_model(capsys):
 
 
 def test_true_guidance_has_two_branches_that_skip_together(capsys):
-    run(capsys, DEV, "--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2, "--magcache_calibration", "two.json")
+    run(
+        capsys,
+        DEV,
+        "--prompt",
+        PROMPT,
+        "--negative_prompt",
+        "",
+        "--true_cfg_scale",
+        2,
+        "--magcache_calibration",
+        "two.json",
+    )
     assert read("two.json").mag_ratios.keys() == {"cond", "uncond"}
     run(capsys, DEV, "--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2, "--mag_ratios", "two.json")
     calls = json.loads(Path("magcache_flux.json").read_text())["by_call"]
@@ -146,17 +184,23 @@ def test_structure_of_flux_dev(capsys, dev_like):
     report = json.loads(Path("magcache_flux.json").read_text())
     # The demo's scheduler has shift 3, FLUX.1-dev's 3.16 at 1024 pixels: the ratios are carried over.
     assert report["computed"] + report["reused"] == 28 and report["reused"] >= 18
-    text = run(capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--magcache_interp", "nearest", "--prompt", PROMPT)
+    text = run(
+        capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--magcache_interp", "nearest", "--prompt", PROMPT
+    )
     report = json.loads(Path("magcache_flux.json").read_text())
     assert report["strip"] == "###..#...#.#.....#.....#..#." and report["computed"] == 9
 
 
-@pytest.mark.parametrize("name, steps, scheduler, computed", [
-    ("flux-dev", 28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}, 9),
-    ("flux-schnell", 4, {"shift": 1.0}, 3),
-])
+@pytest.mark.parametrize(
+    "name, steps, scheduler, computed",
+    [
+        ("flux-dev", 28, {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}, 9),
+        ("flux-schnell", 4, {"shift": 1.0}, 3),
+    ],
+)
 def test_published_schedule_at_the_noise_levels_of_diffusers(name, steps, scheduler, computed):
-    """At 1024x1024 the pipelines walk the levels that the presets assume, so that the published ratios apply unchanged."""
+    """At 1024x1024 the pipelines walk the levels that the presets assume, so that the published ratios apply
+    unchanged."""
     sampler = FlowMatchEulerDiscreteScheduler(**scheduler)
     mu = {"mu": 1.15} if "max_shift" in scheduler else {}  # calculate_shift at 4,096 tokens
     sampler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), **mu)
@@ -175,7 +219,18 @@ def test_half_precision_walks_the_same_steps(capsys):
 
 
 def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
-    run(capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--magcache_interp", "nearest", "--prompt", PROMPT)
+    run(
+        capsys,
+        SCHNELL,
+        "--model",
+        dev_like,
+        "--mag_ratios",
+        "flux-schnell",
+        "--magcache_interp",
+        "nearest",
+        "--prompt",
+        PROMPT,
+    )
     assert json.loads(Path("magcache_flux_schnell.json").read_text())["strip"] == "##.#"
     text = run(capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--prompt", PROMPT, "--steps", 3)
     assert "a run of 3 steps has nothing to gain" in text
@@ -257,15 +312,36 @@ def test_lora_is_another_model(capsys, tmp_path):
 def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_path, monkeypatch):
     folder = tmp_path / "kontext"
     pipe = FluxPipeline.from_pretrained(dev_like)
-    FluxKontextPipeline(**{name: pipe.components[name] for name in (
-        "scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")}).save_pretrained(folder)
+    FluxKontextPipeline(
+        **{
+            name: pipe.components[name]
+            for name in (
+                "scheduler",
+                "vae",
+                "text_encoder",
+                "tokenizer",
+                "text_encoder_2",
+                "tokenizer_2",
+                "transformer",
+            )
+        }
+    ).save_pretrained(folder)
     # The pipeline scales its reference picture to about a megapixel; a small one is enough here.
     monkeypatch.setattr(sys.modules[FluxKontextPipeline.__module__], "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)])
     Image.new("RGB", (64, 64), "red").save("reference.png")
     counted = []
     compare = flux.FLUX.noise_tokens
-    monkeypatch.setattr(flux, "FLUX", flux.replace(flux.FLUX, noise_tokens=lambda forward: (
-        counted.append((compare(forward), forward["hidden_states"].shape[1])), compare(forward))[1]))
+    monkeypatch.setattr(
+        flux,
+        "FLUX",
+        flux.replace(
+            flux.FLUX,
+            noise_tokens=lambda forward: (
+                counted.append((compare(forward), forward["hidden_states"].shape[1])),
+                compare(forward),
+            )[1],
+        ),
+    )
     arguments = ("--model", folder, "--image", "reference.png", "--prompt", "a robot", "--steps", 8)
     run(capsys, DEV, *arguments, "--magcache_calibration", "kontext.json")
     assert set(counted) == {(64, 128)}
@@ -274,34 +350,40 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     assert report["reused"] > 0 and Image.open("edit.png").size == (64, 64)
 
 
-@pytest.mark.parametrize("arguments, part", [
-    (["--steps", "0"], "--steps must be at least 1"),
-    (["--compare", "--no-magcache"], "leave out --no-magcache"),
-    (["--magcache_thresh", "-1"], "magcache_thresh must be 0 (off) or more"),
-    (["--magcache_K", "-1"], "magcache_K must be 0 (off) or more"),
-    (["--retention_ratio", "2"], "retention_ratio is a share"),
-    (["--mag_ratios", "nope"], "There is no preset 'nope'"),
-    (["--mag_ratios", "flux-dev", "--magcache_speedup", "2", "--magcache_payload", "output"], "need the Gram matrix"),
-    (["--magcache_guard", "2"], "are for planned runs"),
-    (["--magcache_steps", "0"], "magcache_steps must be at least 1"),
-    (["--magcache_speedup", "2", "--magcache_steps", "9"], "not for both"),
-    (["--magcache_speedup", "2", "--magcache_thresh", "0"], "leave it out of a planned run"),
-    (["--mag_ratios", "nope.json"], "There is no calibration file nope.json"),
-    (["--model", "missing/folder"], "cannot be loaded"),
-    (["--prompt_file", "missing.txt"], "cannot be read"),
-    (["--image", "missing.png"], "--image needs FLUX.1-Kontext"),
-    (["--output", "/proc/nowhere/x.png"], "cannot be written"),
-    (["--output", "x.txt"], "is no picture format"),
-    (["--output", "flux.png", "--mag_ratios", "flux.json"], "would overwrite a calibration file"),
-    (["--magcache_cache_device", "nonsense"], "is no device of this machine"),
-    (["--seed", "99999999999999999999999"], "--seed must be between"),
-    (["--height", "0"], "must be multiples of 8"),
-    (["--width", "-8"], "must be multiples of 8"),
-    (["--height", "30"], "must be multiples of 8"),
-    (["--lora", "missing.safetensors"], "cannot be loaded"),
-    (["--offload", "model"], "leave it out"),
-    (["--steps", "1", "--magcache_calibration", "one.json"], "run at least 2"),
-])
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--compare", "--no-magcache"], "leave out --no-magcache"),
+        (["--magcache_thresh", "-1"], "magcache_thresh must be 0 (off) or more"),
+        (["--magcache_K", "-1"], "magcache_K must be 0 (off) or more"),
+        (["--retention_ratio", "2"], "retention_ratio is a share"),
+        (["--mag_ratios", "nope"], "There is no preset 'nope'"),
+        (
+            ["--mag_ratios", "flux-dev", "--magcache_speedup", "2", "--magcache_payload", "output"],
+            "need the Gram matrix",
+        ),
+        (["--magcache_guard", "2"], "are for planned runs"),
+        (["--magcache_steps", "0"], "magcache_steps must be at least 1"),
+        (["--magcache_speedup", "2", "--magcache_steps", "9"], "not for both"),
+        (["--magcache_speedup", "2", "--magcache_thresh", "0"], "leave it out of a planned run"),
+        (["--mag_ratios", "nope.json"], "There is no calibration file nope.json"),
+        (["--model", "missing/folder"], "cannot be loaded"),
+        (["--prompt_file", "missing.txt"], "cannot be read"),
+        (["--image", "missing.png"], "--image needs FLUX.1-Kontext"),
+        (["--output", "/proc/nowhere/x.png"], "cannot be written"),
+        (["--output", "x.txt"], "is no picture format"),
+        (["--output", "flux.png", "--mag_ratios", "flux.json"], "would overwrite a calibration file"),
+        (["--magcache_cache_device", "nonsense"], "is no device of this machine"),
+        (["--seed", "99999999999999999999999"], "--seed must be between"),
+        (["--height", "0"], "must be multiples of 8"),
+        (["--width", "-8"], "must be multiples of 8"),
+        (["--height", "30"], "must be multiples of 8"),
+        (["--lora", "missing.safetensors"], "cannot be loaded"),
+        (["--offload", "model"], "leave it out"),
+        (["--steps", "1", "--magcache_calibration", "one.json"], "run at least 2"),
+    ],
+)
 def test_a_mistake_gets_one_sentence(capsys, arguments, part):
     assert part in complaint(capsys, DEV, "--prompt", PROMPT, *arguments)
 
@@ -332,7 +414,12 @@ def test_copied_by_hand_and_by_install(tmp_path):
     installed.mkdir()
     subprocess.run([sys.executable, "-m", "common", "install", "MagCache4FLUX", installed], cwd=REPOSITORY, check=True)
     for folder in (by_hand, installed):
-        done = subprocess.run([sys.executable, "magcache_flux.py", "--model", DEMO, "--mag_ratios", "demo", "--prompt", PROMPT],
-                              cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            [sys.executable, "magcache_flux.py", "--model", DEMO, "--mag_ratios", "demo", "--prompt", PROMPT],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert (folder / "magcache_flux.png").is_file() and (folder / "magcache_flux.json").is_file()

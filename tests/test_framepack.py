@@ -1,5 +1,6 @@
-"""FramePack's transformer and sampler as the package `framepack` ships them, the same transformer in diffusers, and the jobs of a
-demo. Tiny random weights; latents are compared bit for bit."""
+"""FramePack's transformer and sampler as the package `framepack` ships them, the same transformer in diffusers, and the
+jobs of a demo. Tiny random weights; latents are compared bit for bit."""
+
 import argparse
 import copy
 import importlib
@@ -39,13 +40,17 @@ class Package:
         base = "framepack.diffusers_helper."
         self.sampler = importlib.import_module(base + "pipelines.k_diffusion_hunyuan")
         self.memory = importlib.import_module(base + "memory")
-        self.transformer = importlib.import_module(base + "models.hunyuan_video_packed").HunyuanVideoTransformer3DModelPacked
+        self.transformer = importlib.import_module(
+            base + "models.hunyuan_video_packed"
+        ).HunyuanVideoTransformer3DModelPacked
 
 
 @pytest.fixture(scope="module")
 def package():
-    folders = [unpacked("framepack", "0.0.9", "82c452b40aebc8ec0d29c1735c49927b0eb68ea6179c83751c8f1890907d85cf"),
-               unpacked("einops", "0.8.1", "919387eb55330f5757c6bea9165c5ff5cfe63a642682ea788a6d472576d81737")]
+    folders = [
+        unpacked("framepack", "0.0.9", "82c452b40aebc8ec0d29c1735c49927b0eb68ea6179c83751c8f1890907d85cf"),
+        unpacked("einops", "0.8.1", "919387eb55330f5757c6bea9165c5ff5cfe63a642682ea788a6d472576d81737"),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         for folder in folders:
             patch.syspath_prepend(folder)
@@ -73,23 +78,40 @@ def sample(package, model, steps=12, cfg=1.0, frames=2, seed=0, history=None, ca
     made = torch.Generator().manual_seed(1000 + seed)
 
     def text():
-        return {"embeds": torch.randn(1, 8, TEXT_WIDTH, generator=made).to(model.dtype),
-                "embeds_mask": torch.ones(1, 8, dtype=torch.bool),
-                "poolers": torch.randn(1, TEXT_WIDTH, generator=made).to(model.dtype)}
+        return {
+            "embeds": torch.randn(1, 8, TEXT_WIDTH, generator=made).to(model.dtype),
+            "embeds_mask": torch.ones(1, 8, dtype=torch.bool),
+            "poolers": torch.randn(1, TEXT_WIDTH, generator=made).to(model.dtype),
+        }
 
     prompts = {f"{kind}prompt_{name}": value for kind in ("", "negative_") for name, value in text().items()}
     around = torch.randn(1, 16, 20, 8, 8, generator=made)
     if history is not None:
         around[:, :, 1:3] = history[:, :, :2]
     return (sampler or package.sampler.sample_hunyuan)(
-        transformer=model, sampler="unipc", width=64, height=64, frames=frames * 4 - 3, real_guidance_scale=cfg,
-        distilled_guidance_scale=10.0, num_inference_steps=steps, shift=shift, generator=torch.Generator().manual_seed(seed),
-        dtype=model.dtype, device=torch.device("cpu"),
+        transformer=model,
+        sampler="unipc",
+        width=64,
+        height=64,
+        frames=frames * 4 - 3,
+        real_guidance_scale=cfg,
+        distilled_guidance_scale=10.0,
+        num_inference_steps=steps,
+        shift=shift,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=model.dtype,
+        device=torch.device("cpu"),
         image_embeddings=torch.randn(1, 4, IMAGE_WIDTH, generator=made).to(model.dtype),
         latent_indices=torch.arange(frames)[None] + 1,
-        clean_latents=around[:, :, :2], clean_latent_indices=torch.tensor([[0, 5]]),
-        clean_latents_2x=around[:, :, 2:4], clean_latent_2x_indices=torch.tensor([[6, 7]]),
-        clean_latents_4x=around[:, :, 4:], clean_latent_4x_indices=torch.arange(8, 24)[None], callback=callback, **prompts)
+        clean_latents=around[:, :, :2],
+        clean_latent_indices=torch.tensor([[0, 5]]),
+        clean_latents_2x=around[:, :, 2:4],
+        clean_latent_2x_indices=torch.tensor([[6, 7]]),
+        clean_latents_4x=around[:, :, 4:],
+        clean_latent_4x_indices=torch.arange(8, 24)[None],
+        callback=callback,
+        **prompts,
+    )
 
 
 def entered(model):
@@ -125,16 +147,24 @@ def measured(package, model, path=None, host=FRAMEPACK, runs=({},), **descriptio
 
 # --- one section ---
 
-@pytest.mark.parametrize("name, settings, steps, skipped", [
-    ("framepack", PUBLISHED, 25, [5, 6, 8, 10, 11, 13, 14, 16, 17, 19, 20, 21, 23]),
-    ("framepack", Settings(0.15, 4, 0.2), 25, [5, 6, 8, 9, 11, 12, 13, 15, 16, 17, 19, 20, 21, 22]),
-    ("framepack-f1", PUBLISHED, 25, [5, 6, 8, 10, 11, 13, 14, 15, 17, 18, 19, 21, 23]),
-])
+
+@pytest.mark.parametrize(
+    "name, settings, steps, skipped",
+    [
+        ("framepack", PUBLISHED, 25, [5, 6, 8, 10, 11, 13, 14, 16, 17, 19, 20, 21, 23]),
+        ("framepack", Settings(0.15, 4, 0.2), 25, [5, 6, 8, 9, 11, 12, 13, 15, 16, 17, 19, 20, 21, 22]),
+        ("framepack-f1", PUBLISHED, 25, [5, 6, 8, 10, 11, 13, 14, 15, 17, 18, 19, 21, 23]),
+    ],
+)
 def test_skips_the_steps_that_the_release_skips(package, transformer, name, settings, steps, skipped):
     strip = entered(transformer)
     with cached(package, transformer, settings, name) as handle:
         sample(package, transformer, steps)
-    assert [step for step, letter in enumerate(strip()) if letter == "."] == skipped == handle.reports[0].schedule.skipped_steps
+    assert (
+        [step for step, letter in enumerate(strip()) if letter == "."]
+        == skipped
+        == handle.reports[0].schedule.skipped_steps
+    )
     assert handle.reports[0].complete
 
 
@@ -196,6 +226,7 @@ def test_dynamic_swap_changes_nothing(package, transformer):
 
 # --- sections ---
 
+
 def test_every_section_begins_anew(package, transformer):
     alone = []
     for history in (None, "before"):
@@ -231,12 +262,18 @@ def test_a_section_after_a_cancelled_one_is_as_alone(package, transformer):
 
 # --- calibration ---
 
+
 def residuals_by_hand(package, model, steps, kept):
     """Of the last `kept` tokens, one a step; computed with hooks on the first and the last block."""
     found, hooks = [], []
-    hooks.append(model.transformer_blocks[0].register_forward_pre_hook(lambda module, args: found.append(args[0].clone())))
-    hooks.append(model.single_transformer_blocks[-1].register_forward_hook(
-        lambda module, args, output: found.append(output[0] - found.pop())))
+    hooks.append(
+        model.transformer_blocks[0].register_forward_pre_hook(lambda module, args: found.append(args[0].clone()))
+    )
+    hooks.append(
+        model.single_transformer_blocks[-1].register_forward_hook(
+            lambda module, args, output: found.append(output[0] - found.pop())
+        )
+    )
     sample(package, model, steps)
     for hook in hooks:
         hook.remove()
@@ -265,6 +302,7 @@ def test_calibration_is_the_mean_over_sections(package, transformer, tmp_path):
 
 # --- the same transformer in diffusers ---
 
+
 @pytest.fixture(scope="module")
 def diffusers_pipe():
     from diffusers import (
@@ -273,16 +311,36 @@ def diffusers_pipe():
         HunyuanVideoFramepackPipeline,
         HunyuanVideoFramepackTransformer3DModel,
     )
+
     torch.manual_seed(0)
     transformer = HunyuanVideoFramepackTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, num_layers=2, num_single_layers=3, num_refiner_layers=1,
-        text_embed_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, rope_axes_dim=(4, 6, 6), has_image_proj=True,
-        image_proj_dim=IMAGE_WIDTH, has_clean_x_embedder=True)
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_single_layers=3,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        rope_axes_dim=(4, 6, 6),
+        has_image_proj=True,
+        image_proj_dim=IMAGE_WIDTH,
+        has_clean_x_embedder=True,
+    )
     vae = AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
     pipe = HunyuanVideoFramepackPipeline(
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, transformer=transformer, vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), image_encoder=None, feature_extractor=None)
-    pipe.encode_image = lambda image, **kwargs: torch.nn.functional.adaptive_avg_pool2d(image, (4, IMAGE_WIDTH // 4)).flatten(2)
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        image_encoder=None,
+        feature_extractor=None,
+    )
+    pipe.encode_image = lambda image, **kwargs: torch.nn.functional.adaptive_avg_pool2d(
+        image, (4, IMAGE_WIDTH // 4)
+    ).flatten(2)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -290,21 +348,32 @@ def diffusers_pipe():
 def video(pipe, steps=12, **options):
     """Latents of a job of two sections, in each of which 2 latent frames are sampled."""
     made = torch.Generator().manual_seed(0)
-    return pipe(image=torch.rand(1, 3, 64, 64, generator=made), height=64, width=64, num_frames=9, latent_window_size=2,
-                num_inference_steps=steps, prompt_embeds=torch.randn(1, 8, TEXT_WIDTH, generator=made),
-                pooled_prompt_embeds=torch.randn(1, TEXT_WIDTH, generator=made), prompt_attention_mask=torch.ones(1, 8),
-                negative_prompt_embeds=torch.randn(1, 8, TEXT_WIDTH, generator=made),
-                negative_pooled_prompt_embeds=torch.randn(1, TEXT_WIDTH, generator=made),
-                negative_prompt_attention_mask=torch.ones(1, 8), generator=torch.Generator().manual_seed(1),
-                output_type="latent", **options).frames[-1]
+    return pipe(
+        image=torch.rand(1, 3, 64, 64, generator=made),
+        height=64,
+        width=64,
+        num_frames=9,
+        latent_window_size=2,
+        num_inference_steps=steps,
+        prompt_embeds=torch.randn(1, 8, TEXT_WIDTH, generator=made),
+        pooled_prompt_embeds=torch.randn(1, TEXT_WIDTH, generator=made),
+        prompt_attention_mask=torch.ones(1, 8),
+        negative_prompt_embeds=torch.randn(1, 8, TEXT_WIDTH, generator=made),
+        negative_pooled_prompt_embeds=torch.randn(1, TEXT_WIDTH, generator=made),
+        negative_prompt_attention_mask=torch.ones(1, 8),
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+        **options,
+    ).frames[-1]
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_the_transformer_of_diffusers_runs_through_the_same_description(diffusers_pipe, cfg):
     pipe, table = diffusers_pipe, load("framepack")
     plain = video(pipe, true_cfg_scale=cfg)
-    patched = magcache_forward(pipe.transformer, FRAMEPACK, table, Settings(0.3, 3, 0.2), lambda: pipe.scheduler.timesteps,
-                               announce=None)
+    patched = magcache_forward(
+        pipe.transformer, FRAMEPACK, table, Settings(0.3, 3, 0.2), lambda: pipe.scheduler.timesteps, announce=None
+    )
     strip = entered(pipe.transformer)
     with patched as handle:
         latents = video(pipe, true_cfg_scale=cfg)
@@ -313,12 +382,16 @@ def test_the_transformer_of_diffusers_runs_through_the_same_description(diffuser
     assert len(handle.reports) == 2 and all(report.reused > 0 and report.complete for report in handle.reports)
     assert handle.reports[0].peak_bytes == calls * TOKENS * 32 * 4
     assert not torch.equal(latents, plain) and torch.equal(video(pipe, true_cfg_scale=cfg), plain)
-    with magcache_forward(pipe.transformer, FRAMEPACK, table, Settings(0.3, 0, 0.2), lambda: pipe.scheduler.timesteps,
-                          announce=None):
+    with magcache_forward(
+        pipe.transformer, FRAMEPACK, table, Settings(0.3, 0, 0.2), lambda: pipe.scheduler.timesteps, announce=None
+    ):
         assert torch.equal(video(pipe, true_cfg_scale=cfg), plain)
     with magcache_calibration(pipe.transformer, FRAMEPACK, lambda: pipe.scheduler.timesteps, "tiny") as measuring:
         assert torch.equal(video(pipe, true_cfg_scale=cfg), plain)
-    assert list(measuring.mag_ratios.mag_ratios) == ["cond", "uncond"][:calls] and measuring.mag_ratios.statistics["runs"] == 2
+    assert (
+        list(measuring.mag_ratios.mag_ratios) == ["cond", "uncond"][:calls]
+        and measuring.mag_ratios.statistics["runs"] == 2
+    )
 
 
 # --- jobs of a demo ---
@@ -329,8 +402,9 @@ JOB = {"steps": 12, "seconds": 0.5, "window": 2, "cfg": 1.0, "use_teacache": Tru
 
 
 class Demo(types.ModuleType):
-    """What a job passes through in FramePack's demo: `process`, which starts `worker` in a thread and follows the newest stream;
-    `sample_hunyuan`, once a section; and End Generation. The sampler and the transformer are the package's."""
+    """What a job passes through in FramePack's demo: `process`, which starts `worker` in a thread and follows the
+    newest stream; `sample_hunyuan`, once a section; and End Generation. The sampler and the transformer are the
+    package's."""
 
     def __init__(self, package, transformer, folder):
         super().__init__("demo_gradio")
@@ -345,13 +419,23 @@ class Demo(types.ModuleType):
         self.teacache.append(use_teacache)
         try:
             for section in range(sections(seconds, window)):
+
                 def callback(state, section=section):
                     if self.end_at == (section, state["i"]):
                         self.stream.put("end")
                         raise KeyboardInterrupt
 
-                self.latents.append(sample(self.package, self.transformer, int(steps), cfg, sampler=self.sample_hunyuan,
-                                           history=self.latents[-1] if section else None, callback=callback))
+                self.latents.append(
+                    sample(
+                        self.package,
+                        self.transformer,
+                        int(steps),
+                        cfg,
+                        sampler=self.sample_hunyuan,
+                        history=self.latents[-1] if section else None,
+                        callback=callback,
+                    )
+                )
                 self.stream.put(str(self.folder / f"{section}.mp4"))
         except BaseException:
             self.when_cancelled()
@@ -453,8 +537,14 @@ def test_calibration_in_the_page_is_used_from_then_on(demo, tmp_path):
     assert "Measured in 2 sections" in lines[-1] and shown[-1][0] is None and shown[-1][2]
     assert published.origin == "published" and jobs.table.origin == "measured"
     table = read(path)
-    assert table.rule == {"max_deviation": 0.06} and table.statistics["runs"] == 2 and table.mag_ratios == jobs.table.mag_ratios
-    assert any("predictor linear" in line for line in jobs.plan(12, 1, 2, *AT_TWICE)) and len(run(jobs, AT_TWICE)[0]) == 2
+    assert (
+        table.rule == {"max_deviation": 0.06}
+        and table.statistics["runs"] == 2
+        and table.mag_ratios == jobs.table.mag_ratios
+    )
+    assert (
+        any("predictor linear" in line for line in jobs.plan(12, 1, 2, *AT_TWICE)) and len(run(jobs, AT_TWICE)[0]) == 2
+    )
     again = jobs_of(Demo(demo.package, demo.transformer, demo.folder))  # the page of another day
     assert again.table.mag_ratios == table.mag_ratios
 
@@ -467,7 +557,9 @@ def test_a_calibration_that_breaks_off_saves_what_is_complete(demo):
     assert jobs.table.origin == "published"
     demo.end_at = (1, 5)
     _, lines, shown = run(jobs, CALIBRATE)
-    assert "Measured in 1 section," in lines[-1] and shown[-1][2] and read(jobs.calibration_file).statistics["runs"] == 1
+    assert (
+        "Measured in 1 section," in lines[-1] and shown[-1][2] and read(jobs.calibration_file).statistics["runs"] == 1
+    )
 
 
 def test_flags_name_the_files(demo, tmp_path):
@@ -487,7 +579,9 @@ def test_the_plan_line_follows_the_controls(demo):
     assert shown[1].split()[0] == "#####..#.#..#..#..#...#.#" and "computes 12 of 25: at most 2.08x" in shown[2]
     assert shown[-1] == "4 sections: 48 of 100 steps of the job compute"
     assert "computes 11 of 25" in jobs.plan(25, 5, 9, True, False, 0.15, 4, 0.2, "off")[2]
-    assert jobs.plan(50, 10, 9, *ON)[1].split()[0] != shown[1].split()[0] and "8 sections" in jobs.plan(50, 10, 9, *ON)[-1]
+    assert (
+        jobs.plan(50, 10, 9, *ON)[1].split()[0] != shown[1].split()[0] and "8 sections" in jobs.plan(50, 10, 9, *ON)[-1]
+    )
     assert any("magcache_K is 0" in line for line in jobs.plan(25, 5, 9, True, False, 0.1, 0, 0.2, "off"))
     assert any("magcache_speedup 2" in line for line in jobs.plan(25, 5, 9, *AT_TWICE))
     assert "every step computes" in jobs.plan(25, 5, 9, *OFF)[0]
@@ -519,6 +613,7 @@ def test_wrong_values_are_refused_before_anything_runs(demo):
 
 
 # --- around the page ---
+
 
 def test_the_plan_is_drawn(demo):
     jobs = jobs_of(demo)
@@ -554,17 +649,22 @@ def test_flags_join_those_of_a_script_that_parses_when_imported(monkeypatch, cap
     assert "--magcache_calibration" in capsys.readouterr().out and argparse.ArgumentParser.parse_args is plain
 
 
-@pytest.mark.parametrize("given, sentence", [
-    ({"mag_ratios": "nothing.json"}, "no calibration file nothing.json"),
-    ({"magcache_calibration": "/proc/none/x.json"}, "--magcache_calibration /proc/none/x.json cannot be written"),
-])
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"mag_ratios": "nothing.json"}, "no calibration file nothing.json"),
+        ({"magcache_calibration": "/proc/none/x.json"}, "--magcache_calibration /proc/none/x.json cannot be written"),
+    ],
+)
 def test_flags_are_checked_before_weights_are_loaded(given, sentence):
     with pytest.raises(MagCacheError, match=sentence):
         framepack_page.check_flags(flags(**given))
 
 
 def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(io=types.SimpleNamespace(), __version__="0.28.0"))
+    monkeypatch.setitem(
+        sys.modules, "torchvision", types.SimpleNamespace(io=types.SimpleNamespace(), __version__="0.28.0")
+    )
     with pytest.raises(MagCacheError, match="torchvision 0.28.0"):
         framepack_page.check_flags(flags())
 

@@ -1,10 +1,12 @@
-"""The real page of a FramePack checkout with tiny random weights: jobs through its own `process` and `worker`, and a browser.
+"""The real page of a FramePack checkout with tiny random weights: jobs through its own `process` and `worker`, and a
+browser.
 
     MAGCACHE_FRAMEPACK=/path/to/FramePack python -m pytest tests/test_framepack_page.py
 
-Needs gradio 5 as the checkout pins it; the browser also playwright and Chromium ($MAGCACHE_CHROMIUM, else the one on the PATH).
-$MAGCACHE_SCREENSHOT: file that a picture of the page goes to.
+Needs gradio 5 as the checkout pins it; the browser also playwright and Chromium ($MAGCACHE_CHROMIUM, else the one on
+the PATH). $MAGCACHE_SCREENSHOT: file that a picture of the page goes to.
 """
+
 import json
 import os
 import re
@@ -46,30 +48,52 @@ def checkout(tmp_path_factory):
 
 
 def environment(folder, **changes):
-    return {**os.environ, "MAGCACHE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "GRADIO_ANALYTICS_ENABLED": "False", **changes}
+    return {
+        **os.environ,
+        "MAGCACHE_HOME": str(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        **changes,
+    }
 
 
 def run_jobs(checkout, script, jobs, *flags, **changes):
     """What came of each job in one process of the demo."""
     (checkout / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run([sys.executable, TESTS / "framepack_cpu.py", "--jobs", "jobs.json", script, *flags], cwd=checkout,
-                          env=environment(checkout, **changes), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, TESTS / "framepack_cpu.py", "--jobs", "jobs.json", script, *flags],
+        cwd=checkout,
+        env=environment(checkout, **changes),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("JOBS "))[5:])
 
 
 @pytest.mark.parametrize("page, free_gb", [("demo_gradio", "80"), ("demo_gradio", "20"), ("demo_gradio_f1", "80")])
 def test_jobs(checkout, page, free_gb):
-    plain, teacache, guided = run_jobs(checkout, f"{page}.py", [JOB, {**JOB, "teacache": True}, {**JOB, "cfg": 2.0}],
-                                       FREE_GB=free_gb)
+    plain, teacache, guided = run_jobs(
+        checkout, f"{page}.py", [JOB, {**JOB, "teacache": True}, {**JOB, "cfg": 2.0}], FREE_GB=free_gb
+    )
     jobs = {
-        "off": {"ours": OFF}, "TeaCache": {"ours": OFF, "teacache": True}, "K 0": {"ours": (True, False, 0.1, 0, 0.2, "off")},
-        "on": {"ours": ON}, "on, TeaCache too": {"ours": ON, "teacache": True}, "guided": {"ours": ON, "cfg": 2.0},
+        "off": {"ours": OFF},
+        "TeaCache": {"ours": OFF, "teacache": True},
+        "K 0": {"ours": (True, False, 0.1, 0, 0.2, "off")},
+        "on": {"ours": ON},
+        "on, TeaCache too": {"ours": ON, "teacache": True},
+        "guided": {"ours": ON, "cfg": 2.0},
         "guided, off": {"ours": OFF, "cfg": 2.0},
         "ended": {"ours": ON, "steps": 25, "seconds": 3.6, "cfg": 2.0, "end_at": [1, 9]},
-        "on again": {"ours": ON}, "calibrated": {"ours": CALIBRATE}, "twice": {"ours": TWICE}}
-    done = dict(zip(jobs, run_jobs(checkout, f"magcache_{page}.py", [{**JOB, **job} for job in jobs.values()], FREE_GB=free_gb)))
+        "on again": {"ours": ON},
+        "calibrated": {"ours": CALIBRATE},
+        "twice": {"ours": TWICE},
+    }
+    done = dict(
+        zip(jobs, run_jobs(checkout, f"magcache_{page}.py", [{**JOB, **job} for job in jobs.values()], FREE_GB=free_gb))
+    )
     sections = {name: job["sections"] for name, job in done.items()}
     assert len(plain["sections"]) == 2 and len(set(plain["sections"])) == 2
     assert sections["off"] == sections["K 0"] == sections["calibrated"] == plain["sections"]
@@ -81,7 +105,7 @@ def test_jobs(checkout, page, free_gb):
     assert "Measured in 2 sections" in done["calibrated"]["text"] and "reused nothing" in done["K 0"]["text"]
     report = json.loads((checkout / done["on"]["video"]).with_suffix(".json").read_text())
     assert [section["complete"] for section in report["sections"]] == [True, True]
-    saved, = (checkout / "home").glob("*.json")
+    (saved,) = (checkout / "home").glob("*.json")
     assert read(saved).rule == {"max_deviation": 0.06} and read(saved).statistics["runs"] == 2
     saved.unlink()
 
@@ -93,11 +117,14 @@ def test_a_job_started_before_the_last_one_has_ended(checkout):
     assert not ended["sections"] and after["sections"] == alone["sections"] and after["video"]
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"use_teacache = gr": "teacache = gr", "use_teacache, mp4_crf]": "teacache, mp4_crf]"}, "no use_teacache"),
-    ({"click(fn=process": "click(fn=lambda *values: process(*values)"}, "its button starts something else"),
-    ({"gradio==5.23.0": "gradio==4.44.1"}, "pins gradio 4.44.1"),
-])
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"use_teacache = gr": "teacache = gr", "use_teacache, mp4_crf]": "teacache, mp4_crf]"}, "no use_teacache"),
+        ({"click(fn=process": "click(fn=lambda *values: process(*values)"}, "its button starts something else"),
+        ({"gradio==5.23.0": "gradio==4.44.1"}, "pins gradio 4.44.1"),
+    ],
+)
 def test_a_changed_page_gets_one_sentence(checkout, tmp_path, changes, sentence):
     changed = tmp_path / "FramePack"
     shutil.copytree(checkout, changed, ignore=shutil.ignore_patterns("outputs", "home"))
@@ -106,12 +133,19 @@ def test_a_changed_page_gets_one_sentence(checkout, tmp_path, changes, sentence)
         for old, new in changes.items():
             text = text.replace(old, new)
         path.write_text(text)
-    done = subprocess.run([sys.executable, TESTS / "framepack_cpu.py", "magcache_demo_gradio.py"], cwd=changed,
-                          env=environment(changed), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, TESTS / "framepack_cpu.py", "magcache_demo_gradio.py"],
+        cwd=changed,
+        env=environment(changed),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
 
 
 # --- in a browser ---
+
 
 @pytest.fixture
 def address(checkout, tmp_path):
@@ -120,8 +154,21 @@ def address(checkout, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = open(tmp_path / "log", "w")
-    server = subprocess.Popen([sys.executable, TESTS / "framepack_cpu.py", "magcache_demo_gradio.py", "--server", "127.0.0.1",
-                               "--port", str(port)], cwd=checkout, env=environment(tmp_path), stdout=log, stderr=log)
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            TESTS / "framepack_cpu.py",
+            "magcache_demo_gradio.py",
+            "--server",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ],
+        cwd=checkout,
+        env=environment(tmp_path),
+        stdout=log,
+        stderr=log,
+    )
     try:
         for _ in range(400):
             try:
@@ -215,8 +262,11 @@ def click_through(page, address, tmp_path, expect):
     if os.environ.get("MAGCACHE_SCREENSHOT"):
         page.wait_for_timeout(1500)
         bottom = page.get_by_label("Seed", exact=True).bounding_box()["y"] - 45
-        page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True,
-                        clip={"x": 120, "y": 0, "width": 1000, "height": bottom})
+        page.screenshot(
+            path=os.environ["MAGCACHE_SCREENSHOT"],
+            full_page=True,
+            clip={"x": 120, "y": 0, "width": 1000, "height": bottom},
+        )
 
     number("Steps", 100)
     shows("2 sections: ")
@@ -233,5 +283,5 @@ def click_through(page, address, tmp_path, expect):
     shows("Measured in 2 sections", 120)
     ticked("Use MagCache")
     shows("(measured)")
-    saved, = (tmp_path / "home").glob("framepack-*.json")
+    (saved,) = (tmp_path / "home").glob("framepack-*.json")
     assert read(saved).steps == 12

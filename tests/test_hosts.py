@@ -1,4 +1,5 @@
 """The downloads of the other tests: whole or not at all, and a skip with one sentence where there is none."""
+
 import subprocess
 import tarfile
 import zipfile

@@ -1,5 +1,6 @@
-"""HunyuanVideo: a transformer shaped like the checkout's, written for these tests, and diffusers' own with random weights.
-tests/test_hunyuan_upstream.py runs the same on the checkout's transformer, and its scripts."""
+"""HunyuanVideo: a transformer shaped like the checkout's, written for these tests, and diffusers' own with random
+weights. tests/test_hunyuan_upstream.py runs the same on the checkout's transformer, and its scripts."""
+
 import argparse
 import copy
 import functools
@@ -32,14 +33,23 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = runpy.run_path(str(REPOSITORY / "MagCache4HunyuanVideo" / "magcache_sample_video.py"))
 PUBLISHED = Settings(0.24, 6, 0.2)
 GOLDEN = json.loads((REPOSITORY / "tests" / "golden_schedules.json").read_text())["runs"]
-RATIOS = MagRatios(name="tiny", origin="measured", sigmas=tuple(flow_sigmas(12, 7.0)), mag_ratios={"cond": [1.0] + [0.98] * 11},
-                   sampler={"shift": 7.0})
+RATIOS = MagRatios(
+    name="tiny",
+    origin="measured",
+    sigmas=tuple(flow_sigmas(12, 7.0)),
+    mag_ratios={"cond": [1.0] + [0.98] * 11},
+    sampler={"shift": 7.0},
+)
 
 
 def released(size):
     """The 50 steps of the released code at its own settings, one letter a step."""
-    (run,) = [run for run in GOLDEN if (run["rule"], run["table"], run["thresh"], run["K"], run["R"], run["steps"]) ==
-              ("hunyuan", size.rstrip("p"), 0.24, 6, 0.2, 50)]
+    (run,) = [
+        run
+        for run in GOLDEN
+        if (run["rule"], run["table"], run["thresh"], run["K"], run["R"], run["steps"])
+        == ("hunyuan", size.rstrip("p"), 0.24, 6, 0.2, 50)
+    ]
     return "".join(".#"[step not in run["cond"]] for step in range(50))
 
 
@@ -65,10 +75,12 @@ class Double(nn.Module):
         self.hybrid_seq_parallel_attn = None
 
     def forward(self, img, txt, vec, *rest):
-        parts = [torch.cat(pair, 1) for pair in zip((self.image(img) + vec[:, None].repeat(1, 1, 3)).chunk(3, -1),
-                                                    self.text(txt).chunk(3, -1))]
+        parts = [
+            torch.cat(pair, 1)
+            for pair in zip((self.image(img) + vec[:, None].repeat(1, 1, 3)).chunk(3, -1), self.text(txt).chunk(3, -1))
+        ]
         out = mixed(*parts, self.hybrid_seq_parallel_attn, img.shape[1])
-        return img + out[:, :img.shape[1]], txt + out[:, img.shape[1]:]
+        return img + out[:, : img.shape[1]], txt + out[:, img.shape[1] :]
 
 
 class Single(nn.Module):
@@ -96,17 +108,33 @@ class Shaped(nn.Module):
     def __init__(self, channels=4, width=16, double=2, single=3):
         super().__init__()
         self.patch_size, self.hidden_size, self.channels = [1, 2, 2], width, channels
-        self.img_in, self.txt_in, self.time_in = nn.Linear(4 * channels, width), nn.Linear(8, width), nn.Linear(1, width)
+        self.img_in, self.txt_in, self.time_in = (
+            nn.Linear(4 * channels, width),
+            nn.Linear(8, width),
+            nn.Linear(1, width),
+        )
         self.vector_in = nn.Linear(8, width)
         self.double_blocks = nn.ModuleList([Double(width) for _ in range(double)])
         self.single_blocks = nn.ModuleList([Single(width) for _ in range(single)])
         self.final_layer = Final(width, channels)
 
-    def forward(self, x, t, text_states=None, text_mask=None, text_states_2=None, freqs_cos=None, freqs_sin=None, guidance=None,
-                return_dict=True):
+    def forward(
+        self,
+        x,
+        t,
+        text_states=None,
+        text_mask=None,
+        text_states_2=None,
+        freqs_cos=None,
+        freqs_sin=None,
+        guidance=None,
+        return_dict=True,
+    ):
         dtype = self.img_in.weight.dtype
         vec = self.time_in(t[:, None].to(dtype) / 1000) + self.vector_in(text_states_2)
-        tiles = x.to(dtype).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))  # batch, channels, frames, rows, 2, columns, 2
+        tiles = (
+            x.to(dtype).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2))
+        )  # batch, channels, frames, rows, 2, columns, 2
         img, txt = self.img_in(tiles.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)), self.txt_in(text_states)
         length, text_length = img.shape[1], txt.shape[1]
         for block in self.double_blocks:
@@ -122,8 +150,8 @@ class Shaped(nn.Module):
 
 
 class Subject:
-    """A transformer with the facts of its class; `velocity` calls it as its pipeline does. exact: the dtype in which a + (b - a)
-    is b closely enough, and how closely."""
+    """A transformer with the facts of its class; `velocity` calls it as its pipeline does. exact: the dtype in which a
+    + (b - a) is b closely enough, and how closely."""
 
     exact = torch.float64, 1e-9
 
@@ -133,13 +161,23 @@ class Subject:
 
     def prompt(self, batch, seed, dtype=torch.float32):
         made = torch.Generator().manual_seed(1000 + seed)
-        return (torch.randn(1, 6, self.text_width, generator=made).to(dtype).repeat(batch, 1, 1),
-                torch.randn(1, self.pooled_width, generator=made).to(dtype).repeat(batch, 1))
+        return (
+            torch.randn(1, 6, self.text_width, generator=made).to(dtype).repeat(batch, 1, 1),
+            torch.randn(1, self.pooled_width, generator=made).to(dtype).repeat(batch, 1),
+        )
 
     def velocity(self, latents, timestep, text, pooled):
-        return self.model(latents, timestep, text_states=text, text_mask=torch.ones(text.shape[:2], dtype=torch.long),
-                          text_states_2=pooled, freqs_cos=None, freqs_sin=None,
-                          guidance=torch.full((len(latents),), 6000.0), return_dict=True)["x"]
+        return self.model(
+            latents,
+            timestep,
+            text_states=text,
+            text_mask=torch.ones(text.shape[:2], dtype=torch.long),
+            text_states_2=pooled,
+            freqs_cos=None,
+            freqs_sin=None,
+            guidance=torch.full((len(latents),), 6000.0),
+            return_dict=True,
+        )["x"]
 
     @property
     def lists(self):
@@ -149,24 +187,43 @@ class Subject:
 class Diffusers(Subject):
     def __init__(self, condition=None):
         from diffusers import HunyuanVideoTransformer3DModel
+
         self.condition = condition
         torch.manual_seed(0)
         model = HunyuanVideoTransformer3DModel(
-            in_channels={"latent_concat": 9}.get(condition, 4), out_channels=4, num_attention_heads=2, attention_head_dim=16,
-            num_layers=2, num_single_layers=3, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=8, pooled_projection_dim=8,
-            rope_axes_dim=(4, 6, 6), image_condition_type=condition)
+            in_channels={"latent_concat": 9}.get(condition, 4),
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_single_layers=3,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=8,
+            pooled_projection_dim=8,
+            rope_axes_dim=(4, 6, 6),
+            image_condition_type=condition,
+        )
         super().__init__(model.eval().requires_grad_(False), HUNYUANVIDEO)
         self.picture = torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(5))
 
     def velocity(self, latents, timestep, text, pooled):
         given, picture = latents, self.picture.to(latents.dtype).repeat(len(latents), 1, 1, 1, 1)
         if self.condition == "latent_concat":
-            given = torch.cat([latents, picture.repeat(1, 1, latents.shape[2], 1, 1), torch.zeros_like(latents[:, :1])], dim=1)
+            given = torch.cat(
+                [latents, picture.repeat(1, 1, latents.shape[2], 1, 1), torch.zeros_like(latents[:, :1])], dim=1
+            )
         elif self.condition == "token_replace":
             given = torch.cat([picture, latents[:, :, 1:]], dim=2)
-        return self.model(hidden_states=given, timestep=timestep, encoder_hidden_states=text,
-                          encoder_attention_mask=torch.ones(text.shape[:2]), pooled_projections=pooled,
-                          guidance=torch.full((len(latents),), 6000.0), return_dict=False)[0]
+        return self.model(
+            hidden_states=given,
+            timestep=timestep,
+            encoder_hidden_states=text,
+            encoder_attention_mask=torch.ones(text.shape[:2]),
+            pooled_projections=pooled,
+            guidance=torch.full((len(latents),), 6000.0),
+            return_dict=False,
+        )[0]
 
 
 def shaped(**sizes):
@@ -174,8 +231,13 @@ def shaped(**sizes):
     return Subject(Shaped(**sizes).eval().requires_grad_(False))
 
 
-SUBJECTS = {"shaped": shaped, "no single blocks": lambda: shaped(single=0), "diffusers": Diffusers,
-            "latent_concat": lambda: Diffusers("latent_concat"), "token_replace": lambda: Diffusers("token_replace")}
+SUBJECTS = {
+    "shaped": shaped,
+    "no single blocks": lambda: shaped(single=0),
+    "diffusers": Diffusers,
+    "latent_concat": lambda: Diffusers("latent_concat"),
+    "token_replace": lambda: Diffusers("token_replace"),
+}
 
 
 @pytest.fixture(params=SUBJECTS)
@@ -196,7 +258,9 @@ class Flow:
     def iterate(self, steps=12, size=(3, 8, 12), videos=1, cfg=False, shift=7.0, seed=0, dtype=torch.float32):
         """Yields the latents after each step. cfg: both prompts in one call; dtype: of the first latents."""
         shape = self.subject.channels, *size
-        latents = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(videos)])
+        latents = torch.cat(
+            [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(videos)]
+        )
         latents = latents.to(dtype)
         sigmas = torch.tensor([*flow_sigmas(steps, shift), 0.0], dtype=torch.float32)
         self.timesteps = sigmas[:-1] * 1000
@@ -237,8 +301,9 @@ class Executed:
 
 
 class Oracle:
-    """What caching must give, made the expensive way: every block runs at every step, and where `reuse` says so the final layer
-    gets the tokens that entered the first block plus the residual of the newest step that was not reused."""
+    """What caching must give, made the expensive way: every block runs at every step, and where `reuse` says so the
+    final layer gets the tokens that entered the first block plus the residual of the newest step that was not
+    reused."""
 
     def __init__(self, sampler, reuse):
         self.sampler, self.reuse, self.residual, self.before = sampler, reuse, None, None
@@ -278,7 +343,11 @@ def test_reused_steps_equal_the_oracle(subject, run):
     report = handle.reports[0]
     planned = magcache_schedule(RATIOS.at(sampler.timesteps.numpy() / 1000), SHORT).strip
     assert blocks.strip == report.schedule.strip == planned and f"  {planned}   # computes" in plans[0]
-    assert report.complete and not report.unplanned and f"extra memory: {memory_text(report.peak_bytes)} a branch" in plans[0]
+    assert (
+        report.complete
+        and not report.unplanned
+        and f"extra memory: {memory_text(report.peak_bytes)} a branch" in plans[0]
+    )
     Oracle(reference, report.schedule.reuse)
     theirs = list(reference.iterate(**run))
     first = planned.index(".")
@@ -346,7 +415,9 @@ def test_a_calibration_plans_the_next_run(subject, tmp_path):
     oracle = Oracle(watched, np.zeros(12, dtype=bool))
     for _ in watched.iterate(cfg=True):
         norms.append(oracle.residual.norm(dim=-1))
-    with magcache_calibration(sampler.subject.model, subject.host, lambda: sampler.timesteps, "tiny", tmp_path / "tiny.json"):
+    with magcache_calibration(
+        sampler.subject.model, subject.host, lambda: sampler.timesteps, "tiny", tmp_path / "tiny.json"
+    ):
         assert torch.equal(sampler.run(cfg=True), plain)
     table = read(tmp_path / "tiny.json")
     expected = [1.0, *(float((new / old).mean()) for old, new in zip(norms, norms[1:]))]
@@ -354,24 +425,42 @@ def test_a_calibration_plans_the_next_run(subject, tmp_path):
     blocks = Executed(sampler.subject)
     with cached(sampler, table, Target(magcache_steps=6)) as handle:
         sampler.run(cfg=True)
-    assert blocks.strip == handle.reports[0].schedule.strip and blocks.strip.count("#") == 6 and not handle.reports[0].unplanned
+    assert (
+        blocks.strip == handle.reports[0].schedule.strip
+        and blocks.strip.count("#") == 6
+        and not handle.reports[0].unplanned
+    )
 
 
 def test_the_snippet_of_the_readme(capsys):
     """On diffusers' real pipeline, with a small transformer and ready embeddings."""
     from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline
+
     page = (REPOSITORY / "MagCache4HunyuanVideo" / "README.md").read_text()
     real = HunyuanVideoPipeline(
-        transformer=Diffusers().model, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=None, text_encoder=None,
-        tokenizer=None, text_encoder_2=None, tokenizer_2=None)
+        transformer=Diffusers().model,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
 
     class Small:
         transformer, scheduler = real.transformer, real.scheduler
 
         def __call__(self, prompt, height, width, num_frames):
             torch.manual_seed(0)
-            return real(prompt_embeds=torch.randn(1, 6, 8), prompt_attention_mask=torch.ones(1, 6), output_type="latent",
-                        pooled_prompt_embeds=torch.randn(1, 8), height=64, width=96, num_frames=9)
+            return real(
+                prompt_embeds=torch.randn(1, 6, 8),
+                prompt_attention_mask=torch.ones(1, 6),
+                output_type="latent",
+                pooled_prompt_embeds=torch.randn(1, 8),
+                height=64,
+                width=96,
+                num_frames=9,
+            )
 
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {"pipe": Small()})
     said = capsys.readouterr()
@@ -391,8 +480,8 @@ def gathered(tensor, dim):
 
 
 def parallelize(model):
-    """As the checkout's parallelize_transformer: take hold of the forward that is there; at every call, take this rank's rows and
-    set the attention of every block."""
+    """As the checkout's parallelize_transformer: take hold of the forward that is there; at every call, take this
+    rank's rows and set the attention of every block."""
     original = model.forward
 
     @functools.wraps(type(model).forward)
@@ -451,7 +540,9 @@ def one_rank(rank, folder):
     except TypeError as error:
         Path(folder, f"late{rank}").write_text(str(error))
     sampler = Flow(shaped())
-    with magcache_calibration(sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", f"{folder}/two.json"):
+    with magcache_calibration(
+        sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", f"{folder}/two.json"
+    ):
         parallelize(sampler.subject.model)
         sampler.run()
     dist.destroy_process_group()
@@ -471,7 +562,9 @@ def test_two_ranks_render_and_measure_what_one_does(tmp_path):
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
         assert its_strip == strip and "can only concatenate" in (tmp_path / f"late{rank}").read_text()
     sampler = Flow(shaped())
-    with magcache_calibration(sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", tmp_path / "one.json"):
+    with magcache_calibration(
+        sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", tmp_path / "one.json"
+    ):
         sampler.run()
     one, two = (read(tmp_path / f"{name}.json").mag_ratios["cond"] for name in ("one", "two"))
     assert two == pytest.approx(one, abs=1e-5)
@@ -484,8 +577,16 @@ def host_flags(module_argparse):
     parser = module_argparse.ArgumentParser()
     parser.add_argument("--model", default="HYVideo-T/2-cfgdistill")
     parser.add_argument("--video-size", type=int, nargs="+", default=(720, 1280))
-    numbers = {"video-length": 129, "infer-steps": 50, "num-videos": 1, "ulysses-degree": 1, "ring-degree": 1, "flow-shift": 7.0,
-               "cfg-scale": 1.0, "embedded-cfg-scale": 6.0}
+    numbers = {
+        "video-length": 129,
+        "infer-steps": 50,
+        "num-videos": 1,
+        "ulysses-degree": 1,
+        "ring-degree": 1,
+        "flow-shift": 7.0,
+        "cfg-scale": 1.0,
+        "embedded-cfg-scale": 6.0,
+    }
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     for name in ("flow-reverse", "use-fp8", "use-cpu-offload"):
@@ -511,12 +612,16 @@ class Sampler:
         self.pipeline.scheduler = sampler = Flow(Subject(self.pipeline.transformer))
         latents = sampler.run(steps=infer_steps, seed=seed, videos=num_videos, size=(5, 16, 24), cfg=cfg_scale > 1)
         brightness = torch.linspace(0.3, 0.7, num_videos)[:, None, None, None, None]
-        return {"samples": (latents[:, :3] / 12 + brightness).clamp(0, 1), "prompts": [prompt],
-                "seeds": [seed + index for index in range(num_videos)]}
+        return {
+            "samples": (latents[:, :3] / 12 + brightness).clamp(0, 1),
+            "prompts": [prompt],
+            "seeds": [seed + index for index in range(num_videos)],
+        }
 
 
 def save_videos_grid(videos, path, rescale=False, n_rows=1, fps=24):
     import imageio
+
     frames = (videos[0].permute(1, 2, 3, 0) * 255).byte().numpy()
     imageio.mimsave(path, list(frames), fps=fps, macro_block_size=2)
 
@@ -526,11 +631,17 @@ def checkout(monkeypatch, tmp_path):
     """Runs magcache_sample_video.py with flags; returns what was printed."""
     config, sample_video = types.ModuleType("hyvideo.config"), types.ModuleType("sample_video")
     config.argparse = argparse
+
     def main():
         args = sample_video.parse_args()
         sampler = sample_video.HunyuanVideoSampler(args)
-        outputs = sampler.predict(prompt=args.prompt, seed=args.seed, infer_steps=args.infer_steps, num_videos=args.num_videos,
-                                  cfg_scale=args.cfg_scale)
+        outputs = sampler.predict(
+            prompt=args.prompt,
+            seed=args.seed,
+            infer_steps=args.infer_steps,
+            num_videos=args.num_videos,
+            cfg_scale=args.cfg_scale,
+        )
         folder = args.save_path if args.save_path_suffix == "" else f"{args.save_path}_{args.save_path_suffix}"
         Path(folder).mkdir(exist_ok=True)
         for index, sample in enumerate(outputs["samples"]):
@@ -547,23 +658,39 @@ def checkout(monkeypatch, tmp_path):
     def run(*flags):
         sample_video.parse_args = lambda: host_flags(config.argparse)
         sample_video.HunyuanVideoSampler, sample_video.save_videos_grid = Sampler, save_videos_grid
-        monkeypatch.setattr(sys, "argv", ["magcache_sample_video.py", "--prompt", "A cat", "--seed", "3", *map(str, flags)])
+        monkeypatch.setattr(
+            sys, "argv", ["magcache_sample_video.py", "--prompt", "A cat", "--seed", "3", *map(str, flags)]
+        )
         run_script(SCRIPT["run"], SCRIPT)
 
     return run
 
 
 def videos(folder="results"):
-    return {path.name: read_frames(path)[0] for path in sorted(Path(folder).glob("*.mp4")) if "_compare" not in path.name}
+    return {
+        path.name: read_frames(path)[0] for path in sorted(Path(folder).glob("*.mp4")) if "_compare" not in path.name
+    }
 
 
 def reports(folder="results"):
     return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
 
 
-@pytest.mark.parametrize("size, table", [
-    ((544, 960), "544p"), ((720, 1280), "720p"), ((1280, 720), "720p"), ((960, 544), "544p"), ((624, 832), "544p"),
-    ((1104, 832), "720p"), ((720, 720), "544p"), ((960, 960), "720p"), ((544,), "544p")], ids=str)
+@pytest.mark.parametrize(
+    "size, table",
+    [
+        ((544, 960), "544p"),
+        ((720, 1280), "720p"),
+        ((1280, 720), "720p"),
+        ((960, 544), "544p"),
+        ((624, 832), "544p"),
+        ((1104, 832), "720p"),
+        ((720, 720), "544p"),
+        ((960, 960), "720p"),
+        ((544,), "544p"),
+    ],
+    ids=str,
+)
 def test_the_table_of_the_nearest_size(checkout, capsys, size, table):
     checkout("--flow-reverse", "--video-size", *size)
     printed = capsys.readouterr()
@@ -601,7 +728,10 @@ def test_several_videos_with_comparison(checkout, capsys):
     figures = reports()[0]["quality"]
     computed = reports()[0]["computed"]
     assert reports()[0]["calls"] == 12 and list(figures) == [
-        "un-cached, 12 steps", f"MagCache, {computed} of 12", f"plain sampler, {computed} steps"]
+        "un-cached, 12 steps",
+        f"MagCache, {computed} of 12",
+        f"plain sampler, {computed} steps",
+    ]
     assert all(figures[name]["psnr"] > 10 for name in list(figures)[1:])
     assert not list(Path("results").glob(".*"))
 
@@ -619,7 +749,11 @@ def test_calibration_is_used_from_then_on(checkout, capsys):
     checkout(*flags, "--magcache_calibration", "--save-path", "calibrated")
     (path,) = Path("home").glob("hunyuanvideo-t2v-960x544x129-*.json")
     assert np.array_equal(*[frames for folder in ("plain", "calibrated") for frames in videos(folder).values()])
-    assert read(path).steps == 20 and read(path).settings == {"magcache_thresh": 0.24, "magcache_K": 6, "retention_ratio": 0.2}
+    assert read(path).steps == 20 and read(path).settings == {
+        "magcache_thresh": 0.24,
+        "magcache_K": 6,
+        "retention_ratio": 0.2,
+    }
     capsys.readouterr()
     for payload in ("residual", "output"):
         checkout(*flags, "--magcache_steps", 10, "--magcache_payload", payload)
@@ -635,22 +769,27 @@ def test_the_lines_at_the_top_and_the_flags(checkout, monkeypatch):
     assert reports()[0]["strip"].count(".") == 25
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    ([], "--flow-reverse"),
-    (["--flow-reverse", "--model", "HYVideo-T/2"], "No magnitude ratios are known"),
-    (["--flow-reverse", "--video-length", 1], "cannot save one"),
-    (["--flow-reverse", "--save-path", "/proc/nowhere"], "cannot be written"),
-    (["--flow-reverse", "--compare", "--no-magcache"], "leave out --no-magcache"),
-    (["--flow-reverse", "--compare", "--magcache_calibration"], "one at a time"),
-], ids=str)
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ([], "--flow-reverse"),
+        (["--flow-reverse", "--model", "HYVideo-T/2"], "No magnitude ratios are known"),
+        (["--flow-reverse", "--video-length", 1], "cannot save one"),
+        (["--flow-reverse", "--save-path", "/proc/nowhere"], "cannot be written"),
+        (["--flow-reverse", "--compare", "--no-magcache"], "leave out --no-magcache"),
+        (["--flow-reverse", "--compare", "--magcache_calibration"], "one at a time"),
+    ],
+    ids=str,
+)
 def test_mistakes_are_found_before_loading(checkout, monkeypatch, flags, sentence):
     monkeypatch.setattr(Sampler, "__init__", lambda self, args: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=re.escape(sentence)):
         checkout(*flags)
 
 
-@pytest.mark.parametrize("flag, package", [
-    ("--compare", "torchmetrics"), ("--compare", "tabulate"), ("--magcache_plot", "matplotlib")])
+@pytest.mark.parametrize(
+    "flag, package", [("--compare", "torchmetrics"), ("--compare", "tabulate"), ("--magcache_plot", "matplotlib")]
+)
 def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, package):
     monkeypatch.setattr(Sampler, "__init__", lambda self, args: pytest.fail("loaded"))
     monkeypatch.setitem(sys.modules, package, None)

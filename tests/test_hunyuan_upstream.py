@@ -1,5 +1,7 @@
-"""HunyuanVideo's own code: its transformer in the tests of test_hunyuan.py, and its scripts, run by tests/hunyuan_cpu.py with
-tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio, diffusers, transformers)."""
+"""HunyuanVideo's own code: its transformer in the tests of test_hunyuan.py, and its scripts, run by
+tests/hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
+diffusers, transformers)."""
+
 import os
 import re
 import shlex
@@ -33,8 +35,10 @@ HARNESS = REPOSITORY / "tests" / "hunyuan_cpu.py"
 README = (REPOSITORY / "MagCache4HunyuanVideo" / "README.md").read_text()
 COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)]
 FP8_WEIGHTS = "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states_fp8.pt"
-SMALL = ("--flow-reverse --video-size 512 768 --video-length 9 --infer-steps 20 --seed 5 --prompt Grass --precision fp32 "
-         "--text-encoder-precision fp32 --text-encoder-precision-2 fp32 --vae-precision fp32").split()
+SMALL = (
+    "--flow-reverse --video-size 512 768 --video-length 9 --infer-steps 20 --seed 5 --prompt Grass --precision fp32 "
+    "--text-encoder-precision fp32 --text-encoder-precision-2 fp32 --vae-precision fp32"
+).split()
 
 
 class Upstream(Subject):
@@ -44,11 +48,23 @@ class Upstream(Subject):
 
     def velocity(self, latents, timestep, text, pooled):
         from hyvideo.modules.posemb_layers import get_nd_rotary_pos_embed
+
         sizes = [latents.shape[2], *(size // 2 for size in latents.shape[3:])]
-        cos, sin = get_nd_rotary_pos_embed(self.model.rope_dim_list, sizes, theta=256, use_real=True, theta_rescale_factor=1)
+        cos, sin = get_nd_rotary_pos_embed(
+            self.model.rope_dim_list, sizes, theta=256, use_real=True, theta_rescale_factor=1
+        )
         mask = (torch.arange(text.shape[1]) < 4).long().repeat(len(text), 1)
-        return self.model(latents, timestep, text_states=text, text_mask=mask, text_states_2=pooled, freqs_cos=cos, freqs_sin=sin,
-                          guidance=torch.full((len(latents),), 6000.0), return_dict=True)["x"]
+        return self.model(
+            latents,
+            timestep,
+            text_states=text,
+            text_mask=mask,
+            text_states_2=pooled,
+            freqs_cos=cos,
+            freqs_sin=sin,
+            guidance=torch.full((len(latents),), 6000.0),
+            return_dict=True,
+        )["x"]
 
 
 @pytest.fixture
@@ -56,6 +72,7 @@ def subject(monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT)
     import hunyuan_cpu
     from hyvideo.modules import attenion, models
+
     monkeypatch.setattr(attenion, "flash_attn_varlen_func", hunyuan_cpu.flash_attn_varlen_func)
     monkeypatch.setattr(models, "get_cu_seqlens", hunyuan_cpu.get_cu_seqlens)
     return Upstream(hunyuan_cpu.tiny_model(), channels=16, text_width=4096, pooled_width=768)
@@ -85,10 +102,28 @@ def run(installed, tmp_path, monkeypatch):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": port} if ranks > 1 else {} for rank in range(ranks)]
-        processes = [subprocess.Popen([sys.executable, HARNESS, *map(str, arguments)], env=environment | own, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for own in each]
+        each = [
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if ranks > 1
+            else {}
+            for rank in range(ranks)
+        ]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, HARNESS, *map(str, arguments)],
+                env=environment | own,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for own in each
+        ]
         said = [process.communicate(timeout=500)[0] for process in processes]
         assert all((process.returncode != 0) is fails for process in processes), "\n".join(said)
         return said
@@ -109,11 +144,12 @@ def arguments(word):
     """The script and its arguments in the README's command of the section Run that contains a word."""
     (command,) = [command for command in COMMANDS if word in command and "--video-length" in command]
     words = shlex.split(command.replace("${DIT_CKPT_PATH}", FP8_WEIGHTS))
-    return words[words.index("magcache_sample_video.py"):]
+    return words[words.index("magcache_sample_video.py") :]
 
 
-@pytest.mark.parametrize("word, table, exact", [
-    ("544 960", "544p", True), ("720 1280", "720p", True), ("--use-fp8", "720p", False)])
+@pytest.mark.parametrize(
+    "word, table, exact", [("544 960", "544p", True), ("720 1280", "720p", True), ("--use-fp8", "720p", False)]
+)
 def test_the_commands_of_the_readme(run, word, table, exact):
     command = arguments(word)
     (said,) = run(*command)
@@ -121,7 +157,9 @@ def test_the_commands_of_the_readme(run, word, table, exact):
     (report,) = reports(folder)
     (video,) = videos(folder).values()
     assert f"  {STRIPS[table]}   # computes" in said and report["strip"] == STRIPS[table] and not report["unplanned"]
-    assert ("These ratios were measured at 1280x720, 129 frames; this run is 720x1280, 129 frames." in said) is not exact
+    assert (
+        "These ratios were measured at 1280x720, 129 frames; this run is 720x1280, 129 frames." in said
+    ) is not exact
     assert len(video) == 129 and report["use_fp8"] is (word == "--use-fp8") and report["calls"] == 50
 
 
@@ -153,8 +191,9 @@ def test_the_wrong_order_is_an_error(run):
     assert all("can only concatenate" in text for text in said) and not list(Path("results").glob("*"))
 
 
-@pytest.mark.parametrize("flags", [[], ["--use-cpu-offload"], ["--use-fp8", "--dit-weight", FP8_WEIGHTS]],
-                         ids=["plain", "offload", "fp8"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--use-cpu-offload"], ["--use-fp8", "--dit-weight", FP8_WEIGHTS]], ids=["plain", "offload", "fp8"]
+)
 def test_off_saves_what_sample_video_saves(run, flags):
     run("sample_video.py", *SMALL, *flags)
     plain = frames()
@@ -165,8 +204,18 @@ def test_off_saves_what_sample_video_saves(run, flags):
 
 
 def test_several_videos_at_other_settings(run):
-    (said,) = run("magcache_sample_video.py", *SMALL, "--num-videos", 2, "--cfg-scale", 6, "--flow-shift", 5, "--compare",
-                  "--magcache_plot")
+    (said,) = run(
+        "magcache_sample_video.py",
+        *SMALL,
+        "--num-videos",
+        2,
+        "--cfg-scale",
+        6,
+        "--flow-shift",
+        5,
+        "--compare",
+        "--magcache_plot",
+    )
     assert len(videos()) == len(reports()) == len(list(Path("results").glob("*.png"))) == 2
     assert len(list(Path("results").glob("*_compare.mp4"))) == 2 and "MS-SSIM" in said
     for report in reports():
@@ -184,8 +233,17 @@ def test_calibration_on_one_and_on_two_ranks(run, tmp_path):
     assert one.steps == 20 and two.mag_ratios["cond"] == pytest.approx(one.mag_ratios["cond"], abs=2e-4)
     planned = {}
     for payload, ranks in (("residual", 1), ("output", 1), ("output", 2)):
-        run("magcache_sample_video.py", *SMALL, "--magcache_steps", 8, "--magcache_payload", payload, "--ulysses-degree", ranks,
-            ranks=ranks)
+        run(
+            "magcache_sample_video.py",
+            *SMALL,
+            "--magcache_steps",
+            8,
+            "--magcache_payload",
+            payload,
+            "--ulysses-degree",
+            ranks,
+            ranks=ranks,
+        )
         planned[payload, ranks] = frames()
         assert reports()[0]["computed"] == 8 and not reports()[0]["unplanned"]
     assert far(planned["output", 1], planned["output", 2]) < far(planned["output", 1], plain) / 20

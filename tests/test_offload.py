@@ -1,4 +1,6 @@
-"""The patch and offloading. Weights live on "meta" or are moved from CPU to CPU, which the hooks do not know to be cheap."""
+"""The patch and offloading. Weights live on "meta" or are moved from CPU to CPU, which the hooks do not know to be
+cheap."""
+
 import copy
 
 import accelerate
@@ -24,20 +26,28 @@ def whole_model(model):
 
 def groups_of(blocks, level=GroupOffloadingType.BLOCK_LEVEL):
     def group_offload(model):
-        model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=level, num_blocks_per_group=blocks,
-                                   use_stream=False)
+        model.enable_group_offload(
+            onload_device=CPU, offload_device=CPU, offload_type=level, num_blocks_per_group=blocks, use_stream=False
+        )
 
     return group_offload
 
 
 @pytest.fixture
 def moved(model, monkeypatch):
-    """Counts the times that weights of a block, and other weights, are fetched: `moved["blocks"]`, `moved["others"]`."""
+    """Counts the times that weights of a block, and other weights, are fetched: `moved["blocks"]`,
+    `moved["others"]`."""
     counts = {"blocks": 0, "others": 0}
-    inside = {id(parameter) for name in ("transformer_blocks", "single_transformer_blocks")
-              for parameter in getattr(model, name).parameters()}
-    modules = {id(module) for name in ("transformer_blocks", "single_transformer_blocks")
-               for module in getattr(model, name).modules()}
+    inside = {
+        id(parameter)
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for parameter in getattr(model, name).parameters()
+    }
+    modules = {
+        id(module)
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for module in getattr(model, name).modules()
+    }
     fetch, onload = AlignDevicesHook.pre_forward, ModuleGroup.onload_
 
     def counted_fetch(hook, module, *args, **kwargs):
@@ -71,9 +81,14 @@ def expected(model, euler, cached):
 
 
 @ORDERS
-@pytest.mark.parametrize("offload", [sequential, whole_model, groups_of(1), groups_of(2), groups_of(None, "leaf_level")],
-                         ids=["sequential", "whole model", "groups of 1", "groups of 2", "leaves"])
-def test_no_block_is_entered_or_fetched_on_a_reused_step(model, euler, cached, executed, moved, expected, offload, order):
+@pytest.mark.parametrize(
+    "offload",
+    [sequential, whole_model, groups_of(1), groups_of(2), groups_of(None, "leaf_level")],
+    ids=["sequential", "whole model", "groups of 1", "groups of 2", "leaves"],
+)
+def test_no_block_is_entered_or_fetched_on_a_reused_step(
+    model, euler, cached, executed, moved, expected, offload, order
+):
     (result, guided), (plain, _) = expected
     sampler, blocks = euler(model), executed(model)
     handle = both(model, sampler, offload, cached, order)
@@ -139,7 +154,9 @@ def test_after_an_exception_under_offloading(model, euler, cached, moved, expect
     sampler = euler(model)
     handle = both(model, sampler, groups_of(1), cached, order)
     for step in (1, 2):
-        hook = model.norm_out.register_forward_pre_hook(lambda module, args, step=step: 1 / 0 if sampler.step == step else None)
+        hook = model.norm_out.register_forward_pre_hook(
+            lambda module, args, step=step: 1 / 0 if sampler.step == step else None
+        )
         with pytest.raises(ZeroDivisionError):
             sampler.run()
         hook.remove()

@@ -1,5 +1,6 @@
-"""Open-Sora: models shaped like MMDiTModel (2.0) and STDiT3 (1.2, 1.3), alone and in toy checkouts with scripts that do what the
-checkouts' own scripts do; everything compared bit for bit with runs that no patch touched."""
+"""Open-Sora: models shaped like MMDiTModel (2.0) and STDiT3 (1.2, 1.3), alone and in toy checkouts with scripts that do
+what the checkouts' own scripts do; everything compared bit for bit with runs that no patch touched."""
+
 import json
 import multiprocessing
 import random
@@ -20,14 +21,19 @@ from common.schedule import Settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 12
-RATIOS = MagRatios(name="toy", origin="measured", sigmas=tuple(flow_sigmas(STEPS, 3.0)), mag_ratios={"cond": [1.0] + [0.98] * 11},
-                   sampler={"shift": 3.0})
+RATIOS = MagRatios(
+    name="toy",
+    origin="measured",
+    sigmas=tuple(flow_sigmas(STEPS, 3.0)),
+    mag_ratios={"cond": [1.0] + [0.98] * 11},
+    sampler={"shift": 3.0},
+)
 REUSING = Settings(0.5, 3, 0.2)
 
 
 class Sampler:
-    """Euler steps with the branches of guidance in one batch, as the hosts' samplers drive their model. bare: arguments by
-    position; held: the first frames are given (1.2), so that x_mask changes on the way."""
+    """Euler steps with the branches of guidance in one batch, as the hosts' samplers drive their model. bare: arguments
+    by position; held: the first frames are given (1.2), so that x_mask changes on the way."""
 
     def __init__(self, model):
         self.model, self.timesteps = model, None
@@ -49,8 +55,16 @@ class Sampler:
         img = torch.randn(1, 40, 8, generator=made).to(dtype)
         for sigma, following in zip(sigmas, sigmas[1:]):
             level, cond = torch.full((3,), sigma, dtype=dtype), torch.zeros(3, 40, 12, dtype=dtype)
-            values = {"img": img.repeat(3, 1, 1), "img_ids": None, "txt": texts, "txt_ids": None, "timesteps": level,
-                      "y_vec": texts.mean(1), "cond": cond, "guidance": level}
+            values = {
+                "img": img.repeat(3, 1, 1),
+                "img_ids": None,
+                "txt": texts,
+                "txt_ids": None,
+                "timesteps": level,
+                "y_vec": texts.mean(1),
+                "cond": cond,
+                "guidance": level,
+            }
             given, without, neither = (self.model(*values.values()) if bare else self.model(**values)).chunk(3)
             img = img + (following - sigma) * (neither + 2 * (without - neither) + 3 * (given - without))
         return img
@@ -71,6 +85,7 @@ def cached(sampler, host, settings=REUSING, **options):
 
 
 # The two models
+
 
 @pytest.mark.parametrize("settings", [Settings(0.0, 3, 0.2), Settings(0.5, 0, 0.2)], ids=["thresh", "K"])
 def test_un_cached_is_bit_equal(kind, settings):
@@ -99,7 +114,7 @@ def test_steps_whose_timesteps_bfloat16_cannot_tell_apart(kind):
     ran = Ran(sampler.model)
     with cached(sampler, host) as handle:
         sampler.run(dtype=torch.bfloat16, steps=50, shift=11.9)
-    report, = handle.reports
+    (report,) = handle.reports
     assert report.complete and report.unplanned == {} and ran.strip == report.schedule.strip and report.reused >= 20
 
 
@@ -134,7 +149,9 @@ def test_clips_one_after_another(kind):
 
 def test_announced_memory_is_what_is_kept(kind):
     said, sampler = [], kind[0](torch.bfloat16)
-    with magcache_forward(sampler.model, kind[1], RATIOS, REUSING, lambda: sampler.timesteps, announce=said.append) as handle:
+    with magcache_forward(
+        sampler.model, kind[1], RATIOS, REUSING, lambda: sampler.timesteps, announce=said.append
+    ) as handle:
         sampler.run(dtype=torch.bfloat16)
     assert f"{handle.reports[0].peak_bytes / 1024:.1f} KiB a branch" in said[0]
 
@@ -156,21 +173,31 @@ def test_calibration_changes_nothing_and_measures(kind, tmp_path):
 
 # Two processes that share the tokens
 
+
 def rank_of_two(rank, address, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     results = {}
-    for name, made, host in (("mmdit", lambda: MMDiT().share(), mmdit(2)), ("stdit3", lambda: STDiT3(parallel=True), STDIT3)):
+    for name, made, host in (
+        ("mmdit", lambda: MMDiT().share(), mmdit(2)),
+        ("stdit3", lambda: STDiT3(parallel=True), STDIT3),
+    ):
         sampler = Sampler(made())
-        with magcache_calibration(sampler.model, host, lambda sampler=sampler: sampler.timesteps, name,
-                                  folder / f"{name}.json") as handle:
+        with magcache_calibration(
+            sampler.model, host, lambda sampler=sampler: sampler.timesteps, name, folder / f"{name}.json"
+        ) as handle:
             plain = sampler.run()
         with cached(sampler, host) as cache:
             reused = sampler.run()
         reference = Sampler(made())
         Reused(reference.model, cache.reports[0].schedule.strip)
-        results[name] = {"plain": plain, "reused": reused, "expected": reference.run(), "ratios": handle.mag_ratios.mag_ratios,
-                         "peak": cache.reports[0].peak_bytes}
+        results[name] = {
+            "plain": plain,
+            "reused": reused,
+            "expected": reference.run(),
+            "ratios": handle.mag_ratios.mag_ratios,
+            "peak": cache.reports[0].peak_bytes,
+        }
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -196,6 +223,7 @@ def test_two_processes_with_unequal_shares_hold_one_table(tmp_path):
 
 
 # The drop-in in toy checkouts
+
 
 class Toy:
     """A toy checkout with the drop-in beside it. `run` and `plain` return what its decoder was given."""
@@ -294,8 +322,12 @@ def test_2_with_a_lora(toy2):
 def test_2_tables_are_of_a_kind_of_condition(toy2):
     toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
     toy2.run(CONFIG_2, "--prompt", "cat", "--cond_type", "i2v_head", "--ref", "a.png", "--use_magcache")
-    toy2.run(CONFIG_2, "--prompt", "cat", "--cond_type", "i2v_head", "--use_magcache")  # without ref the host makes it t2v
-    assert toy2.report("video/prompt_0000")["task"] == "open-sora-2.0-t2v" and toy2.report("video/prompt_0000")["reused"]
+    toy2.run(
+        CONFIG_2, "--prompt", "cat", "--cond_type", "i2v_head", "--use_magcache"
+    )  # without ref the host makes it t2v
+    assert (
+        toy2.report("video/prompt_0000")["task"] == "open-sora-2.0-t2v" and toy2.report("video/prompt_0000")["reused"]
+    )
     tables = [read(path).sampler["task"] for path in (toy2.folder / "home").iterdir()]
     assert sorted(tables) == ["open-sora-2.0-i2v_head", "open-sora-2.0-t2v"]
 
@@ -305,11 +337,18 @@ def test_2_compares_the_video_in_which_it_measured(toy2):
     compared = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--magcache_thresh", "0.3", "--compare")
     report = toy2.report("video/prompt_0000")
     assert "broke off" not in toy2.said, toy2.said
-    assert report["quality"].keys() == {f"un-cached, {STEPS} steps", f"MagCache, {report['computed']} of {STEPS}",
-                                        f"plain sampler, {report['computed']} steps"}
+    assert report["quality"].keys() == {
+        f"un-cached, {STEPS} steps",
+        f"MagCache, {report['computed']} of {STEPS}",
+        f"plain sampler, {report['computed']} steps",
+    }
     assert "earlier_clips" not in report and (toy2.folder / "samples/video/prompt_0000_compare.mp4").is_file()
     # measured, MagCache, un-cached, plain sampler; then the second: each from the same noise, the second's its own
-    assert torch.equal(compared[0], plain[0]) and torch.equal(compared[2], plain[0]) and not torch.equal(compared[1], plain[0])
+    assert (
+        torch.equal(compared[0], plain[0])
+        and torch.equal(compared[2], plain[0])
+        and not torch.equal(compared[1], plain[0])
+    )
     assert torch.equal(compared[5], plain[1])
 
 
@@ -329,8 +368,19 @@ def test_2_without_our_flags_is_the_hosts_script(toy2):
     assert not list(toy2.folder.rglob("*.json"))
 
 
-@pytest.mark.parametrize("flag", ["--magcache_tresh", "--magcahe_thresh", "--magcache-thresh", "--use-magcache", "--magcache",
-                                  "--mag_ratio", "--retention-ratio", "--magcache_K3"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--magcache_tresh",
+        "--magcahe_thresh",
+        "--magcache-thresh",
+        "--use-magcache",
+        "--magcache",
+        "--mag_ratio",
+        "--retention-ratio",
+        "--magcache_K3",
+    ],
+)
 def test_mistyped_flags_are_mistakes(toy2, flag):
     """The host would take them for names of its configuration."""
     assert f"There is no flag {flag}" in toy2.mistake(CONFIG_2, "--prompt", "cat", flag, "0.1")
@@ -345,15 +395,20 @@ def test_a_configuration_is_not_taken_for_the_calibration_file(toy2):
 def test_help_lists_both_kinds_of_flags(toy2):
     with pytest.raises(SystemExit):
         toy2.run("--help")
-    assert "--magcache_thresh" in toy2.said and "--retention_ratio" in toy2.said and "usage: magcache_inference.py" in toy2.said
+    assert (
+        "--magcache_thresh" in toy2.said
+        and "--retention_ratio" in toy2.said
+        and "usage: magcache_inference.py" in toy2.said
+    )
 
 
 def test_a_broken_save_leaves_the_old_video(toy2):
     toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
     before = (toy2.folder / "samples/video/prompt_0000.mp4").read_bytes()
     text = (toy2.folder / "opensora/utils/inference.py").read_text()
-    (toy2.folder / "opensora/utils/inference.py").write_text(text.replace(
-        "macro_block_size=None)", "macro_block_size=None)\n        raise OSError('disk full')"))
+    (toy2.folder / "opensora/utils/inference.py").write_text(
+        text.replace("macro_block_size=None)", "macro_block_size=None)\n        raise OSError('disk full')")
+    )
     with pytest.raises(OSError, match="disk full"):
         toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
     assert (toy2.folder / "samples/video/prompt_0000.mp4").read_bytes() == before
@@ -416,4 +471,6 @@ def test_a_checkout_that_changed(toy2):
     (toy2.folder / toy2.script).write_text(text.replace("prepare_models", "make_models"))
     text = (toy2.folder / "opensora/utils/sampling.py").read_text()
     (toy2.folder / "opensora/utils/sampling.py").write_text(text.replace("prepare_models", "make_models"))
-    assert "has no prepare_models where MagCache looks for it" in toy2.mistake(CONFIG_2, "--prompt", "cat", "--use_magcache")
+    assert "has no prepare_models where MagCache looks for it" in toy2.mistake(
+        CONFIG_2, "--prompt", "cat", "--use_magcache"
+    )

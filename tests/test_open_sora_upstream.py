@@ -1,10 +1,13 @@
-"""The drop-in in checkouts of Open-Sora, with their own main(), models and configurations, on a CPU with tiny random weights:
+"""The drop-in in checkouts of Open-Sora, with their own main(), models and configurations, on a CPU with tiny random
+weights:
 
     MAGCACHE_OPENSORA=/path/to/2.0 MAGCACHE_OPENSORA_1_2=/path/to/1.2 MAGCACHE_OPENSORA_1_3=/path/to/1.3 \\
         python -m pytest tests/test_open_sora_upstream.py
 
-Structure, not quality. Text encoders, VAEs, attention kernels and ColossalAI are replaced (opensora_cpu.py); nothing is written
-into the checkouts. Needs mmengine, pandas, av, rotary-embedding-torch, beartype and omegaconf, which they install too."""
+Structure, not quality. Text encoders, VAEs, attention kernels and ColossalAI are replaced (opensora_cpu.py); nothing is
+written into the checkouts. Needs mmengine, pandas, av, rotary-embedding-torch, beartype and omegaconf, which they
+install too."""
+
 import json
 import os
 import socket
@@ -35,8 +38,9 @@ class OpenSoraRuns(WanRuns):
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
         argv = (self.folder / script, self.folder / config, *flags)
-        done = self.together([self.process(argv, cwd, RANK=str(rank), LOCAL_RANK=str(rank), **group, **env)
-                              for rank in range(count)])
+        done = self.together(
+            [self.process(argv, cwd, RANK=str(rank), LOCAL_RANK=str(rank), **group, **env) for rank in range(count)]
+        )
         assert not any(one.code for one in done), done[0].output
         return done
 
@@ -70,6 +74,7 @@ def folder(tmp_path):
 
 def write_lora(folder):
     """An adapter for the projections of MMDiTModel's double blocks, made on a model that has nothing else."""
+
     def named(**modules):
         holder = torch.nn.Module()
         for name, module in modules.items():
@@ -86,12 +91,24 @@ def same(results, others):
 
 
 def strip_of(folder, name):
-    found, = folder.rglob(f"{name}.json")
+    (found,) = folder.rglob(f"{name}.json")
     return json.loads(found.read_text())
 
 
-SMALL_2 = ("--resolution", "256px", "--num_frames", "5", "--num_steps", "12", "--num_workers", "0", "--save_dir", "out",
-           "--dataset.data-path", "prompts.csv")
+SMALL_2 = (
+    "--resolution",
+    "256px",
+    "--num_frames",
+    "5",
+    "--num_steps",
+    "12",
+    "--num_workers",
+    "0",
+    "--save_dir",
+    "out",
+    "--dataset.data-path",
+    "prompts.csv",
+)
 # name: (configuration, flags, processes)
 RUNS_2 = {
     "t2v": ("256px", (), 1),
@@ -108,20 +125,25 @@ RUNS_2 = {
 
 @pytest.mark.parametrize("name", RUNS_2)
 def test_2(checkouts, folder, name):
-    """A csv of two prompts. The first video is measured and equals the host's own; the second equals a full computation with the
-    residuals of the skipped steps replaced."""
+    """A csv of two prompts. The first video is measured and equals the host's own; the second equals a full computation
+    with the residuals of the skipped steps replaced."""
     runs, (config, flags, count) = checkouts("MAGCACHE_OPENSORA"), RUNS_2[name]
     flags = (f"configs/diffusion/inference/{config}.py", *SMALL_2, *flags)
     plain = runs.torchrun("scripts/diffusion/inference.py", *flags, cwd=folder, count=count)[0].latents
-    first, *others = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", "--magcache_thresh", "0.5", cwd=folder,
-                                   count=count)
+    first, *others = runs.torchrun(
+        "magcache_inference.py", *flags, "--use_magcache", "--magcache_thresh", "0.5", cwd=folder, count=count
+    )
     assert same(first.latents[:-1], plain[:-1]) == [True] * (len(plain) - 1)
     assert not torch.equal(first.latents[-1], plain[-1])
     for other in others:
         assert same(other.latents, first.latents) == [True] * len(plain)
-    reports = sorted((json.loads(path.read_text()) for path in folder.rglob("out/*/*.json")), key=lambda one: one["reused"])
-    assert len(reports) == 2 and reports[0]["computed"] == 12 and reports[1]["reused"] >= 4 and not reports[1]["unplanned"]
-    table, = (folder / "home").iterdir()
+    reports = sorted(
+        (json.loads(path.read_text()) for path in folder.rglob("out/*/*.json")), key=lambda one: one["reused"]
+    )
+    assert (
+        len(reports) == 2 and reports[0]["computed"] == 12 and reports[1]["reused"] >= 4 and not reports[1]["unplanned"]
+    )
+    (table,) = (folder / "home").iterdir()
     assert reports[0]["measured"] == str(table) and read(table).sampler["task"] == reports[1]["task"]
 
     strip = reports[1]["strip"]
@@ -139,7 +161,9 @@ def test_2_data_parallel(checkouts, folder):
     for one, other in zip(plain, measured):
         assert same(one.latents, other.latents) == [True]
     assert len(list((folder / "home").iterdir())) == 1
-    later = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", "--magcache_thresh", "0.5", cwd=folder, count=2)
+    later = runs.torchrun(
+        "magcache_inference.py", *flags, "--use_magcache", "--magcache_thresh", "0.5", cwd=folder, count=2
+    )
     reports = [json.loads(path.read_text()) for path in folder.rglob("out/*/*.json")]
     assert len(reports) == 2 and reports[0]["strip"] == reports[1]["strip"] and "." in reports[0]["strip"]
     assert not torch.equal(later[0].latents[0], plain[0].latents[0])
@@ -147,11 +171,22 @@ def test_2_data_parallel(checkouts, folder):
 
 def test_2_one_prompt_and_a_comparison(checkouts, folder):
     runs = checkouts("MAGCACHE_OPENSORA")
-    flags = ("configs/diffusion/inference/256px.py", *SMALL_2[:-2], "--prompt", "cat", "--magcache_steps", "5", "--compare")
-    done, = runs.torchrun("magcache_inference.py", *flags, cwd=folder)
+    flags = (
+        "configs/diffusion/inference/256px.py",
+        *SMALL_2[:-2],
+        "--prompt",
+        "cat",
+        "--magcache_steps",
+        "5",
+        "--compare",
+    )
+    (done,) = runs.torchrun("magcache_inference.py", *flags, cwd=folder)
     report = strip_of(folder, "prompt_0000")
-    assert report["computed"] == 5 and list(report["quality"]) == ["un-cached, 12 steps", "MagCache, 5 of 12",
-                                                                  "plain sampler, 5 steps"]
+    assert report["computed"] == 5 and list(report["quality"]) == [
+        "un-cached, 12 steps",
+        "MagCache, 5 of 12",
+        "plain sampler, 5 steps",
+    ]
     measured, cached, un_cached, _ = done.latents
     assert torch.equal(measured, un_cached) and not torch.equal(cached, un_cached)
     assert len(list(folder.rglob("prompt_0000_compare.mp4"))) == 1
@@ -162,14 +197,27 @@ SMALL_1 = ("--prompt", "cat", "dog walks", "--image-size", "64", "96", "--save-d
 RUNS_1 = {
     "1.2": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17"), 1),
     "1.2 loop": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17", "--loop", "2"), 1),
-    "1.2 picture given": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", (
-        "--num-frames", "17", "--reference-path", "cat.png", "cat.png", "--mask-strategy", "0", "0"), 1),
-    "1.2 batch": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17", "--batch-size", "2"), 1),
+    "1.2 picture given": (
+        "MAGCACHE_OPENSORA_1_2",
+        "opensora-v1-2/inference/sample",
+        ("--num-frames", "17", "--reference-path", "cat.png", "cat.png", "--mask-strategy", "0", "0"),
+        1,
+    ),
+    "1.2 batch": (
+        "MAGCACHE_OPENSORA_1_2",
+        "opensora-v1-2/inference/sample",
+        ("--num-frames", "17", "--batch-size", "2"),
+        1,
+    ),
     "1.2 sequence parallel": ("MAGCACHE_OPENSORA_1_2", "opensora-v1-2/inference/sample", ("--num-frames", "17"), 2),
     "1.3": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/t2v", ("--num-frames", "49"), 1),
     "1.2 in 1.3": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-2/inference/sample", ("--num-frames", "49"), 1),
-    "1.3 i2v": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/v2v", (
-        "--num-frames", "49", "--cond-type", "i2v_head", "--reference-path", "cat.png", "cat.png"), 1),
+    "1.3 i2v": (
+        "MAGCACHE_OPENSORA_1_3",
+        "opensora-v1-3/inference/v2v",
+        ("--num-frames", "49", "--cond-type", "i2v_head", "--reference-path", "cat.png", "cat.png"),
+        1,
+    ),
     "1.3 sequence parallel": ("MAGCACHE_OPENSORA_1_3", "opensora-v1-3/inference/t2v", ("--num-frames", "49"), 2),
 }
 
@@ -181,7 +229,9 @@ def test_1(checkouts, folder, name):
     runs, flags = checkouts(variable), (f"configs/{config}.py", *SMALL_1, *flags)
     plain = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count)[0].latents
     if "v1-3" in config:
-        measured = runs.torchrun("magcache_inference.py", *flags, "--magcache_calibration", cwd=folder, count=count)[0].latents
+        measured = runs.torchrun("magcache_inference.py", *flags, "--magcache_calibration", cwd=folder, count=count)[
+            0
+        ].latents
         assert same(measured, plain) == [True] * len(plain)
     first, *others = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", cwd=folder, count=count)
     for other in others:  # in 1.3 only the first decodes
@@ -212,4 +262,6 @@ def test_help_and_mistyped_flags(checkouts, folder, variable):
     shown = runs.run(runs.folder / "magcache_inference.py", "--help", cwd=folder)
     assert shown.code == 0 and "--use_magcache" in shown.output and "config" in shown.output
     mistyped = runs.run(runs.folder / "magcache_inference.py", "config.py", "--magcache_tresh", "1", cwd=folder)
-    assert mistyped.code == 1 and "There is no flag --magcache_tresh; --magcache_thresh is the nearest." in mistyped.output
+    assert (
+        mistyped.code == 1 and "There is no flag --magcache_tresh; --magcache_thresh is the nearest." in mistyped.output
+    )

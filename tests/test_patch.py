@@ -1,4 +1,5 @@
 """The patch on a tiny FLUX: what runs, what is added, what is left behind. Results are compared bit for bit."""
+
 import copy
 import functools
 import gc
@@ -33,8 +34,10 @@ def alone(model, euler, cached, **run):
 def control(step, branch):
     """ControlNet samples as large as the tokens themselves, so that a missing or a second addition is seen at once."""
     made = torch.Generator().manual_seed(step)
-    return {"controlnet_block_samples": [torch.randn(1, 64, 32, generator=made) for _ in range(2)],
-            "controlnet_single_block_samples": [torch.randn(1, 64, 32, generator=made) for _ in range(3)]}
+    return {
+        "controlnet_block_samples": [torch.randn(1, 64, 32, generator=made) for _ in range(2)],
+        "controlnet_single_block_samples": [torch.randn(1, 64, 32, generator=made) for _ in range(3)],
+    }
 
 
 class Tokens:
@@ -57,8 +60,9 @@ class Tokens:
 
 
 class Oracle(Tokens):
-    """What caching must give, made the expensive way: every block runs at every step, and where `reuse` says so norm_out
-    gets the tokens that entered the first block plus this branch's residual, unless it is older than the plan has it."""
+    """What caching must give, made the expensive way: every block runs at every step, and where `reuse` says so
+    norm_out gets the tokens that entered the first block plus this branch's residual, unless it is older than the plan
+    has it."""
 
     def __init__(self, sampler, reuse):
         super().__init__(sampler.model)
@@ -67,7 +71,7 @@ class Oracle(Tokens):
     def changed(self, args):
         step, branch = self.sampler.step, self.sampler.branch
         made, residual = self.residuals.get(branch, (-1, None))
-        if self.reuse[step] and made >= np.flatnonzero(~self.reuse[:step + 1])[-1]:
+        if self.reuse[step] and made >= np.flatnonzero(~self.reuse[: step + 1])[-1]:
             return self.before + residual, *args[1:]
         self.residuals[branch] = step, self.after - self.before
         return args
@@ -149,8 +153,8 @@ def test_the_residual_is_added_once(model, euler, cached):
 
 @pytest.mark.parametrize("extra", [None, control], ids=["plain", "control"])
 def test_a_residual_of_the_same_step_gives_full_computation(model, euler, host, extra):
-    """Each step runs in full and then again from its own residual; the sampler goes on with the second. In float64, since
-    a + (b - a) is b up to rounding only."""
+    """Each step runs in full and then again from its own residual; the sampler goes on with the second. In float64,
+    since a + (b - a) is b up to rounding only."""
     model.double()
     plain = euler(model).run(steps=6, extra=extra)
     stack, computed = BlockStack(model, host), []
@@ -225,14 +229,19 @@ def test_a_run_after_the_sampler_broke_off_equals_the_run_alone(model, euler, ca
     on, or lower."""
     tails = {start: alone(model, euler, cached, **SHORT, start=start) for start in range(4)}
     tails |= {start: euler(model).run(**SHORT, start=start) for start in range(4, 8)}  # too short to reuse
-    others = RUNS["all"], {**SHORT, "cfg": lambda step: step >= 4}  # guidance begins where another run's residual may be
+    others = (
+        RUNS["all"],
+        {**SHORT, "cfg": lambda step: step >= 4},
+    )  # guidance begins where another run's residual may be
     results = [alone(model, euler, cached, **run) for run in others]
     sampler = euler(model)
     for stop in range(8):
         for start in sorted({0, stop, *range(stop + 1, 8)}):
             with cached(sampler):
                 *_, _ = itertools.islice(sampler.iterate(**{**SHORT, "cfg": cfg}), stop + 1)
-                assert torch.equal(sampler.run(**SHORT, start=start), tails[start]), f"from {start} after a stop at {stop}"
+                assert torch.equal(sampler.run(**SHORT, start=start), tails[start]), (
+                    f"from {start} after a stop at {stop}"
+                )
         for run, result in zip(others, results, strict=True):
             with cached(sampler):
                 *_, _ = itertools.islice(sampler.iterate(**{**SHORT, "cfg": cfg}), stop + 1)
@@ -245,6 +254,7 @@ def test_a_cancel_between_the_two_calls_of_a_step(model, euler, cached):
     result = alone(model, euler, cached, **run)
     sampler = euler(model)
     for stop in range(8):
+
         def cancel(step, branch, stop=stop):
             if (step, branch) == (stop, 1):
                 raise Broken
@@ -288,7 +298,10 @@ def test_guidance_for_a_part_of_the_run(model, euler, cached, executed):
     report = handle.reports[0]
     assert report.schedule.strip == "##..#..#..#."
     assert blocks.strip == "##..#." + ".#" + "##" + ".." + ".." + "##" + ".."
-    assert report.unplanned == {"no residual of this branch yet": 1} and "1 computed unplanned (no residual" in report.line()
+    assert (
+        report.unplanned == {"no residual of this branch yet": 1}
+        and "1 computed unplanned (no residual" in report.line()
+    )
     assert report.complete
     Oracle(reference, report.schedule.reuse)
     assert torch.equal(latents, reference.run(**late))
@@ -321,14 +334,17 @@ def test_guidance_that_pauses(model, euler, cached, executed):
 
 def test_a_batch_that_grows_in_the_middle_of_a_run(model, euler, cached, executed):
     """A residual of another shape would be added to the wrong picture, or broadcast."""
+
     class Doubled:
         dtype = model.dtype
 
         def __call__(self, **kwargs):
             if sampler.step >= 5:
-                kwargs |= {name: torch.cat([kwargs[name]] * 2) for name in (
-                    "hidden_states", "timestep", "guidance", "pooled_projections", "encoder_hidden_states")}
-            return model(**kwargs)[0][:1],
+                kwargs |= {
+                    name: torch.cat([kwargs[name]] * 2)
+                    for name in ("hidden_states", "timestep", "guidance", "pooled_projections", "encoder_hidden_states")
+                }
+            return (model(**kwargs)[0][:1],)
 
     sampler, blocks = euler(Doubled()), executed(model)
     with cached(sampler, model) as handle:
@@ -423,8 +439,11 @@ def test_context_manager_restores_after_an_exception(model, euler, cached):
 def test_a_second_patch_is_refused(model, euler, cached, calibrating):
     sampler = euler(model)
     first = cached(sampler)
-    for again in (lambda: cached(sampler), lambda: calibrating(sampler),
-                  lambda: cached(sampler, torch.compile(model, backend="eager"))):
+    for again in (
+        lambda: cached(sampler),
+        lambda: calibrating(sampler),
+        lambda: cached(sampler, torch.compile(model, backend="eager")),
+    ):
         with pytest.raises(MagCacheError) as caught:
             again()
         assert one_sentence(caught) and "patched already" in str(caught.value)
@@ -483,11 +502,22 @@ def test_a_sampler_without_timesteps_is_refused(model, euler, cached, host, rati
 class NamedExtra(FluxTransformer2DModel):
     """A newer release with one more keyword."""
 
-    def forward(self, hidden_states, encoder_hidden_states=None, pooled_projections=None, timestep=None, img_ids=None,
-                txt_ids=None, guidance=None, brand_new=None, **kwargs):
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states=None,
+        pooled_projections=None,
+        timestep=None,
+        img_ids=None,
+        txt_ids=None,
+        guidance=None,
+        brand_new=None,
+        **kwargs,
+    ):
         self.got.append(brand_new)
-        return super().forward(hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance,
-                               **kwargs)
+        return super().forward(
+            hidden_states, encoder_hidden_states, pooled_projections, timestep, img_ids, txt_ids, guidance, **kwargs
+        )
 
 
 class CatchAll(FluxTransformer2DModel):
@@ -516,7 +546,15 @@ class Positional:
         self.model, self.dtype = model, model.dtype
 
     def __call__(self, **kwargs):
-        order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
+        order = (
+            "hidden_states",
+            "encoder_hidden_states",
+            "pooled_projections",
+            "timestep",
+            "img_ids",
+            "txt_ids",
+            "guidance",
+        )
         return self.model(*[kwargs.pop(name) for name in order], **kwargs)
 
 
@@ -554,7 +592,10 @@ def test_residuals_are_freed_at_the_end(model, euler, cached):
         for _ in sampler.iterate(cfg=True):
             alive += [weakref.ref(one.residual) for kept in handle.residuals.kept.values() for one in kept]
             if sampler.step < 11:
-                assert bool(handle.residuals.bytes) == handle.reports[0].schedule.reuse[sampler.step:sampler.step + 2].any()
+                assert (
+                    bool(handle.residuals.bytes)
+                    == handle.reports[0].schedule.reuse[sampler.step : sampler.step + 2].any()
+                )
         assert handle.residuals.bytes == 0 and handle.reports[0].peak_bytes > 0
         gc.collect()
         assert len(alive) > 8 and not any(ref() is not None for ref in alive)
@@ -598,7 +639,9 @@ def test_calibration_keeps_nothing(model, euler, calibrating, end):
 
 def test_announced_memory_is_the_peak(model, euler, cached):
     units = {"KiB": 2**10, "MiB": 2**20}
-    for dtype, run in itertools.product((None, torch.bfloat16), (BASE, RUNS["all"], {"size": 1024, "batch": 8, "steps": 5})):
+    for dtype, run in itertools.product(
+        (None, torch.bfloat16), (BASE, RUNS["all"], {"size": 1024, "batch": 8, "steps": 5})
+    ):
         sampler, plans = euler(model), []
         with cached(sampler, dtype=dtype, announce=plans.append) as handle:
             sampler.run(**run)

@@ -1,4 +1,5 @@
 """Planned schedules: exact against every possible one, and the prediction that they count on."""
+
 import itertools
 import re
 import sys
@@ -38,8 +39,14 @@ def table(sigmas, statistics=None, settings=None, **branches):
     """A calibration with these residuals a branch; without branches one of ratios alone, near 1."""
     ratios = {name: [1.0] * len(sigmas) for name in branches or {"cond": None}}
     grams = {"gram": {name: packed(gram_of(rows)) for name, rows in branches.items()}} if branches else {}
-    return MagRatios("synthetic", ratios, tuple(sigmas), "measured", settings=settings or {},
-                     statistics={**grams, **(statistics or {})})
+    return MagRatios(
+        "synthetic",
+        ratios,
+        tuple(sigmas),
+        "measured",
+        settings=settings or {},
+        statistics={**grams, **(statistics or {})},
+    )
 
 
 def forecast_of(rows, predictor="linear"):
@@ -47,11 +54,13 @@ def forecast_of(rows, predictor="linear"):
 
 
 def error_of(rows, anchors, predictor, switch_step=0):
-    """Squared relative errors of predicting every other row from the newest one or two anchors of its expert, by numpy's
-    least squares."""
+    """Squared relative errors of predicting every other row from the newest one or two anchors of its expert, by
+    numpy's least squares."""
     errors = []
     for i in sorted(set(range(len(rows))) - set(anchors)):
-        past = [anchor for anchor in sorted(anchors) if anchor < i and (anchor >= switch_step) == (i >= switch_step)][::-1]
+        past = [anchor for anchor in sorted(anchors) if anchor < i and (anchor >= switch_step) == (i >= switch_step)][
+            ::-1
+        ]
         if predictor == "linear" and len(past) > 1:
             basis = rows[past[:2]].T
             predicted = basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]
@@ -65,8 +74,10 @@ def error_of(rows, anchors, predictor, switch_step=0):
 @pytest.mark.parametrize("computed", [2, 3, 4, 6])
 def test_plan_is_the_best_of_all_schedules(predictor, computed):
     rows = residuals(9)
-    best = min(itertools.combinations(range(1, 9), computed - 1),
-               key=lambda rest: (error_of(rows, (0, *rest), predictor) ** 2).sum())
+    best = min(
+        itertools.combinations(range(1, 9), computed - 1),
+        key=lambda rest: (error_of(rows, (0, *rest), predictor) ** 2).sum(),
+    )
     schedule = plan_steps(forecast_of(rows, predictor), computed)
     assert np.flatnonzero(~schedule.reuse).tolist() == [0, *best]
     np.testing.assert_allclose(schedule.error[schedule.reuse] ** 2, error_of(rows, (0, *best), predictor), rtol=1e-2)
@@ -74,8 +85,10 @@ def test_plan_is_the_best_of_all_schedules(predictor, computed):
 
 def test_plan_with_two_experts_is_the_best_of_all_schedules():
     rows = residuals(9)
-    best = min(({0, 4, *rest} for rest in itertools.combinations({1, 2, 3, 5, 6, 7, 8}, 2)),
-               key=lambda anchors: (error_of(rows, anchors, "linear", switch_step=4) ** 2).sum())
+    best = min(
+        ({0, 4, *rest} for rest in itertools.combinations({1, 2, 3, 5, 6, 7, 8}, 2)),
+        key=lambda anchors: (error_of(rows, anchors, "linear", switch_step=4) ** 2).sum(),
+    )
     synthetic = table(flow_sigmas(9), cond=rows)
     schedule = Target(4).plan(synthetic, flow_sigmas(9), switch_step=4)
     assert set(np.flatnonzero(~schedule.reuse)) == best and np.isfinite(schedule.error).all()
@@ -99,10 +112,15 @@ def test_max_error_at_its_ends():
         assert Target(magcache_max_error=bound).plan(synthetic, flow_sigmas(28, 3.0)).computed == computed
 
 
-@pytest.mark.parametrize("caps, allowed", [
-    ({"magcache_K": 1}, lambda strip: ".." not in strip), ({"magcache_K": 2}, lambda strip: "..." not in strip),
-    ({"kept": 5}, lambda strip: strip.startswith("#####")),
-    ({"kept": 5, "magcache_K": 2}, lambda strip: strip.startswith("#####") and "..." not in strip)])
+@pytest.mark.parametrize(
+    "caps, allowed",
+    [
+        ({"magcache_K": 1}, lambda strip: ".." not in strip),
+        ({"magcache_K": 2}, lambda strip: "..." not in strip),
+        ({"kept": 5}, lambda strip: strip.startswith("#####")),
+        ({"kept": 5, "magcache_K": 2}, lambda strip: strip.startswith("#####") and "..." not in strip),
+    ],
+)
 def test_caps(caps, allowed):
     forecast = forecast_of(residuals(20))
     schedule, free = plan_steps(forecast, 11, **caps), plan_steps(forecast, 11)
@@ -115,7 +133,7 @@ def test_weights_predict_the_residual():
     schedule = plan_steps(forecast_of(rows), 5)
     for step in range(1, 12):
         anchors = schedule.anchors(step)
-        weights = schedule.weights[0, step][:len(anchors)]
+        weights = schedule.weights[0, step][: len(anchors)]
         assert len(anchors) == 1 or step > anchors[0] > anchors[1]
         missed = rows[step] - weights @ rows[anchors]
         assert np.linalg.norm(missed) / np.linalg.norm(rows[step]) == pytest.approx(schedule.error[step], rel=1e-3)
@@ -125,7 +143,9 @@ def test_weights_predict_the_residual():
 def test_one_anchor_reuses_as_the_paper_does():
     errors, weights = pair_errors(gram_of(residuals(6)), "linear")
     assert np.array_equal(weights[4, 2, 2], [1, 0])
-    assert errors[4, 2, 2] == pytest.approx(((residuals(6)[4] - residuals(6)[2]) ** 2).sum() / (residuals(6)[4] ** 2).sum())
+    assert errors[4, 2, 2] == pytest.approx(
+        ((residuals(6)[4] - residuals(6)[2]) ** 2).sum() / (residuals(6)[4] ** 2).sum()
+    )
     assert np.isinf(errors[2, 4, 4]) and np.isinf(errors[2, 2, 1])
 
 
@@ -145,7 +165,9 @@ def test_gram_at_other_noise_levels():
         true, got = gram_of(residuals(steps, shift)), resample_gram(gram_of(residuals(28)), sigmas, wanted)
         lines = np.stack([np.interp(-wanted, -sigmas, unit) for unit in np.eye(28)], axis=1)
         straight = lines @ gram_of(residuals(28)) @ lines.T
-        inside = np.ix_(wanted >= sigmas[-1], wanted >= sigmas[-1])  # below the last level there is only a straight line
+        inside = np.ix_(
+            wanted >= sigmas[-1], wanted >= sigmas[-1]
+        )  # below the last level there is only a straight line
         assert np.abs(got - true)[inside].max() < 0.02 * np.abs(true).max()
         assert np.abs(got - true)[inside].max() < np.abs(straight - true)[inside].max()
         assert np.abs(got - true).max() < 0.2 * np.abs(true).max()
@@ -154,8 +176,13 @@ def test_gram_at_other_noise_levels():
 
 def test_a_target_plans_for_the_steps_of_the_run():
     synthetic = table(flow_sigmas(28, 3.0), cond=residuals(28))
-    for target, steps, computed in ((Target(14), 28, 14), (Target(14), 50, 14), (Target(14), 8, 8),
-                                    (Target(magcache_speedup=2.5), 50, 20), (Target(magcache_speedup=2.5), 28, 11)):
+    for target, steps, computed in (
+        (Target(14), 28, 14),
+        (Target(14), 50, 14),
+        (Target(14), 8, 8),
+        (Target(magcache_speedup=2.5), 50, 20),
+        (Target(magcache_speedup=2.5), 28, 11),
+    ):
         schedule = target.plan(synthetic, flow_sigmas(steps, 3.0))
         assert schedule.computed == computed and schedule.steps == steps and not schedule.reuse[0]
     assert Target(9, magcache_K=0).plan(synthetic, flow_sigmas(28, 3.0)).computed == 28
@@ -221,16 +248,27 @@ def test_ratios_that_cancel_do_not_look_safe():
 def test_a_plan_from_ratios_alone_keeps_the_published_caps_and_says_what_it_is():
     flux = load("flux-dev")
     schedule = Target(magcache_speedup=2.5).plan(flux, flux.sigmas)
-    assert schedule.computed == 11 and schedule.depth == 1 and schedule.strip.startswith("##") and "......" not in schedule.strip
-    assert (schedule.settings.predictor, schedule.settings.magcache_K, schedule.settings.retention_ratio) == ("reuse", 5, 0.1)
+    assert (
+        schedule.computed == 11
+        and schedule.depth == 1
+        and schedule.strip.startswith("##")
+        and "......" not in schedule.strip
+    )
+    assert (schedule.settings.predictor, schedule.settings.magcache_K, schedule.settings.retention_ratio) == (
+        "reuse",
+        5,
+        0.1,
+    )
     assert "from magnitude ratios alone, the weaker kind" in plan_text(schedule, flux.sigmas, flux)
     assert Target(magcache_speedup=2, magcache_K=1).plan(flux, flux.sigmas).settings.magcache_K == 1
 
 
-@pytest.mark.parametrize("make", [lambda: Target(40), lambda: Target(magcache_max_error=0.05),
-                                  lambda: Target(40, predictor="reuse")])
+@pytest.mark.parametrize(
+    "make", [lambda: Target(40), lambda: Target(magcache_max_error=0.05), lambda: Target(40, predictor="reuse")]
+)
 def test_a_hundred_steps_take_few_operations(make):
-    """Calls of Python and numpy functions; the arrays they work on have at most 4 million numbers. A second is some 300,000."""
+    """Calls of Python and numpy functions; the arrays they work on have at most 4 million numbers. A second is some
+    300,000."""
     synthetic, calls = table(flow_sigmas(100), cond=residuals(100)), []
     sys.setprofile(lambda frame, event, argument: calls.append(None) if event in ("call", "c_call") else None)
     try:
@@ -240,25 +278,45 @@ def test_a_hundred_steps_take_few_operations(make):
     assert len(calls) < 60_000
 
 
-@pytest.mark.parametrize("make, part", [
-    (lambda: Target(0), "magcache_steps must be at least 1"),
-    (lambda: Target(magcache_speedup=0.5), "magcache_speedup must be a number of 1 or more"),
-    (lambda: Target(magcache_max_error=-1), "magcache_max_error must be 0 (off) or more"),
-    (lambda: Target(9, retention_ratio=2), "retention_ratio is a share"),
-    (lambda: Target(9, magcache_guard=0.5), "magcache_guard must be 1 or more"),
-    (lambda: Target(9, magcache_speedup=2), "not for both"),
-    (lambda: Target(), "Ask for one of"),
-    (lambda: Target(9, magcache_K=-1), "magcache_K must be 0 (off) or more"),
-    (lambda: Target(14, predictor="linear").plan(load("flux-dev"), flow_sigmas(28, 3.0)), "the Gram matrix that --magcache_cal"),
-    (lambda: Target(14, payload="output").plan(load("flux-dev"), flow_sigmas(28, 3.0)), "the Gram matrix that --magcache_cal"),
-    (lambda: Target(14, magcache_guard=2).plan(load("flux-dev"), flow_sigmas(28, 3.0)), "the Gram matrix that --magcache_cal"),
-    (lambda: Target(14, payload="output").plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
-     "without the Gram matrix of the output"),
-    (lambda: Target(5, magcache_K=2).plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
-     "between 7 and 20 can be computed, not 5"),
-    (lambda: Target(14).plan(table(flow_sigmas(20), {"seconds": {"computed": 0}}, cond=residuals(20)), flow_sigmas(20)),
-     "its step times cannot be read"),
-])
+@pytest.mark.parametrize(
+    "make, part",
+    [
+        (lambda: Target(0), "magcache_steps must be at least 1"),
+        (lambda: Target(magcache_speedup=0.5), "magcache_speedup must be a number of 1 or more"),
+        (lambda: Target(magcache_max_error=-1), "magcache_max_error must be 0 (off) or more"),
+        (lambda: Target(9, retention_ratio=2), "retention_ratio is a share"),
+        (lambda: Target(9, magcache_guard=0.5), "magcache_guard must be 1 or more"),
+        (lambda: Target(9, magcache_speedup=2), "not for both"),
+        (lambda: Target(), "Ask for one of"),
+        (lambda: Target(9, magcache_K=-1), "magcache_K must be 0 (off) or more"),
+        (
+            lambda: Target(14, predictor="linear").plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            "the Gram matrix that --magcache_cal",
+        ),
+        (
+            lambda: Target(14, payload="output").plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            "the Gram matrix that --magcache_cal",
+        ),
+        (
+            lambda: Target(14, magcache_guard=2).plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            "the Gram matrix that --magcache_cal",
+        ),
+        (
+            lambda: Target(14, payload="output").plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
+            "without the Gram matrix of the output",
+        ),
+        (
+            lambda: Target(5, magcache_K=2).plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
+            "between 7 and 20 can be computed, not 5",
+        ),
+        (
+            lambda: Target(14).plan(
+                table(flow_sigmas(20), {"seconds": {"computed": 0}}, cond=residuals(20)), flow_sigmas(20)
+            ),
+            "its step times cannot be read",
+        ),
+    ],
+)
 def test_a_mistake_gets_one_sentence(make, part):
     with pytest.raises(MagCacheError, match=re.escape(part)) as error:
         make()

@@ -1,4 +1,5 @@
 """Loading, checking, saving, finding and carrying over magnitude ratios."""
+
 import bisect
 import json
 import math
@@ -29,7 +30,11 @@ from common.ratios import (
 from common.schedule import Settings, magcache_schedule, rule_of
 
 FRAMEPACK = json.loads((Path(__file__).parent / "framepack_studio_ratios.json").read_text())["mag_ratios"]
-GOOD = {"mag_ratios": {"cond": [1.0, 0.9, 0.8], "uncond": [1.0, 0.95, 0.85]}, "sigmas": [1.0, 0.6, 0.2], "origin": "measured"}
+GOOD = {
+    "mag_ratios": {"cond": [1.0, 0.9, 0.8], "uncond": [1.0, 0.95, 0.85]},
+    "sigmas": [1.0, 0.6, 0.2],
+    "origin": "measured",
+}
 
 
 def ratios_of(name="mine", **fields):
@@ -47,7 +52,7 @@ def refusal(function, *arguments):
 
 def slow_log_magnitude(ratios, sigmas, level):
     """The curve at one level, for distinct falling sigmas."""
-    curve = [sum(math.log(ratio) for ratio in ratios[:step + 1]) for step in range(len(ratios))]
+    curve = [sum(math.log(ratio) for ratio in ratios[: step + 1]) for step in range(len(ratios))]
     if level >= sigmas[0]:
         return curve[0]
     right = min(bisect.bisect_left([-sigma for sigma in sigmas], -level), len(sigmas) - 1)
@@ -56,6 +61,7 @@ def slow_log_magnitude(ratios, sigmas, level):
 
 
 # --- other noise levels ---
+
 
 @pytest.mark.parametrize("name", ["flux-dev", "wan2.1-t2v-1.3b", "chroma"])
 def test_log_magnitude_is_the_curve(name):
@@ -67,20 +73,25 @@ def test_log_magnitude_is_the_curve(name):
 
 def test_log_magnitude_by_hand():
     at = [2.0, 1.0, 0.75, 0.5, 0.3, 0.1, 0.0]
-    assert np.allclose(np.exp(log_magnitude([1.0, 0.5, 0.25], [1.0, 0.5, 0.1], at)),
-                       [1, 1, 0.5**0.5, 0.5, 0.25, 0.125, 0.125 * 0.5**0.5])
+    assert np.allclose(
+        np.exp(log_magnitude([1.0, 0.5, 0.25], [1.0, 0.5, 0.1], at)),
+        [1, 1, 0.5**0.5, 0.5, 0.25, 0.125, 0.125 * 0.5**0.5],
+    )
 
 
 def test_log_magnitude_with_equal_levels():
     """A solver of two evaluations a step lists a level twice: the curve has passed both there."""
-    assert np.allclose(np.exp(log_magnitude([1.0, 0.9, 0.8, 0.5], [1.0, 0.6, 0.6, 0.2], np.array([0.6, 0.4, 0.2]))),
-                       [0.72, 0.72 * 0.5**0.5, 0.36])
+    assert np.allclose(
+        np.exp(log_magnitude([1.0, 0.9, 0.8, 0.5], [1.0, 0.6, 0.6, 0.2], np.array([0.6, 0.4, 0.2]))),
+        [0.72, 0.72 * 0.5**0.5, 0.36],
+    )
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "wan2.1-t2v-14b", "wan2.2-t2v-a14b", "flux-schnell"])
 @pytest.mark.parametrize("shift", [0.5, 1, 3, 7, 16])
 def test_product_over_any_range_is_kept(name, shift):
-    """Every number of steps, starting anywhere (image-to-image); the product between any two steps is a quotient of these."""
+    """Every number of steps, starting anywhere (image-to-image); the product between any two steps is a quotient of
+    these."""
     preset = load(name)
     ratios, worst = preset.mag_ratios["cond"], 0
     for steps in range(1, 201):
@@ -131,11 +142,18 @@ def test_same_length_at_other_levels_is_resampled():
     assert np.allclose(table.at([1.0, 0.8, 0.2])[0], [1, 0.9**0.5, 0.9**0.5 * 0.8])
 
 
-@pytest.mark.parametrize("steps, expected", [
-    (1, [50]), (2, [10, 50]), (3, [10, 30, 50]), (4, [10, 20, 40, 50]), (5, [10, 20, 30, 40, 50]),
-    (8, [10, 20, 20, 30, 30, 40, 40, 50]),
-    (9, [10, 10, 20, 30, 30, 30, 40, 50, 50]),  # i / 2: halves go to the even entry
-])
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (1, [50]),
+        (2, [10, 50]),
+        (3, [10, 30, 50]),
+        (4, [10, 20, 40, 50]),
+        (5, [10, 20, 30, 40, 50]),
+        (8, [10, 20, 20, 30, 30, 40, 40, 50]),
+        (9, [10, 10, 20, 30, 30, 30, 40, 50, 50]),  # i / 2: halves go to the even entry
+    ],
+)
 def test_nearest_interp_as_released(steps, expected):
     assert nearest_interp([10, 20, 30, 40, 50], steps).tolist() == expected
 
@@ -146,16 +164,24 @@ def test_nearest_interp_of_short_tables():
     assert nearest_interp([1, 2], 3).tolist() == [1, 1, 2]
 
 
-FRAMEPACK_CONVERSIONS = [(size, source, target) for size in FRAMEPACK for source in FRAMEPACK[size] for target in FRAMEPACK[size]
-                         if source != target]
+FRAMEPACK_CONVERSIONS = [
+    (size, source, target)
+    for size in FRAMEPACK
+    for source in FRAMEPACK[size]
+    for target in FRAMEPACK[size]
+    if source != target
+]
 
 
 def converted(size, source, target):
     """(measured, nearest, resampled) ratios; FramePack's shift is 7 at both sizes."""
     given, measured = np.array(FRAMEPACK[size][source]), np.array(FRAMEPACK[size][target])
     assert (len(given), len(measured)) == (int(source), int(target))
-    return (measured, nearest_interp(given, len(measured)),
-            resample(given, flow_sigmas(len(given), 7), flow_sigmas(len(measured), 7)))
+    return (
+        measured,
+        nearest_interp(given, len(measured)),
+        resample(given, flow_sigmas(len(given), 7), flow_sigmas(len(measured), 7)),
+    )
 
 
 def test_resampling_beats_nearest_on_real_calibrations():
@@ -171,7 +197,8 @@ def test_resampling_beats_nearest_on_real_calibrations():
 
 
 def test_resampled_ratios_plan_what_measured_ones_plan():
-    """Number of computed steps, off from the plan of the measured table: 22 with nearest, 6 resampled, over the twelve."""
+    """Number of computed steps, off from the plan of the measured table: 22 with nearest, 6 resampled, over the
+    twelve."""
     off = np.zeros(2, dtype=int)
     for conversion in FRAMEPACK_CONVERSIONS:
         plans = [magcache_schedule(table, Settings(0.1, 3, 0.2)).computed for table in converted(*conversion)]
@@ -202,13 +229,35 @@ def test_levels_of_another_run_by_the_same_sampler():
 
 # --- presets ---
 
+
 def test_there_is_a_preset_for_every_checkpoint_that_the_hosts_run():
     assert set(preset_names()) >= {
-        "chroma", "flux-dev", "flux-kontext-dev", "flux-kontext-dev-comfyui", "flux-schnell", "framepack", "framepack-f1",
-        "hunyuanvideo-1.5-t2v-20steps", "hunyuanvideo-1.5-t2v-40steps", "hunyuanvideo-t2v-544p", "hunyuanvideo-t2v-720p",
-        "open-sora-1.2", "qwen-image", "qwen-image-comfyui", "qwen-image-edit", "wan2.1-i2v-14b-480p", "wan2.1-i2v-14b-720p",
-        "wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.1-vace-1.3b", "wan2.1-vace-14b", "wan2.2-i2v-a14b", "wan2.2-t2v-a14b",
-        "wan2.2-ti2v-5b-i2v", "wan2.2-ti2v-5b-t2v"}
+        "chroma",
+        "flux-dev",
+        "flux-kontext-dev",
+        "flux-kontext-dev-comfyui",
+        "flux-schnell",
+        "framepack",
+        "framepack-f1",
+        "hunyuanvideo-1.5-t2v-20steps",
+        "hunyuanvideo-1.5-t2v-40steps",
+        "hunyuanvideo-t2v-544p",
+        "hunyuanvideo-t2v-720p",
+        "open-sora-1.2",
+        "qwen-image",
+        "qwen-image-comfyui",
+        "qwen-image-edit",
+        "wan2.1-i2v-14b-480p",
+        "wan2.1-i2v-14b-720p",
+        "wan2.1-t2v-1.3b",
+        "wan2.1-t2v-14b",
+        "wan2.1-vace-1.3b",
+        "wan2.1-vace-14b",
+        "wan2.2-i2v-a14b",
+        "wan2.2-t2v-a14b",
+        "wan2.2-ti2v-5b-i2v",
+        "wan2.2-ti2v-5b-t2v",
+    }
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -243,6 +292,7 @@ def test_no_checkpoint_has_two_presets():
 
 # --- files ---
 
+
 def test_load_by_path(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(GOOD))
@@ -262,14 +312,17 @@ def test_missing_file_names_the_calibration_flag(tmp_path, name):
     assert f"--magcache_calibration {path}" in refusal(load, path)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("{\"mag_ratios\": ", "cannot be read as a calibration file"),
-    ("", "cannot be read as a calibration file"),
-    ("[1.0, 0.9]", "it lacks mag_ratios, sigmas, origin"),
-    ("3", "it lacks mag_ratios, sigmas, origin"),
-    ("null", "it lacks mag_ratios, sigmas, origin"),
-    ("{}", "it lacks mag_ratios, sigmas, origin"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('{"mag_ratios": ', "cannot be read as a calibration file"),
+        ("", "cannot be read as a calibration file"),
+        ("[1.0, 0.9]", "it lacks mag_ratios, sigmas, origin"),
+        ("3", "it lacks mag_ratios, sigmas, origin"),
+        ("null", "it lacks mag_ratios, sigmas, origin"),
+        ("{}", "it lacks mag_ratios, sigmas, origin"),
+    ],
+)
 def test_malformed_file(tmp_path, text, says):
     path = tmp_path / "mine.json"
     path.write_text(text)
@@ -290,30 +343,36 @@ def test_missing_key_is_named(tmp_path, key):
     assert refusal(read, path).endswith(f"it lacks {key}.")
 
 
-@pytest.mark.parametrize("fields, says", [
-    ({"mag_ratios": {}}, "no branch"),
-    ({"mag_ratios": [1.0, 0.9, 0.8]}, "must name its branches"),
-    ({"mag_ratios": {"cond": [1.0, 0.9]}}, "branch 'cond' has 2 ratios for 3 noise levels"),
-    ({"mag_ratios": {"cond": [1.0, 0.9, 0.8], "uncond": [1.0] * 4}}, "branch 'uncond' has 4 ratios for 3 noise levels"),
-    ({"mag_ratios": {"cond": [1.0, 0.0, 0.8]}}, "branch 'cond' has ratios that are not positive numbers"),
-    ({"mag_ratios": {"cond": [1.0, -0.9, 0.8]}}, "not positive numbers"),
-    ({"mag_ratios": {"cond": [1.0, float("nan"), 0.8]}}, "not positive numbers"),
-    ({"mag_ratios": {"cond": [1.0, float("inf"), 0.8]}}, "not positive numbers"),
-    ({"mag_ratios": {"cond": [1.0, None, 0.8]}}, "not positive numbers"),
-    ({"mag_ratios": {"cond": [1.0, "much", 0.8]}}, "is not a calibration file"),
-    ({"mag_ratios": {"cond": 1.0}}, "is not a calibration file"),
-    ({"sigmas": [0.2, 0.6, 1.0]}, "'sigmas' must go from high to low noise"),
-    ({"sigmas": [1.0, 0.6, 0.7]}, "'sigmas' must go from high to low noise"),
-    ({"sigmas": [1.0, float("nan"), 0.2]}, "'sigmas' must be noise levels between 0 and 1"),
-    ({"sigmas": None}, "is not a calibration file"),
-    ({"settings": {"magcache_thresh": 0.1}}, "'settings' must be magcache_K, magcache_thresh, retention_ratio"),
-    ({"settings": {"magcache_thresh": "a", "magcache_K": 1, "retention_ratio": 0}}, "must be numbers"),
-    ({"sampler": {"shift": "x"}}, "must be numbers"),
-    ({"rule": [1]}, "'rule' must hold names and values"),
-    ({"sigmas": ["a", "b", "c"]}, "is not a calibration file"),
-    ({"mag_ratios": {"cond": []}, "sigmas": []}, "'sigmas' must be noise levels between 0 and 1"),
-    ({"sigmas": [1000.0, 600.0, 200.0]}, "'sigmas' must be noise levels between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"mag_ratios": {}}, "no branch"),
+        ({"mag_ratios": [1.0, 0.9, 0.8]}, "must name its branches"),
+        ({"mag_ratios": {"cond": [1.0, 0.9]}}, "branch 'cond' has 2 ratios for 3 noise levels"),
+        (
+            {"mag_ratios": {"cond": [1.0, 0.9, 0.8], "uncond": [1.0] * 4}},
+            "branch 'uncond' has 4 ratios for 3 noise levels",
+        ),
+        ({"mag_ratios": {"cond": [1.0, 0.0, 0.8]}}, "branch 'cond' has ratios that are not positive numbers"),
+        ({"mag_ratios": {"cond": [1.0, -0.9, 0.8]}}, "not positive numbers"),
+        ({"mag_ratios": {"cond": [1.0, float("nan"), 0.8]}}, "not positive numbers"),
+        ({"mag_ratios": {"cond": [1.0, float("inf"), 0.8]}}, "not positive numbers"),
+        ({"mag_ratios": {"cond": [1.0, None, 0.8]}}, "not positive numbers"),
+        ({"mag_ratios": {"cond": [1.0, "much", 0.8]}}, "is not a calibration file"),
+        ({"mag_ratios": {"cond": 1.0}}, "is not a calibration file"),
+        ({"sigmas": [0.2, 0.6, 1.0]}, "'sigmas' must go from high to low noise"),
+        ({"sigmas": [1.0, 0.6, 0.7]}, "'sigmas' must go from high to low noise"),
+        ({"sigmas": [1.0, float("nan"), 0.2]}, "'sigmas' must be noise levels between 0 and 1"),
+        ({"sigmas": None}, "is not a calibration file"),
+        ({"settings": {"magcache_thresh": 0.1}}, "'settings' must be magcache_K, magcache_thresh, retention_ratio"),
+        ({"settings": {"magcache_thresh": "a", "magcache_K": 1, "retention_ratio": 0}}, "must be numbers"),
+        ({"sampler": {"shift": "x"}}, "must be numbers"),
+        ({"rule": [1]}, "'rule' must hold names and values"),
+        ({"sigmas": ["a", "b", "c"]}, "is not a calibration file"),
+        ({"mag_ratios": {"cond": []}, "sigmas": []}, "'sigmas' must be noise levels between 0 and 1"),
+        ({"sigmas": [1000.0, 600.0, 200.0]}, "'sigmas' must be noise levels between 0 and 1"),
+    ],
+)
 def test_inconsistent_table(tmp_path, fields, says):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({**GOOD, **fields}))
@@ -328,9 +387,13 @@ def test_no_steps(steps):
 
 
 def test_written_file_reads_back(tmp_path):
-    table = ratios_of(settings={"magcache_thresh": 0.1, "magcache_K": 3, "retention_ratio": 0.2}, models=["me/mine"],
-                      sampler={"steps": 3, "shift": 3.0}, provenance={"fingerprint": "0123456789ab"},
-                      statistics={"mag_std": {"cond": [0.0, 0.1, 0.2]}, "runs": 2})
+    table = ratios_of(
+        settings={"magcache_thresh": 0.1, "magcache_K": 3, "retention_ratio": 0.2},
+        models=["me/mine"],
+        sampler={"steps": 3, "shift": 3.0},
+        provenance={"fingerprint": "0123456789ab"},
+        statistics={"mag_std": {"cond": [0.0, 0.1, 0.2]}, "runs": 2},
+    )
     path = tmp_path / "new" / "folder" / "mine.json"
     write(path, table)
     assert read(path) == table
@@ -351,10 +414,15 @@ def refused(self, *arguments, **options):
     raise PermissionError(13, "Permission denied")
 
 
-@pytest.mark.parametrize("method, failure, says", [
-    ("write_text", full_disk, "No space left on device"), ("write_text", refused, "Permission denied"),
-    ("replace", refused, "Permission denied"), ("mkdir", refused, "Permission denied"),
-])
+@pytest.mark.parametrize(
+    "method, failure, says",
+    [
+        ("write_text", full_disk, "No space left on device"),
+        ("write_text", refused, "Permission denied"),
+        ("replace", refused, "Permission denied"),
+        ("mkdir", refused, "Permission denied"),
+    ],
+)
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, method, failure, says):
     path = tmp_path / "mine.json"
     write(path, ratios_of(notes="old"))
@@ -396,6 +464,7 @@ def test_place_that_cannot_exist(tmp_path, place):
 
 # --- which table belongs to a checkpoint ---
 
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     folder = tmp_path / "calibrations"
@@ -404,13 +473,25 @@ def home(tmp_path, monkeypatch):
 
 
 def test_is_checkpoint(tmp_path):
-    hub_id, snapshot = "black-forest-labs/FLUX.1-dev", "/home/me/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-dev"
+    hub_id, snapshot = (
+        "black-forest-labs/FLUX.1-dev",
+        "/home/me/.cache/huggingface/hub/models--black-forest-labs--FLUX.1-dev",
+    )
     folder = tmp_path / "FLUX.1-dev"
     folder.mkdir()
     for model in (hub_id, snapshot, f"{snapshot}/snapshots/0ef5fff7", folder, f"{folder}/"):
         assert is_checkpoint(model, hub_id), model
-    for model in ("", None, "FLUX.1", "black-forest-labs/FLUX.1-schnell", "me/FLUX.1-dev-anime", tmp_path / "FLUX.1-dev-anime",
-                  folder / "flux1-dev.safetensors", "/hub/models--me--FLUX.1-dev/snapshots/0ef5fff7", "black-forest-labs"):
+    for model in (
+        "",
+        None,
+        "FLUX.1",
+        "black-forest-labs/FLUX.1-schnell",
+        "me/FLUX.1-dev-anime",
+        tmp_path / "FLUX.1-dev-anime",
+        folder / "flux1-dev.safetensors",
+        "/hub/models--me--FLUX.1-dev/snapshots/0ef5fff7",
+        "black-forest-labs",
+    ):
         assert not is_checkpoint(model, hub_id), model
 
 
@@ -419,19 +500,35 @@ def test_another_owner_s_repository_is_not_the_checkpoint(home):
     assert find("me/FLUX.1-dev") is None
 
 
-@pytest.mark.parametrize("model, name", [
-    ("black-forest-labs/FLUX.1-dev", "flux-dev"), ("black-forest-labs/FLUX.1-schnell", "flux-schnell"),
-    ("black-forest-labs/FLUX.1-Kontext-dev", "flux-kontext-dev"), ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan2.1-t2v-1.3b"),
-    ("/hub/models--Wan-AI--Wan2.1-T2V-14B/snapshots/abc", "wan2.1-t2v-14b"), ("Qwen/Qwen-Image", "qwen-image"),
-    ("Qwen/Qwen-Image-Edit", "qwen-image-edit"), ("lllyasviel/FramePackI2V_HY", "framepack"),
-])
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("black-forest-labs/FLUX.1-dev", "flux-dev"),
+        ("black-forest-labs/FLUX.1-schnell", "flux-schnell"),
+        ("black-forest-labs/FLUX.1-Kontext-dev", "flux-kontext-dev"),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan2.1-t2v-1.3b"),
+        ("/hub/models--Wan-AI--Wan2.1-T2V-14B/snapshots/abc", "wan2.1-t2v-14b"),
+        ("Qwen/Qwen-Image", "qwen-image"),
+        ("Qwen/Qwen-Image-Edit", "qwen-image-edit"),
+        ("lllyasviel/FramePackI2V_HY", "framepack"),
+    ],
+)
 def test_find_preset(home, model, name):
     assert find(model).name == name
     assert find(model, "0123456789ab").name == name
 
 
-@pytest.mark.parametrize("model", ["me/FLUX.1-dev-anime", "/models/FLUX.1-dev-lora", "Wan-AI/Wan2.1-FLF2V-14B-720P",
-                                   "/hub/models--me--FLUX.1-dev/snapshots/abc", "Qwen/Qwen-Image-2512", ""])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "me/FLUX.1-dev-anime",
+        "/models/FLUX.1-dev-lora",
+        "Wan-AI/Wan2.1-FLF2V-14B-720P",
+        "/hub/models--me--FLUX.1-dev/snapshots/abc",
+        "Qwen/Qwen-Image-2512",
+        "",
+    ],
+)
 def test_a_checkpoint_without_a_table_gets_none(home, model):
     assert find(model) is None and find(model, "0123456789ab") is None
 

@@ -1,4 +1,5 @@
 """What the READMEs say is what a reader gets."""
+
 import re
 from pathlib import Path
 

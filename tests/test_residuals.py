@@ -1,4 +1,5 @@
 """What is kept between steps."""
+
 from types import SimpleNamespace
 
 import torch

@@ -1,4 +1,5 @@
 """Steps and branches told from noise levels and latents, in the orders in which samplers call a model."""
+
 import numpy as np
 import pytest
 import torch
@@ -45,8 +46,9 @@ def test_one_call_a_step(steps, batch):
     assert follow(levels, [(level, torch.randn(batch, 3)) for level in levels]) == branches_of([1] * steps)
 
 
-SAME_OR_COPY = pytest.mark.parametrize("again", [lambda latent: latent, torch.clone, lambda latent: latent[:]],
-                                       ids=["same tensor", "equal copy", "view"])
+SAME_OR_COPY = pytest.mark.parametrize(
+    "again", [lambda latent: latent, torch.clone, lambda latent: latent[:]], ids=["same tensor", "equal copy", "view"]
+)
 
 
 @SAME_OR_COPY
@@ -87,7 +89,7 @@ def diffusers_heun(steps, start=0):
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(start * scheduler.order)
     latent, calls = fresh(), []
-    for timestep in scheduler.timesteps[start * scheduler.order:]:
+    for timestep in scheduler.timesteps[start * scheduler.order :]:
         calls.append((float(timestep) / 1000, latent))
         latent = scheduler.step(-latent + 0.1 * fresh(), timestep, latent).prev_sample
     return scheduler.timesteps.double().numpy() / 1000, calls
@@ -107,7 +109,8 @@ def test_heun_of_diffusers_from_the_middle(start):
 
 
 def k_diffusion_heun(levels, branches):
-    """(calls, steps): each step evaluates at its level and at the next one, which is not listed twice; the last step once."""
+    """(calls, steps): each step evaluates at its level and at the next one, which is not listed twice; the last step
+    once."""
     calls, steps = [], []
     for step in range(len(levels)):
         for evaluation in range(1 if step == len(levels) - 1 else 2):
@@ -131,7 +134,7 @@ def test_evaluations_between_levels(branches):
     levels, calls, expected = flow_sigmas(12, 3), [], []
     for step, level in enumerate(levels):
         following = levels[step + 1] if step + 1 < len(levels) else 0
-        for evaluation in (level, (level * following)**0.5 if following else level / 2):
+        for evaluation in (level, (level * following) ** 0.5 if following else level / 2):
             calls += sequential([evaluation], [branches], torch.clone)
             expected += [(step, branch) for branch in range(branches)]
     assert follow(levels, calls) == expected
@@ -156,7 +159,7 @@ def test_start_between_levels_is_the_step_above():
 
 def tracker_at(step, levels):
     tracker = StepTracker(levels, levels[0], EXACT)
-    for level in levels[:step + 1]:
+    for level in levels[: step + 1]:
         call = tracker.observe(level, fresh(), EXACT)
     assert call == Call(step, 0)
     return tracker
@@ -171,8 +174,11 @@ def test_an_earlier_level_is_a_new_run(step):
     assert tracker_at(step, levels).observe(1.5, fresh(), EXACT) is None
 
 
-@pytest.mark.parametrize("other", [flow_sigmas(20, 3), flow_sigmas(28, 1), flow_sigmas(50, 3)[10:]],
-                         ids=["fewer steps", "other shift", "from the middle"])
+@pytest.mark.parametrize(
+    "other",
+    [flow_sigmas(20, 3), flow_sigmas(28, 1), flow_sigmas(50, 3)[10:]],
+    ids=["fewer steps", "other shift", "from the middle"],
+)
 def test_a_run_at_other_levels_is_a_new_run(other):
     """After a whole run, and after one that broke off."""
     levels = flow_sigmas(28, 3)
@@ -194,7 +200,8 @@ def test_a_jump_over_levels_is_a_new_run():
 
 
 def rounded(levels, dtype):
-    """(levels as a model gets them in its own dtype, tolerance): timestep cast, then divided by 1000, as in diffusers."""
+    """(levels as a model gets them in its own dtype, tolerance): timestep cast, then divided by 1000, as in
+    diffusers."""
     timesteps = [torch.tensor(1000 * level, dtype=torch.float32).to(dtype) / 1000 for level in levels]
     return [float(timestep) for timestep in timesteps], level_tolerance(timesteps[0])
 
@@ -234,7 +241,7 @@ def test_rounded_levels_are_no_new_run_and_new_runs_are_seen():
     given, tolerance = rounded(levels, torch.bfloat16)
     for step in range(2, 28):
         tracker = StepTracker(levels, given[0], tolerance)
-        for level in given[:step + 1]:
+        for level in given[: step + 1]:
             tracker.observe(level, fresh(), tolerance)
         assert tracker.observe(given[0], fresh(), tolerance) is None
 

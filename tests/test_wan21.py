@@ -2,8 +2,9 @@
 
     MAGCACHE_WAN21=/path/to/Wan2.1 MAGCACHE_WAN22=/path/to/Wan2.2 python -m pytest tests/test_wan21.py
 
-Structure, not quality. Text encoder, VAE, CLIP, xfuser and the attention kernel are replaced (wan_cpu.py); nothing is written
-into the checkouts."""
+Structure, not quality. Text encoder, VAE, CLIP, xfuser and the attention kernel are replaced (wan_cpu.py); nothing is
+written into the checkouts."""
+
 import json
 import os
 import re
@@ -21,16 +22,37 @@ SMALL = ("--sample_steps", "10", "--base_seed", "1", "--prompt", "a cat / a dog"
 # name: (environment variable with the checkout, checkpoint, preset, flags)
 RUNS = {
     "t2v": ("MAGCACHE_WAN21", "t2v", "wan2.1-t2v-1.3b", ("832*480", "--task", "t2v-1.3B", "--frame_num", "5")),
-    "i2v": ("MAGCACHE_WAN21", "i2v", "wan2.1-i2v-14b-480p", ("832*480", "--task", "i2v-14B", "--frame_num", "5",
-                                                           "--image", "cat.png")),
-    "flf2v": ("MAGCACHE_WAN21", "flf2v", None, ("832*480", "--task", "flf2v-14B", "--first_frame", "cat.png",
-                                                "--last_frame", "cat.png")),
-    "vace": ("MAGCACHE_WAN21", "vace", "wan2.1-vace-1.3b", ("832*480", "--task", "vace-1.3B", "--frame_num", "5",
-                                                           "--src_ref_images", "cat.png")),
+    "i2v": (
+        "MAGCACHE_WAN21",
+        "i2v",
+        "wan2.1-i2v-14b-480p",
+        ("832*480", "--task", "i2v-14B", "--frame_num", "5", "--image", "cat.png"),
+    ),
+    "flf2v": (
+        "MAGCACHE_WAN21",
+        "flf2v",
+        None,
+        ("832*480", "--task", "flf2v-14B", "--first_frame", "cat.png", "--last_frame", "cat.png"),
+    ),
+    "vace": (
+        "MAGCACHE_WAN21",
+        "vace",
+        "wan2.1-vace-1.3b",
+        ("832*480", "--task", "vace-1.3B", "--frame_num", "5", "--src_ref_images", "cat.png"),
+    ),
     "t2i": ("MAGCACHE_WAN21", "t2v", None, ("832*480", "--task", "t2i-14B")),
-    "2.2 t2v": ("MAGCACHE_WAN22", "t2v-experts", "wan2.2-t2v-a14b", ("832*480", "--task", "t2v-A14B", "--frame_num", "5")),
-    "2.2 i2v": ("MAGCACHE_WAN22", "i2v-experts", "wan2.2-i2v-a14b", ("832*480", "--task", "i2v-A14B", "--frame_num", "5",
-                                                                   "--image", "cat.png")),
+    "2.2 t2v": (
+        "MAGCACHE_WAN22",
+        "t2v-experts",
+        "wan2.2-t2v-a14b",
+        ("832*480", "--task", "t2v-A14B", "--frame_num", "5"),
+    ),
+    "2.2 i2v": (
+        "MAGCACHE_WAN22",
+        "i2v-experts",
+        "wan2.2-i2v-a14b",
+        ("832*480", "--task", "i2v-A14B", "--frame_num", "5", "--image", "cat.png"),
+    ),
     "2.2 ti2v": ("MAGCACHE_WAN22", "ti2v", "wan2.2-ti2v-5b-t2v", ("1280*704", "--task", "ti2v-5B", "--frame_num", "5")),
 }
 PUBLISHED = [name for name, (_, _, preset, _) in RUNS.items() if preset]
@@ -49,8 +71,9 @@ def checkouts(tmp_path_factory):
             pytest.skip(f"{variable} names no checkout of {DROP_IN[variable].removeprefix('MagCache4')}.")
         if variable not in started:
             checkout = Path(os.environ[variable])
-            started[variable] = WanRuns(tmp_path_factory.mktemp("wan"), checkout / "wan", checkout / "generate.py",
-                                        DROP_IN[variable])
+            started[variable] = WanRuns(
+                tmp_path_factory.mktemp("wan"), checkout / "wan", checkout / "generate.py", DROP_IN[variable]
+            )
         return started[variable]
 
     yield runs
@@ -61,6 +84,7 @@ def checkouts(tmp_path_factory):
 @pytest.fixture
 def command(checkouts, tmp_path):
     """Run the drop-in, or the checkout's own generate.py, in a folder of its own."""
+
     def run(name, *flags, script="magcache_generate.py", ranks=1, code=0):
         variable, kind, _, task = RUNS[name]
         runs = checkouts(variable)
@@ -69,14 +93,16 @@ def command(checkouts, tmp_path):
         done = [runs.run(*argv, cwd=tmp_path)] if ranks == 1 else runs.ranks(*argv, cwd=tmp_path, count=ranks)
         assert [one.code for one in done] == [code] * ranks, "\n".join(one.output for one in done)
         return done[0] if ranks == 1 else done
+
     return run
 
 
 def blocks_entered(done):
     """(calls of main blocks, calls of VACE's hint blocks)"""
     entered = done.entered
-    return sum(entered.get(name, 0) for name in ("WanAttentionBlock", "BaseWanAttentionBlock")), \
-        entered.get("VaceWanAttentionBlock", 0)
+    return sum(entered.get(name, 0) for name in ("WanAttentionBlock", "BaseWanAttentionBlock")), entered.get(
+        "VaceWanAttentionBlock", 0
+    )
 
 
 def written(folder):
@@ -91,7 +117,7 @@ def test_off_is_the_checkouts_own_command(command, name, tmp_path):
     off = command(name)
     assert torch.equal(off.latents[0], plain.latents[0]) and len(off.latents) == len(plain.latents) == 1
     assert "MagCache is off; --use_magcache turns it on." in off.output and off.entered == plain.entered
-    default, = set(written(tmp_path)) - {f"plain.{suffix}"}
+    (default,) = set(written(tmp_path)) - {f"plain.{suffix}"}
     task = RUNS[name][3][2]
     assert re.fullmatch(re.escape(task) + r"_\d+\*\d+_1(_1)?_a_cat___a_dog_\d+_\d+\." + suffix, default)
     assert (tmp_path / default).read_bytes() == (tmp_path / f"plain.{suffix}").read_bytes()
@@ -104,8 +130,14 @@ def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_bl
     """VACE too, whose hint blocks run in that forward and must have no effect."""
     runs = checkouts("MAGCACHE_WAN21")
     runs.checkpoint(kind)
-    done = runs.run(Path(__file__).parent / "wan_cases.py", "reused_calls_are_the_hosts_forward_with_the_residual",
-                    runs.checkpoints, f"2.1 {kind}", "unipc", cwd=tmp_path)
+    done = runs.run(
+        Path(__file__).parent / "wan_cases.py",
+        "reused_calls_are_the_hosts_forward_with_the_residual",
+        runs.checkpoints,
+        f"2.1 {kind}",
+        "unipc",
+        cwd=tmp_path,
+    )
     assert done.code == 0, done.output
     for run in json.loads((tmp_path / "result.json").read_text()):
         assert run["cond"] == run["uncond"] == run["planned"] and "." in run["planned"]
@@ -152,7 +184,7 @@ def test_a_task_without_a_table_says_so_then_calibrates(command, name, tmp_path)
 def test_a_calibration_serves_the_next_run(command, name, tmp_path):
     measured = command(name, "--magcache_calibration")
     assert not [file for file in written(tmp_path) if file.startswith("magcache_") or file.endswith(".json")]
-    path, = (tmp_path / "home").iterdir()
+    (path,) = (tmp_path / "home").iterdir()
     table = read(path)
     assert table.steps == 10 and list(table.mag_ratios) == ["cond", "uncond"] and measured.output.count(str(path)) == 1
     planned = command(name, "--magcache_steps", "5")
@@ -161,8 +193,11 @@ def test_a_calibration_serves_the_next_run(command, name, tmp_path):
     assert blocks_entered(planned)[0] == 40 and not torch.equal(planned.latents[0], measured.latents[0])
 
 
-@pytest.mark.parametrize("flags", [("--ulysses_size", "2"), ("--dit_fsdp",), ("--ulysses_size", "2", "--dit_fsdp", "--t5_fsdp")],
-                         ids=["ulysses", "fsdp", "both"])
+@pytest.mark.parametrize(
+    "flags",
+    [("--ulysses_size", "2"), ("--dit_fsdp",), ("--ulysses_size", "2", "--dit_fsdp", "--t5_fsdp")],
+    ids=["ulysses", "fsdp", "both"],
+)
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])
 def test_two_processes_render_what_one_does(command, name, flags, tmp_path):
     cached = ("--mag_ratios", RUNS[name][2], *REUSING, "--save_file")
@@ -180,8 +215,18 @@ def test_two_processes_render_what_one_does(command, name, flags, tmp_path):
 def test_two_processes_measure_what_one_does(command, name, tmp_path):
     odd = () if name == "vace" else ("--size", "480*832", "--frame_num", "9")  # 45 tokens, filled up to 46
     command(name, "--magcache_calibration", "one.json", "--save_file", "one.mp4", *odd)
-    command(name, "--magcache_calibration", "two.json", "--save_file", "two.mp4", *odd, "--ulysses_size", "2", "--dit_fsdp",
-            ranks=2)
+    command(
+        name,
+        "--magcache_calibration",
+        "two.json",
+        "--save_file",
+        "two.mp4",
+        *odd,
+        "--ulysses_size",
+        "2",
+        "--dit_fsdp",
+        ranks=2,
+    )
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     for branch, ratios in one.mag_ratios.items():
         assert two.mag_ratios[branch] == pytest.approx(ratios, rel=1e-3)

@@ -1,5 +1,6 @@
-"""Which published table and settings a command line of the Wan drop-ins gets: by task and by the checkpoint's own config.json,
-never by the name of its folder."""
+"""Which published table and settings a command line of the Wan drop-ins gets: by task and by the checkpoint's own
+config.json, never by the name of its folder."""
+
 import argparse
 import json
 import runpy
@@ -41,8 +42,18 @@ def session(tmp_path, folder, task, size, frames, image, config):
     (place / "config.json").write_text(json.dumps(dict(zip(("model_type", "dim"), config))))
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    host = {"task": task, "size": size, "frame_num": frames, "image": image, "ckpt_dir": str(checkpoint), "prompt": "a cat",
-            "base_seed": 1, "sample_solver": "unipc", "sample_shift": 5.0, "sample_guide_scale": 5.0}
+    host = {
+        "task": task,
+        "size": size,
+        "frame_num": frames,
+        "image": image,
+        "ckpt_dir": str(checkpoint),
+        "prompt": "a cat",
+        "base_seed": 1,
+        "sample_solver": "unipc",
+        "sample_shift": 5.0,
+        "sample_guide_scale": 5.0,
+    }
     args = argparse.Namespace(**host, **vars(parser.parse_args(["--use_magcache"])))
     return session_of(args, runpy.run_path(str(REPOSITORY / folder / "magcache_generate.py")))
 
@@ -65,8 +76,10 @@ def test_table_and_settings(tmp_path, folder, task, size, frames, image, config,
             made.check(None)
 
 
-@pytest.mark.parametrize("folder, task, size, frames, image, config, preset",
-                         [case for case in CASES if case[-1] and (case[1], case[5]) != ("t2v-14B", T2V_1)])
+@pytest.mark.parametrize(
+    "folder, task, size, frames, image, config, preset",
+    [case for case in CASES if case[-1] and (case[1], case[5]) != ("t2v-14B", T2V_1)],
+)
 def test_the_scripts_lines_are_what_was_published(tmp_path, folder, task, size, frames, image, config, preset):
     assert session(tmp_path, folder, task, size, frames, image, config).lines == load(preset).settings
 
@@ -76,9 +89,18 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
     for size, frames, fingerprint in (("832x480", 81, "a"), ("832x480", 5, "a"), ("480x832", 81, "other")):
         path = calibrations_folder() / f"t2v-1.3B-{size}x{frames}-{fingerprint}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({
-            "name": path.stem, "origin": "measured", "sigmas": list(table.sigmas), "mag_ratios": table.mag_ratios,
-            "sampler": {"task": "t2v-1.3B", "size": size, "frames": frames}, "provenance": {"fingerprint": fingerprint}}))
+        path.write_text(
+            json.dumps(
+                {
+                    "name": path.stem,
+                    "origin": "measured",
+                    "sigmas": list(table.sigmas),
+                    "mag_ratios": table.mag_ratios,
+                    "sampler": {"task": "t2v-1.3B", "size": size, "frames": frames},
+                    "provenance": {"fingerprint": fingerprint},
+                }
+            )
+        )
     made = session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 61, None, T2V_1)
     assert made.table("a").name == "t2v-1.3B-832x480x81-a"
     assert made.table("b").name == "wan2.1-t2v-1.3b"
@@ -91,7 +113,9 @@ def test_a_task_that_is_not_known(tmp_path):
         session(tmp_path, "MagCache4Wan2.2", "s2v-14B", "1024*704", 80, None, ("s2v", 5120))
 
 
-@pytest.mark.parametrize("ranks, shares", [(2, [23, 22]), (4, [12, 12, 12, 9]), (8, [6, 6, 6, 6, 6, 6, 6, 3]), (1, None)])
+@pytest.mark.parametrize(
+    "ranks, shares", [(2, [23, 22]), (4, [12, 12, 12, 9]), (8, [6, 6, 6, 6, 6, 6, 6, 3]), (1, None)]
+)
 def test_padding_is_no_token_of_any_rank(monkeypatch, ranks, shares):
     """45 tokens, made up to a multiple of the ranks; statistics are taken of those that are none."""
     forward = {"x": [torch.empty(16, 3, 6, 10)], "seq_len": -(-45 // ranks) * ranks}
@@ -103,4 +127,6 @@ def test_padding_is_no_token_of_any_rank(monkeypatch, ranks, shares):
         assert hosts == [WAN]
     else:
         assert [host.noise_tokens(forward) for host in hosts] == shares
-        assert {host.residual_shape(SimpleNamespace(dim=48), forward) for host in hosts} == {(1, forward["seq_len"] // ranks, 48)}
+        assert {host.residual_shape(SimpleNamespace(dim=48), forward) for host in hosts} == {
+            (1, forward["seq_len"] // ranks, 48)
+        }

@@ -1,5 +1,6 @@
-"""Stands in for the generate.py of a Wan2.2 checkout, which the package wan22 does not have: the flags that the drop-in reads
-and the package's pipelines need, one pipeline a task, and its own writer of videos."""
+"""Stands in for the generate.py of a Wan2.2 checkout, which the package wan22 does not have: the flags that the drop-in
+reads and the package's pipelines need, one pipeline a task, and its own writer of videos."""
+
 import argparse
 import os
 
@@ -43,21 +44,42 @@ def generate(args):
     # The two experts' classes in the package leave out guidance unless told otherwise.
     guided = {} if args.task == "ti2v-5B" else {"lightning": False}
     pipe = getattr(wan, PIPELINES[args.task])(
-        config=WAN_CONFIGS[args.task], checkpoint_dir=args.ckpt_dir, device_id=0, rank=rank, t5_fsdp=args.t5_fsdp,
-        dit_fsdp=args.dit_fsdp, use_sp=args.ulysses_size > 1, t5_cpu=args.t5_cpu, convert_model_dtype=args.convert_model_dtype,
-        **guided)
+        config=WAN_CONFIGS[args.task],
+        checkpoint_dir=args.ckpt_dir,
+        device_id=0,
+        rank=rank,
+        t5_fsdp=args.t5_fsdp,
+        dit_fsdp=args.dit_fsdp,
+        use_sp=args.ulysses_size > 1,
+        t5_cpu=args.t5_cpu,
+        convert_model_dtype=args.convert_model_dtype,
+        **guided,
+    )
     place = {"size": SIZE_CONFIGS[args.size]} if args.task != "i2v-A14B" else {}
     if args.task != "t2v-A14B":
         place |= {"max_area": MAX_AREA_CONFIGS[args.size], "img": args.image and Image.open(args.image).convert("RGB")}
     with torch.no_grad():
         video = pipe.generate(
-            args.prompt, **place, frame_num=args.frame_num, shift=args.sample_shift, sample_solver=args.sample_solver,
-            sampling_steps=args.sample_steps, guide_scale=args.sample_guide_scale, seed=args.base_seed,
-            offload_model=args.offload_model)
+            args.prompt,
+            **place,
+            frame_num=args.frame_num,
+            shift=args.sample_shift,
+            sample_solver=args.sample_solver,
+            sampling_steps=args.sample_steps,
+            guide_scale=args.sample_guide_scale,
+            seed=args.base_seed,
+            offload_model=args.offload_model,
+        )
     if rank == 0:
         args.save_file = args.save_file or f"{args.task}_{args.base_seed}.mp4"
-        save_video(tensor=video[None], save_file=args.save_file, fps=WAN_CONFIGS[args.task].sample_fps, nrow=1,
-                   normalize=True, value_range=(-1, 1))
+        save_video(
+            tensor=video[None],
+            save_file=args.save_file,
+            fps=WAN_CONFIGS[args.task].sample_fps,
+            nrow=1,
+            normalize=True,
+            value_range=(-1, 1),
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What tests/test_wan21.py and tests/test_wan22.py run inside `wan_cpu.py --serve`, each case in a process of its own, on models with
-random weights:
+"""What tests/test_wan21.py and tests/test_wan22.py run inside `wan_cpu.py --serve`, each case in a process of its own,
+on models with random weights:
 
     wan_cases.py CASE CHECKPOINTS ARGUMENT ...     # leaves what the case returns in result.json
 """
+
 import argparse
 import copy
 import inspect
@@ -27,12 +28,23 @@ from common.schedule import Settings  # noqa: E402
 from common.wan import add_flags, cached, experts_of, host_of, schedulers_of  # noqa: E402
 
 # kind: (class, task of its config, checkpoint)
-KINDS = {"t2v": ("WanT2V", "t2v-A14B", "t2v-experts"), "i2v": ("WanI2V", "i2v-A14B", "i2v-experts"),
-         "ti2v-t2v": ("WanTI2V", "ti2v-5B", "ti2v"), "ti2v-i2v": ("WanTI2V", "ti2v-5B", "ti2v"),
-         "2.1 t2v": ("WanT2V", "t2v-1.3B", "t2v"), "2.1 i2v": ("WanI2V", "i2v-14B", "i2v"),
-         "2.1 flf2v": ("WanFLF2V", "flf2v-14B", "flf2v"), "2.1 vace": ("WanVace", "vace-1.3B", "vace")}
-RATIOS = MagRatios(name="flat", origin="measured", sigmas=tuple(flow_sigmas(12, 5.0)), sampler={"shift": 5.0},
-                   mag_ratios={"cond": [1.0] + [0.98] * 11, "uncond": [1.0] + [0.97] * 11})
+KINDS = {
+    "t2v": ("WanT2V", "t2v-A14B", "t2v-experts"),
+    "i2v": ("WanI2V", "i2v-A14B", "i2v-experts"),
+    "ti2v-t2v": ("WanTI2V", "ti2v-5B", "ti2v"),
+    "ti2v-i2v": ("WanTI2V", "ti2v-5B", "ti2v"),
+    "2.1 t2v": ("WanT2V", "t2v-1.3B", "t2v"),
+    "2.1 i2v": ("WanI2V", "i2v-14B", "i2v"),
+    "2.1 flf2v": ("WanFLF2V", "flf2v-14B", "flf2v"),
+    "2.1 vace": ("WanVace", "vace-1.3B", "vace"),
+}
+RATIOS = MagRatios(
+    name="flat",
+    origin="measured",
+    sigmas=tuple(flow_sigmas(12, 5.0)),
+    sampler={"shift": 5.0},
+    mag_ratios={"cond": [1.0] + [0.98] * 11, "uncond": [1.0] + [0.97] * 11},
+)
 REUSES_MUCH, OFF = Settings(1.0, 2, 0.2), Settings(0.0, 2, 0.2)
 
 
@@ -42,7 +54,8 @@ def pipeline(kind, session=None):
     # The package's two experts leave out guidance unless told otherwise; those of the checkout do not.
     guided = {"lightning": False} if "lightning" in inspect.signature(plain.__init__).parameters else {}
     return (cached(plain, session) if session else plain)(
-        config=WAN_CONFIGS[task], checkpoint_dir=str(CHECKPOINTS / checkpoint), device_id=0, rank=0, **guided)
+        config=WAN_CONFIGS[task], checkpoint_dir=str(CHECKPOINTS / checkpoint), device_id=0, rank=0, **guided
+    )
 
 
 def draw(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat"):
@@ -51,22 +64,42 @@ def draw(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat")
     if kind == "2.1 vace":
         frames, masks, references = pipe.prepare_source([None], [None], [["cat.png"]], 5, (96, 64), 0)
         source = {"input_frames": frames, "input_masks": masks, "input_ref_images": references, "size": (96, 64)}
-    place = {"t2v": {"size": (96, 64)}, "i2v": {"img": picture, "max_area": 96 * 64},
-             "flf2v": {"first_frame": picture, "last_frame": picture, "max_area": 96 * 64},
-             "vace": source if kind == "2.1 vace" else {},
-             "ti2v-t2v": {"size": (96, 64), "max_area": 96 * 64},
-             "ti2v-i2v": {"img": picture, "size": (96, 64), "max_area": 96 * 64}}[kind.removeprefix("2.1 ")]
+    place = {
+        "t2v": {"size": (96, 64)},
+        "i2v": {"img": picture, "max_area": 96 * 64},
+        "flf2v": {"first_frame": picture, "last_frame": picture, "max_area": 96 * 64},
+        "vace": source if kind == "2.1 vace" else {},
+        "ti2v-t2v": {"size": (96, 64), "max_area": 96 * 64},
+        "ti2v-i2v": {"img": picture, "size": (96, 64), "max_area": 96 * 64},
+    }[kind.removeprefix("2.1 ")]
     with torch.no_grad():
-        return pipe.generate(prompt, **place, frame_num=81 if kind == "2.1 flf2v" else 5, shift=shift, sample_solver=solver, sampling_steps=steps,
-                             guide_scale=4.0, seed=seed)
+        return pipe.generate(
+            prompt,
+            **place,
+            frame_num=81 if kind == "2.1 flf2v" else 5,
+            shift=shift,
+            sample_solver=solver,
+            sampling_steps=steps,
+            guide_scale=4.0,
+            seed=seed,
+        )
 
 
 @contextmanager
 def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
     models = experts_of(pipe)
-    with timesteps_noted(schedulers_of(type(pipe))) as timesteps, \
-            magcache_forward(models, host_of(pipe, models[0]), mag_ratios, settings, timesteps, announce=None,
-                             boundary=pipe.boundary if len(models) == 2 else None) as handle:
+    with (
+        timesteps_noted(schedulers_of(type(pipe))) as timesteps,
+        magcache_forward(
+            models,
+            host_of(pipe, models[0]),
+            mag_ratios,
+            settings,
+            timesteps,
+            announce=None,
+            boundary=pipe.boundary if len(models) == 2 else None,
+        ) as handle,
+    ):
         yield handle
 
 
@@ -87,9 +120,9 @@ class AddResidual(torch.nn.Module):
 
 
 class Repetition:
-    """Does every call of a pipeline's models again, by copies that no patch has seen: a computed call whole; a reused one with
-    all blocks replaced by one that adds the residual of the last computed call of that expert and branch. All outputs must be
-    the same to the bit. Make it before the models are patched; `handle` is the patch."""
+    """Does every call of a pipeline's models again, by copies that no patch has seen: a computed call whole; a reused
+    one with all blocks replaced by one that adds the residual of the last computed call of that expert and branch. All
+    outputs must be the same to the bit. Make it before the models are patched; `handle` is the patch."""
 
     def __init__(self, pipe):
         self.handle, self.residuals, self.calls, self.repeating = None, {}, [], False
@@ -106,13 +139,21 @@ class Repetition:
                 fresh.blocks = blocks
             else:
                 tokens = []
-                hooks = [fresh.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0])),
-                         fresh.blocks[-1].register_forward_hook(lambda module, args, output: tokens.append(output))]
+                hooks = [
+                    fresh.blocks[0].register_forward_pre_hook(lambda module, args: tokens.append(args[0])),
+                    fresh.blocks[-1].register_forward_hook(lambda module, args, output: tokens.append(output)),
+                ]
                 expected = fresh(*args, **kwargs)
                 for one in hooks:
                     one.remove()
                 self.residuals[number, branch] = tokens[1] - tokens[0]
-            assert len(output) == len(expected) == 1 and torch.equal(output[0], expected[0]), (step, branch, kind, number)
+            assert len(output) == len(expected) == 1 and torch.equal(output[0], expected[0]), (
+                step,
+                branch,
+                kind,
+                number,
+            )
+
         return hook
 
     def __call__(self, handle, *args, **options):
@@ -133,8 +174,12 @@ def uncached_is_the_same_to_the_bit(kind):
     with patched(pipe):
         cached_video = draw(pipe, kind)
     assert [dict(vars(model)) for model in experts_of(pipe)] == before, "the patch left something behind"
-    return {"equal": torch.equal(plain, off), "equal_after": torch.equal(plain, draw(pipe, kind)),
-            "cached_differs": not torch.equal(plain, cached_video), "reused": handle.reports[-1].reused}
+    return {
+        "equal": torch.equal(plain, off),
+        "equal_after": torch.equal(plain, draw(pipe, kind)),
+        "cached_differs": not torch.equal(plain, cached_video),
+        "reused": handle.reports[-1].reused,
+    }
 
 
 def reused_calls_are_the_hosts_forward_with_the_residual(kind, solver):
@@ -144,8 +189,16 @@ def reused_calls_are_the_hosts_forward_with_the_residual(kind, solver):
         with patched(pipe) as handle:
             repetition(handle, pipe, kind, steps=steps, shift=shift, solver=solver)
         report = handle.reports[-1]
-        results.append({"planned": report.schedule.strip, "cond": strip(repetition.calls), "uncond": strip(repetition.calls, 1),
-                        "unplanned": report.unplanned, "runs": len(handle.reports), "complete": report.complete})
+        results.append(
+            {
+                "planned": report.schedule.strip,
+                "cond": strip(repetition.calls),
+                "uncond": strip(repetition.calls, 1),
+                "unplanned": report.unplanned,
+                "runs": len(handle.reports),
+                "complete": report.complete,
+            }
+        )
     return results
 
 
@@ -156,8 +209,10 @@ def published_schedule(preset, solver):
     pipe = pipeline(kind)
     with patched(pipe, table, Settings(**table.settings)) as handle:
         draw(pipe, kind, steps=table.steps, shift=table.sampler["shift"], solver=solver)
-    report, = handle.reports
-    by_branch = [[step for step, this, what, *_ in report.calls if this == branch and what == "reused"] for branch in (0, 1)]
+    (report,) = handle.reports
+    by_branch = [
+        [step for step, this, what, *_ in report.calls if this == branch and what == "reused"] for branch in (0, 1)
+    ]
     return {"cond": by_branch[0], "uncond": by_branch[1], "calls": len(report.calls), "fits": table.fits(report.levels)}
 
 
@@ -173,18 +228,29 @@ def any_boundary(kind):
         with patched(pipe) as handle:
             repetition(handle, pipe, kind, steps=8)
         first = [number for _, branch, _, number in repetition.calls if branch == 0]
-        results.append({"boundary": boundary, "high_noise_steps": sum(level >= boundary for level in levels),
-                        "experts": first, "strip": strip(repetition.calls), "planned": handle.reports[-1].schedule.strip,
-                        "unplanned": handle.reports[-1].unplanned})
+        results.append(
+            {
+                "boundary": boundary,
+                "high_noise_steps": sum(level >= boundary for level in levels),
+                "experts": first,
+                "strip": strip(repetition.calls),
+                "planned": handle.reports[-1].schedule.strip,
+                "unplanned": handle.reports[-1].unplanned,
+            }
+        )
     return results
 
 
 def runs_after_another(kind):
-    """Through a Session: a second generation, other steps and shift, a run that was broken off; each as in a fresh process."""
+    """Through a Session: a second generation, other steps and shift, a run that was broken off; each as in a fresh
+    process."""
     ratio_files.write("flat.json", RATIOS)
     flags = ("--mag_ratios", "flat.json")
-    others = {"again": {}, "other steps and shift": {"steps": 7, "shift": 8.0}, "other solver, prompt": {
-        "solver": "dpm++", "prompt": "a dog"}}
+    others = {
+        "again": {},
+        "other steps and shift": {"steps": 7, "shift": 8.0},
+        "other solver, prompt": {"solver": "dpm++", "prompt": "a dog"},
+    }
     alone = {name: draw(pipeline(kind, session(*flags)), kind, **options) for name, options in others.items()}
     one = session(*flags)
     pipe = pipeline(kind, one)
@@ -216,9 +282,14 @@ def without_guidance():
     repetition = Repetition(pipe)
     with patched(pipe) as handle:
         repetition(handle, pipe, "t2v")
-    report, = handle.reports
-    return {"branches": sorted({branch for _, branch, *_ in report.calls}), "calls": len(report.calls),
-            "strip": strip(report.calls), "planned": report.schedule.strip, "complete": report.complete}
+    (report,) = handle.reports
+    return {
+        "branches": sorted({branch for _, branch, *_ in report.calls}),
+        "calls": len(report.calls),
+        "strip": strip(report.calls),
+        "planned": report.schedule.strip,
+        "complete": report.complete,
+    }
 
 
 def calibration_serves_a_planned_run(kind):
@@ -226,7 +297,7 @@ def calibration_serves_a_planned_run(kind):
     plain = draw(pipeline(kind), kind, steps=16)
     measuring = session("--magcache_calibration")
     same = torch.equal(draw(pipeline(kind, measuring), kind, steps=16), plain)
-    path, = Path(os.environ["MAGCACHE_HOME"]).glob("*.json")
+    (path,) = Path(os.environ["MAGCACHE_HOME"]).glob("*.json")
     table = load(str(path))
     planned = session("--magcache_steps", "8")
     pipe = pipeline(kind, planned)
@@ -236,11 +307,22 @@ def calibration_serves_a_planned_run(kind):
     ratios = [row[switch] for row in table.mag_ratios.values()]
     other = session("--magcache_steps", "5")
     draw(pipeline(kind, other), kind, steps=10, shift=3.0)
-    return {"uncached": same, "found": used.name == table.name, "boundary": boundary, "switch": switch, "ratios_there": ratios,
-            "anywhere_else_1": sum(value == 1 for row in table.mag_ratios.values() for value in row) - 2 * (1 + bool(switch)),
-            "strip": planned.report.schedule.strip, "computed": planned.report.computed, "calls": len(planned.report.calls),
-            "unplanned": planned.report.unplanned, "differs": not torch.equal(video, plain),
-            "other_strip": other.report.schedule.strip, "other_unplanned": other.report.unplanned}
+    return {
+        "uncached": same,
+        "found": used.name == table.name,
+        "boundary": boundary,
+        "switch": switch,
+        "ratios_there": ratios,
+        "anywhere_else_1": sum(value == 1 for row in table.mag_ratios.values() for value in row)
+        - 2 * (1 + bool(switch)),
+        "strip": planned.report.schedule.strip,
+        "computed": planned.report.computed,
+        "calls": len(planned.report.calls),
+        "unplanned": planned.report.unplanned,
+        "differs": not torch.equal(video, plain),
+        "other_strip": other.report.schedule.strip,
+        "other_unplanned": other.report.unplanned,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for tests/test_wan21.py and tests/test_wan22.py."""
+"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for tests/test_wan21.py and
+tests/test_wan22.py."""
+
 import json
 import os
 import select
@@ -29,7 +31,8 @@ class Finished:
 
 
 class WanRuns:
-    """A copy of a drop-in beside the `wan` and the generate.py of a checkout, and a server that runs scripts with them."""
+    """A copy of a drop-in beside the `wan` and the generate.py of a checkout, and a server that runs scripts with
+    them."""
 
     def __init__(self, folder, package, generate, drop_in):
         self.checkpoints = folder / "checkpoints"
@@ -44,9 +47,15 @@ class WanRuns:
         self.folder, self.count = folder, 0
         self.log = folder / "server.log"
         self.server = subprocess.Popen(
-            [sys.executable, REPOSITORY / "tests" / harness, "--serve"], cwd=folder, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+            [sys.executable, REPOSITORY / "tests" / harness, "--serve"],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        )
 
     def close(self):
         os.killpg(self.server.pid, signal.SIGTERM)
@@ -64,13 +73,19 @@ class WanRuns:
         if not answer:
             logs = [Path(process["log"]) for process in processes]
             pytest.fail("\n".join(path.read_text() for path in [self.log, *logs] if path.is_file()))
-        return [Finished(code, Path(process["log"]).read_text(), **torch.load(f"{process['log']}.pt"))
-                for process, code in zip(processes, json.loads(answer))]
+        return [
+            Finished(code, Path(process["log"]).read_text(), **torch.load(f"{process['log']}.pt"))
+            for process, code in zip(processes, json.loads(answer))
+        ]
 
     def process(self, argv, cwd, **env):
         self.count += 1
-        return {"argv": list(map(str, argv)), "cwd": str(cwd), "log": str(self.folder / f"{self.count}.log"),
-                "env": {"MAGCACHE_HOME": str(Path(cwd) / "home"), **env}}
+        return {
+            "argv": list(map(str, argv)),
+            "cwd": str(cwd),
+            "log": str(self.folder / f"{self.count}.log"),
+            "env": {"MAGCACHE_HOME": str(Path(cwd) / "home"), **env},
+        }
 
     def run(self, *argv, cwd):
         """Run one script in a folder that takes what it writes."""
@@ -81,7 +96,9 @@ class WanRuns:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-        return self.together([self.process(argv, cwd, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)])
+        return self.together(
+            [self.process(argv, cwd, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(count)]
+        )
 
     def checkpoint(self, kind):
         """The folder of a tiny checkpoint (`wan_cpu.write_checkpoint`), written at first use."""

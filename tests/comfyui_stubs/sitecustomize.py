@@ -1,12 +1,23 @@
-"""On the path of every Python process that runs ComfyUI in a test: stand-ins for torchvision and torchaudio, whose registry
-builds need CUDA, and one thread, since tiny models lose more to threads than they gain."""
+"""On the path of every Python process that runs ComfyUI in a test: stand-ins for torchvision and torchaudio, whose
+registry builds need CUDA, and one thread, since tiny models lose more to threads than they gain."""
+
 import importlib.machinery
 import sys
 import types
 
-NAMES = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.transforms.v2",
-         "torchvision.ops", "torchvision.models", "torchvision.models.optical_flow", "torchvision.io",
-         "torchaudio", "torchaudio.functional", "torchaudio.transforms")
+NAMES = (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+    "torchvision.transforms.v2",
+    "torchvision.ops",
+    "torchvision.models",
+    "torchvision.models.optical_flow",
+    "torchvision.io",
+    "torchaudio",
+    "torchaudio.functional",
+    "torchaudio.transforms",
+)
 
 
 class Absent(types.ModuleType):

@@ -1,4 +1,5 @@
 """Custom nodes for the tests: a tiny random model, a prompt and a decoder, in the place of loaders that need files."""
+
 import comfyui_models
 
 

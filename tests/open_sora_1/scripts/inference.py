@@ -76,8 +76,9 @@ def main():
             z, mask = torch.randn(1, 4, *vae.get_latent_size(None), dtype=torch.bfloat16), None
             if loop:
                 z[:, :, :2], mask = clips[-1][:, :, -2:], torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]])
-            samples = scheduler.sample(model, texts, z=z, prompts=[prompt], device="cpu", additional_args={}, progress=False,
-                                       mask=mask)
+            samples = scheduler.sample(
+                model, texts, z=z, prompts=[prompt], device="cpu", additional_args={}, progress=False, mask=mask
+            )
             clips.append(samples)
         video = torch.cat([vae.decode(clip.to(torch.bfloat16))[0] for clip in clips], dim=1)
         save_sample(video.float(), fps=24, save_path=os.path.join(cfg.save_dir, f"sample_{index:04d}"), verbose=False)

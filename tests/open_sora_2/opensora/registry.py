@@ -1,4 +1,5 @@
-"""A toy of an Open-Sora 2.0 checkout: what its script calls by these names, in a few lines, with the models of open_sora_toys."""
+"""A toy of an Open-Sora 2.0 checkout: what its script calls by these names, in a few lines, with the models of
+open_sora_toys."""
 
 
 class Config(dict):

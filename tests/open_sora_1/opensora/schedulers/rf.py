@@ -7,7 +7,9 @@ class RFLOW:
 
     def sample(self, model, text_encoder, z, prompts, device, additional_args=None, mask=None, progress=True):
         model_args = {"y": text_encoder(prompts), **(additional_args or {})}
-        timesteps = [torch.tensor([(1 - i / self.num_sampling_steps) * 1000.0] * len(z)) for i in range(self.num_sampling_steps)]
+        timesteps = [
+            torch.tensor([(1 - i / self.num_sampling_steps) * 1000.0] * len(z)) for i in range(self.num_sampling_steps)
+        ]
         timesteps = [1000 * 4 * t / (1000 + 3 * t) for t in timesteps]
         noise_added = None if mask is None else mask == 1
         for i, t in enumerate(timesteps):

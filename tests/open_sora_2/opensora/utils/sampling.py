@@ -35,6 +35,7 @@ def prepare_models(cfg, device, dtype, offload_model=False):
     model = MMDiT(seed=cfg.get("weights", 0))
     if cfg.get("lora"):
         from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(model, LoraConfig(target_modules=["own"], init_lora_weights=False))
     return model, Decoder(), None, None, pictures
 
@@ -55,8 +56,16 @@ def prepare_api(model, model_ae, model_t5, model_clip, optional_models):
         for here, there in zip(timesteps[:-1], timesteps[1:]):
             both = img if picture else torch.cat([img, img, img])
             level = torch.full((len(both),), here, dtype=img.dtype)
-            pred = model(img=both, img_ids=None, txt=texts[:len(both)], txt_ids=None, timesteps=level,
-                         y_vec=texts[:len(both)].mean(1), cond=None if picture else cond, guidance=level)
+            pred = model(
+                img=both,
+                img_ids=None,
+                txt=texts[: len(both)],
+                txt_ids=None,
+                timesteps=level,
+                y_vec=texts[: len(both)].mean(1),
+                cond=None if picture else cond,
+                guidance=level,
+            )
             if not picture:
                 given, without, neither = pred.chunk(3)
                 pred = neither + 2 * (without - neither) + opt.guidance * (given - without)
