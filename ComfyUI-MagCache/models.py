@@ -3,7 +3,7 @@
 from math import ceil, prod
 
 from .common.blocks import Host
-from .common.ratios import MagCacheError
+from .common.errors import MagCacheError
 
 
 def picture_tokens(forward):

@@ -13,7 +13,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from PIL import Image
 
-from .common.report import plot_schedule
+from .common.scripts.plots import plot_schedule
 from .models import MODEL_TYPES
 from .wrappers import Calibration, MagCache, ratios_text, schedule_of
 

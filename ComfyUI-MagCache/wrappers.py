@@ -16,16 +16,18 @@ import numpy as np
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .common import ratios as ratio_files
+from .common import tables
 from .common.blocks import BlockStack
 from .common.calibration import Statistics, fingerprint_of
-from .common.patch import REHEARSALS, Stopwatch, inner_module
+from .common.errors import MagCacheError
+from .common.patch import REHEARSALS, inner_module
 from .common.planner import Target
-from .common.ratios import MagCacheError, calibrations_folder, load
 from .common.report import RunReport, plan_text
 from .common.residuals import Residuals
 from .common.schedule import Rule, Settings, compute_all, magcache_schedule, rule_of
 from .common.steps import Call
+from .common.tables import calibrations_folder, load
+from .common.timing import Stopwatch
 from .models import MODEL_TYPES, host_of, recognise, require_class
 
 KEY = "magcache"
@@ -375,9 +377,9 @@ def own_table(patcher, model, say):
         plain, patched = fingerprints(patcher, model)
     except MagCacheError as error:
         return say(f"MagCache looks for no calibration: {error}")
-    table = ratio_files.find("", patched)
+    table = tables.find("", patched)
     if table is None and plain != patched:
-        table = ratio_files.find("", plain)
+        table = tables.find("", plain)
         if table is not None:
             say(f"MagCache: {table.name} was measured without the LoRAs of this model.")
     return table
@@ -462,7 +464,7 @@ class Calibration(Patch):
             },
         )
         self.path = calibrations_folder() / f"{name}.json"
-        ratio_files.write(self.path, self.mag_ratios)
+        tables.write(self.path, self.mag_ratios)
         self.failure = None
         self.say(
             f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n"

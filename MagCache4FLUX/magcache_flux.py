@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]  # in a clone `common` is one folder up, in a copy beside
 
-from common.flux import main  # noqa: E402
+from common.scripts.flux import main  # noqa: E402
 
 MODEL = "black-forest-labs/FLUX.1-dev"  # hub id or folder; 'demo' is the small model in this repository
 PROMPT = "A photo of a black bicycle."

@@ -12,9 +12,11 @@ import random
 
 from common.blocks import Host
 from common.calibration import fingerprint
-from common.checkout import Session, checkouts_script, flags_added, run_script, volume
-from common.flags import add_magcache_flags, check_flags
-from common.ratios import MagCacheError, load
+from common.errors import MagCacheError
+from common.scripts.checkout import checkouts_script, flags_added, run_script
+from common.scripts.flags import add_magcache_flags, check_flags
+from common.scripts.session import Session, volume
+from common.tables import load
 
 # The flags of the same names win over these lines.
 MAGCACHE_THRESH = 0.24  # bound on the accumulated error; 0.12 with K 4 is the release's gentler setting, 0 is off

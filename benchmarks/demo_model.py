@@ -12,9 +12,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(REPOSITORY))
 
 from common.calibration import fingerprint  # noqa: E402
-from common.flux import DEMO, FLUX  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
-from common.ratios import load  # noqa: E402
+from common.scripts.flux import DEMO, FLUX  # noqa: E402
+from common.tables import load  # noqa: E402
 
 NAMES = (
     "dog",
@@ -59,7 +59,7 @@ def load_demo():
     table = load("demo")
     if table.provenance["fingerprint"] != fingerprint(pipe.transformer):
         raise SystemExit(
-            "common/presets/demo.json was not measured on demo/model; calibrate it again (demo/README.md)."
+            "common/presets/demo.json was not measured on demo/image/model; calibrate it again (demo/image/README.md)."
         )
     return pipe, table
 
@@ -86,7 +86,7 @@ def patched(pipe, table, settings, rule):
 
 
 def calibrated(pipe, prompts, steps, seed=0):
-    """MagRatios of un-cached runs of the pipeline as it is."""
+    """RatioTable of un-cached runs of the pipeline as it is."""
     with magcache_calibration(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, "measured") as handle:
         for prompt in prompts:
             render(pipe, prompt, steps, seed)

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_model import DEMO, FLUX, PROMPTS, load_demo, magcache_calibration, patched, render  # noqa: E402
 
 from common import planner  # noqa: E402
+from common.errors import needs  # noqa: E402
 from common.planner import Forecast, Target, cheapest_path, plan_steps, scheduled, table_grams  # noqa: E402
-from common.quality import quality  # noqa: E402
-from common.report import needs  # noqa: E402
 from common.residuals import Residuals  # noqa: E402
 from common.schedule import Rule  # noqa: E402
+from common.scripts.quality import quality  # noqa: E402
 
 COMPUTED, SEED = {28: (14, 11, 9, 7), 50: (25, 20, 17, 12)}, 1
 JOBS = PROMPTS[::2]

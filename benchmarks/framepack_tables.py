@@ -18,16 +18,17 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from common.ratios import MagRatios, flow_sigmas, load  # noqa: E402
-from common.report import needs  # noqa: E402
+from common.errors import needs  # noqa: E402
+from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings, magcache_schedule, rule_of  # noqa: E402
+from common.tables import RatioTable, load  # noqa: E402
 
 SHIFT = 7  # of FramePack's sampler at every size of its page
 PUBLISHED = load("framepack")
 
 
 def table_of(size, ratios):
-    return MagRatios(
+    return RatioTable(
         name=size,
         mag_ratios={"cond": ratios},
         sigmas=tuple(flow_sigmas(len(ratios), SHIFT)),
@@ -47,7 +48,7 @@ def compared(prediction, measured):
 
 def main():
     tabulate = needs("tabulate", "tabulate").tabulate
-    studio = json.loads((REPOSITORY / "tests" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
+    studio = json.loads((REPOSITORY / "tests" / "unit" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
     tables = {
         (size, steps): table_of(size, ratios) for size, by_steps in studio.items() for steps, ratios in by_steps.items()
     }

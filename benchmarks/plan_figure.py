@@ -12,10 +12,11 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(REPOSITORY))
 
+from common.errors import needs  # noqa: E402
 from common.planner import Target, nearest_by_the_rule  # noqa: E402
-from common.ratios import load  # noqa: E402
-from common.report import needs, save_figure  # noqa: E402
 from common.schedule import rule_of  # noqa: E402
+from common.scripts.plots import save_figure  # noqa: E402
+from common.tables import load  # noqa: E402
 
 
 def main(table="demo", computed=11, path=REPOSITORY / "docs" / "beyond-the-paper.png"):

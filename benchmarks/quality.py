@@ -34,12 +34,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_model import DEMO, PROMPTS, REPOSITORY, load_demo  # noqa: E402
 from transformer_facts import host_of  # noqa: E402
 
+from common.errors import (
+    MagCacheError,  # noqa: E402
+    needs,  # noqa: E402
+)
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.planner import Target, nearest_by_the_rule  # noqa: E402
-from common.quality import quality  # noqa: E402
-from common.ratios import MagCacheError  # noqa: E402
-from common.report import memory_text, needs, save_figure  # noqa: E402
+from common.report import memory_text  # noqa: E402
 from common.schedule import Rule  # noqa: E402
+from common.scripts.plots import save_figure  # noqa: E402
+from common.scripts.quality import quality  # noqa: E402
 
 SHARES = (0.6, 0.5, 0.4, 1 / 3, 0.25)
 # dB above, at half the steps. Measured by --short on 2026-11-21: 12.1 and 10.1 (residual), 12.0 and 10.0 (output).
@@ -407,7 +411,7 @@ def main():
         sys.exit(f"quality.py: {error}")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     if args.short:
-        from common.ratios import load as load_table
+        from common.tables import load as load_table
 
         sys.exit("\n".join(short(subject, load_table("demo"))) or None)
     tables = {steps: subject.calibrated(calibration, steps) for steps in args.steps}

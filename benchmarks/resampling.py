@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_model import DEMO, calibrated, load_demo  # noqa: E402
 
-from common.report import needs  # noqa: E402
+from common.errors import needs  # noqa: E402
 
 RUNS = ((8, 3.0), (14, 3.0), (20, 3.0), (50, 3.0), (14, 1.0), (28, 1.0), (50, 6.0))
 

@@ -31,11 +31,13 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from transformer_facts import host_of  # noqa: E402
 
+from common.errors import needs  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target, packed  # noqa: E402
-from common.ratios import MagRatios, flow_sigmas  # noqa: E402
-from common.report import memory_text, needs  # noqa: E402
+from common.ratios import flow_sigmas  # noqa: E402
+from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402
+from common.tables import RatioTable  # noqa: E402
 
 REPEATS = (
     3  # of each method, after one to warm up; a model that takes more than a second a call: one, and none to warm up
@@ -157,7 +159,7 @@ def table_of(steps):
     """A calibration whose residuals change smoothly; which steps are skipped matters here, not how well."""
     levels, step = flow_sigmas(steps, 3.0), np.arange(steps)
     gram = packed(np.exp(-(((step[:, None] - step) / steps) ** 2)))
-    return MagRatios(
+    return RatioTable(
         "random weights",
         {"cond": [1.0] * steps},
         tuple(levels),

@@ -2,8 +2,8 @@
 is)."""
 
 from common.blocks import Host
-from common.flux import FLUX
-from common.ratios import MagCacheError
+from common.errors import MagCacheError
+from common.scripts.flux import FLUX
 
 HOSTS = {
     "FluxTransformer2DModel": FLUX,

@@ -6,14 +6,18 @@ python -m common compare uncached.png cached.png
 python -m common install MagCache4FLUX /path/to/checkout
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from pathlib import Path
 
-from .flags import add_target_flags, target_of
-from .ratios import MagCacheError, calibrations_folder, load, preset_names, read
-from .report import needs, plan_text, plot_schedule
+from .errors import MagCacheError, needs
+from .report import plan_text
 from .schedule import Settings, magcache_schedule, rule_of
+from .scripts.flags import add_target_flags, target_of
+from .scripts.plots import plot_schedule
+from .tables import calibrations_folder, load, preset_names, read
 
 
 def presets(args):
@@ -83,7 +87,7 @@ def plan(args):
 
 def compare(args):
     """PSNR, SSIM and MS-SSIM of B against A, and both side by side."""
-    from .quality import quality, quality_text, read_frames, side_by_side
+    from .scripts.quality import quality, quality_text, read_frames, side_by_side
 
     (reference, fps), (result, _) = read_frames(args.a), read_frames(args.b)
     print(quality_text(quality(reference, result)))
@@ -94,7 +98,7 @@ def compare(args):
 
 def install(args):
     """Copy a drop-in and `common/` into an upstream checkout."""
-    from .install import install as copy
+    from .scripts.install import install as copy
 
     command = copy(args.folder, args.path)
     print(f"Installed. Run it there:\n  cd {args.path}\n  {command}")

@@ -6,13 +6,15 @@ the stand-ins are gone when the call ends. On a reused step the lists are empty 
 the final layer, so that what a forward adds between its blocks (control nets) is not added twice.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 from torch.nn import functional
 
-from .ratios import MagCacheError
+from .errors import MagCacheError
 
 
 @dataclass(frozen=True)

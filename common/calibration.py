@@ -1,12 +1,17 @@
 """The statistics of one un-cached run, and the file that they become."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 
 import torch
 
+from .errors import MagCacheError
 from .planner import GRAMS, packed
-from .ratios import MagCacheError, MagRatios, fitted_shift
+from .ranks import summed_over_ranks
+from .ratios import fitted_shift
+from .tables import RatioTable
 
 BRANCHES = ("cond", "uncond")
 TOKENS_AT_ONCE = 4096
@@ -134,7 +139,7 @@ class Statistics:
         self.samples = {}
 
     def mag_ratios(self, name, sampler=(), **description):
-        """MagRatios of the counted runs, rounded to six decimals."""
+        """RatioTable of the counted runs, rounded to six decimals."""
         runs = {
             branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)
             for branch in self.runs[0]
@@ -157,7 +162,7 @@ class Statistics:
             }
         computed, reused, count = sum(self.seconds).tolist()
         seconds = {"computed": round(computed / count, 6), "reused": round(reused / count, 6)}
-        return MagRatios(
+        return RatioTable(
             name=name,
             mag_ratios=column.pop("mag_ratios"),
             sigmas=[round(level, 6) for level in self.levels],
@@ -173,17 +178,6 @@ def by_branch(tables, index, first):
     return {
         branch: [first, *(round(value, 6) for value in table[:, index].tolist())] for branch, table in tables.items()
     }
-
-
-def summed_over_ranks(tensor, device):
-    """The sum over all processes of the default group; the tensor itself where there is one process. device: this
-    rank's, since not every host makes it the current one."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return tensor
-    shared = tensor.to(device if distributed.get_backend() == "nccl" else "cpu", copy=True)
-    distributed.all_reduce(shared)
-    return shared.to(tensor.device)
 
 
 def fingerprint(model):

@@ -1,5 +1,7 @@
 """What FramePack's two demos share: the facts of FramePack's transformer, and the jobs of a demo page with MagCache."""
 
+from __future__ import annotations
+
 import functools
 import sys
 import threading
@@ -13,13 +15,15 @@ from tqdm import tqdm
 
 from .blocks import Host
 from .calibration import fingerprint
-from .flags import check_writable
+from .errors import MagCacheError
+from .files import write_json
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
-from .ratios import MagCacheError, calibrations_folder, find, load, write_json
 from .report import finite, plan_text
 from .schedule import Settings, magcache_schedule, rule_of
+from .scripts.flags import check_writable
 from .steps import TRAIN_TIMESTEPS
+from .tables import calibrations_folder, find, load
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
 

@@ -1,5 +1,7 @@
 """FramePack's Gradio page with MagCache: the demo's own module, its page with more controls, its flags with ours."""
 
+from __future__ import annotations
+
 import argparse
 import html
 import sys
@@ -7,11 +9,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from .checkout import checkouts_script, run_script
-from .flags import check_writable
+from .errors import MagCacheError, needs
 from .framepack import SPEEDUPS, Jobs
-from .ratios import MagCacheError, load
-from .report import needs
+from .scripts.checkout import checkouts_script, run_script
+from .scripts.flags import check_writable
+from .tables import load
 
 NEEDED = (
     "block",

@@ -1,5 +1,7 @@
 """An optional watch over one sample: does it still behave as the calibration did?"""
 
+from __future__ import annotations
+
 import torch
 
 from .calibration import TOKENS_AT_ONCE

@@ -1,6 +1,8 @@
 """The facts of HunyuanVideoTransformer3DModel, HunyuanVideo in diffusers, for `magcache_forward` and
 `magcache_calibration`."""
 
+from __future__ import annotations
+
 from .blocks import Host
 
 

@@ -1,6 +1,8 @@
 """What MagCache4Open-Sora runs: the facts of MMDiTModel (Open-Sora 2.0) and STDiT3 (1.2 and 1.3), and the checkout's
 own inference script with MagCache."""
 
+from __future__ import annotations
+
 import functools
 import math
 import random
@@ -13,10 +15,11 @@ import torch
 
 from .blocks import Host
 from .calibration import fingerprint
-from .checkout import Session, add_flags, flags_taken, run_script, script_at, switched_on
-from .flags import check_flags
-from .patch import is_writer
-from .ratios import MagCacheError
+from .errors import MagCacheError
+from .ranks import is_writer
+from .scripts.checkout import add_flags, flags_taken, run_script, script_at, switched_on
+from .scripts.flags import check_flags
+from .scripts.session import Session
 from .steps import TRAIN_TIMESTEPS
 
 

@@ -1,26 +1,28 @@
 """`magcache_forward` and `magcache_calibration`: replace the forward of one model instance, and put it back."""
 
+from __future__ import annotations
+
 import functools
 import inspect
-import os
-import time
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import ratios as ratio_files
 from .blocks import BlockStack
 from .calibration import Statistics
+from .errors import MagCacheError
 from .guard import Guard
 from .payloads import PAYLOADS, ModelOutput, leading_tokens
 from .planner import Target
-from .ratios import MagCacheError
+from .ranks import is_writer
 from .report import RunReport, plan_text
 from .residuals import Residuals
 from .schedule import compute_all, magcache_schedule, rule_of
 from .steps import TRAIN_TIMESTEPS, Call, StepTracker
+from .tables import write
+from .timing import Stopwatch
 
 REHEARSALS = 3  # of a reused step, at the end of a calibration
 
@@ -42,12 +44,12 @@ def magcache_forward(
 
     model: the transformer, also compiled, offloaded or sharded, or a list of those among which the sampler divides its
         steps (a high-noise and a low-noise expert); host: `blocks.Host`, the facts of its class.
-    mag_ratios: `ratios.MagRatios`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a
+    mag_ratios: `ratios.RatioTable`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a
     planned schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
         being 1000, as one object that lasts as long as the run. A diffusers pipeline: `lambda:
         pipe.scheduler.timesteps`.
-    interpolation: "sigma" or "nearest" (`MagRatios.at`).
+    interpolation: "sigma" or "nearest" (`RatioTable.at`).
     device, dtype: where and how residuals are kept (None: as the model makes them).
     announce: gets the plan as text at the start of each run.
     boundary: with two experts, the noise level below which the second works (None: one model).
@@ -78,7 +80,7 @@ def magcache_calibration(model, host, timesteps, name, path=None, description=No
     """Measure the magnitude ratios of a model, or of experts, in ordinary un-cached runs. Returns a handle.
 
     After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
-    description: further fields of `MagRatios` (models, sampler, provenance, ...).
+    description: further fields of `RatioTable` (models, sampler, provenance, ...).
     statistics: those of an earlier handle, to go on averaging.
     """
     return Calibration(model, host, timesteps, name, path, description or {}, statistics or Statistics())
@@ -390,37 +392,11 @@ class Calibration(Patch):
         self.statistics.finish((run.report.typical_seconds, self.reused_seconds()))
         self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
         if self.path and is_writer():
-            ratio_files.write(self.path, self.mag_ratios)
+            write(self.path, self.mag_ratios)
 
     def end_run(self):
         super().end_run()
         self.statistics.begin(())
-
-
-class Stopwatch:
-    """Seconds of GPU or CPU work, without waiting for the GPU: events are read when the report is."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.begin = self.mark()
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self):
-        begin, end = self.begin, self.mark()
-        if not self.cuda:
-            return lambda: end - begin
-
-        def seconds():
-            end.synchronize()
-            return begin.elapsed_time(end) / 1000
-
-        return seconds
 
 
 def inner_module(model):
@@ -445,24 +421,3 @@ def level_tolerance(timestep):
     if torch.is_tensor(timestep) and timestep.is_floating_point():
         return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
     return 1e-6
-
-
-def is_writer():
-    """One process writes: rank 0 of torchrun, or the only one."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
-
-
-def told_by_writer(find):
-    """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not
-    plan differently."""
-    found, distributed = [find() if is_writer() else None], torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        # Not every host makes the GPU of a rank the current one.
-        device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if distributed.get_backend() == "nccl" else None
-        )
-        distributed.broadcast_object_list(found, src=0, device=device)
-    return found[0]

@@ -5,6 +5,8 @@ A payload has four methods. Around a computed call: `record(arguments)`, those o
 `replace(tensor)`, which returns the output, or None where forward is still to make it, and `restore()` after it.
 """
 
+from __future__ import annotations
+
 import torch
 from torch.utils import _pytree as pytree
 

@@ -7,12 +7,14 @@ path over pairs of neighbouring computed steps. Where only ratios are known, the
 (`ratio_errors`): weaker, and named so. numpy only.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
-from .ratios import MagCacheError
+from .errors import MagCacheError
 from .schedule import Schedule, Settings, magcache_schedule
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
@@ -154,7 +156,7 @@ def has_gram(table):
 
 
 def table_grams(table, levels, payload="residual"):
-    """The Gram matrices (branches, steps, steps) of a `MagRatios` at the noise levels of a run."""
+    """The Gram matrices (branches, steps, steps) of a `RatioTable` at the noise levels of a run."""
     stored = table.statistics.get(GRAMS[payload])
     if not stored:
         raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
@@ -197,7 +199,7 @@ class Forecast:
 
     @classmethod
     def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
-        """Of a `MagRatios` at the noise levels of a run."""
+        """Of a `RatioTable` at the noise levels of a run."""
         forecast = (
             cls.of_ratios(table.at(levels))
             if not has_gram(table)

@@ -1,5 +1,7 @@
 """What is kept between steps: the newest residuals of each branch of one run, and the prediction made of them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

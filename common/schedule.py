@@ -5,12 +5,14 @@ k <= `magcache_K`, else compute and start again from acc = 1, k = 0, err = 0. Th
 always compute. The rule looks at ratios and settings only, so the schedule is known before the run.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from math import ceil, floor
 
 import numpy as np
 
-from .ratios import MagCacheError
+from .errors import MagCacheError
 
 
 @dataclass(frozen=True)

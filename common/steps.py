@@ -4,6 +4,8 @@ Calls at one noise level are CFG branches as long as they see the same latent; a
 another one. No counter: a run may start at any level, skip guidance for a while, or break off.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -11,8 +11,9 @@ from diffusers import FluxTransformer2DModel  # noqa: E402
 
 from common.blocks import Host  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
-from common.ratios import MagRatios, flow_sigmas  # noqa: E402
+from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
+from common.tables import RatioTable  # noqa: E402
 
 CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 8, 32
 FLUX = Host(
@@ -23,7 +24,7 @@ FLUX = Host(
 )
 # Both branches shrink a little at each step, not equally, so that plans have runs of reuse and depend on the noise
 # levels.
-RATIOS = MagRatios(
+RATIOS = RatioTable(
     name="tiny",
     origin="measured",
     sigmas=tuple(flow_sigmas(28, 3.0)),

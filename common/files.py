@@ -1,0 +1,34 @@
+"""Whole files or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import MagCacheError
+
+
+def write_json(path, content):
+    """JSON with one line a list of numbers."""
+    text = json.dumps(content, indent=1)
+    write_text(
+        path, re.sub(r"\[\n\s+([-+.\deE,\s]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    )
+
+
+def write_text(path, text):
+    """Write a whole file or nothing. Raises MagCacheError when the place cannot be written."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise MagCacheError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()

@@ -1,0 +1,71 @@
+"""Copy a drop-in script and `common/` into an upstream checkout, without touching anybody else's file.
+
+Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in
+which folder there everything goes (`into`; none: its root), and what to run then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from ..errors import MagCacheError
+from ..files import write_json
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MANIFEST = ".magcache_installed.json"
+
+
+def folders():
+    """The drop-in folders of this repository."""
+    return sorted(path.parent.name for path in REPOSITORY.glob("*/install.json"))
+
+
+def install(folder, target):
+    """Copy; returns the command to run in the target. Raises MagCacheError before the first file is copied if the
+    target is not the right checkout or a file in the way was not written by this function."""
+    source, target = REPOSITORY / Path(folder).name, Path(target)
+    if not (source / "install.json").is_file():
+        raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
+    facts = json.loads((source / "install.json").read_text())
+    if not target.is_dir():
+        raise MagCacheError(f"There is no folder {target}.")
+    missing = [name for name in facts["recognised_by"] if not (target / name).exists()]
+    if missing:
+        raise MagCacheError(f"{target} is not a checkout of {facts['upstream']}: it has no {', '.join(missing)}.")
+
+    common = [path for path in sorted((REPOSITORY / "common").rglob("*")) if path.suffix in (".py", ".json")]
+    files = {str(path.relative_to(REPOSITORY)): path for path in common}
+    files |= {name: source / name for name in facts["files"]}
+    target = target / facts.get("into", "")
+    manifest_path = target / MANIFEST
+    try:
+        written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    except (OSError, ValueError):
+        raise MagCacheError(f"{manifest_path} cannot be read; remove it and what was installed with it.") from None
+    foreign = [
+        name
+        for name in files
+        if (target / name).exists()
+        and not ((target / name).is_file() and digest(target / name) in (written.get(name), digest(files[name])))
+    ]
+    if foreign:
+        raise MagCacheError(
+            f"{target / foreign[0]} is in the way and was not written by this command, or was edited since; "
+            "move it away first."
+        )
+    for name, path in files.items():
+        try:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(path.read_bytes())
+        except OSError as error:
+            raise MagCacheError(
+                f"{target / name} cannot be written ({error.strerror}); make the folder writable."
+            ) from None
+    write_json(manifest_path, written | {name: digest(path) for name, path in files.items()})
+    return facts["run"]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
