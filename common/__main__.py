@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import MagCacheError, needs
 from .report import plan_text
-from .schedule import Settings, magcache_schedule, rule_of
+from .schedule import Settings
 from .scripts.flags import add_target_flags, target_of
 from .scripts.plots import plot_schedule
 from .tables import calibrations_folder, load, preset_names, read
@@ -31,7 +31,8 @@ def presets(args):
             print(error)
     rows = []
     for name, table in [(table.name, table) for table in tables] + [(str(path), table) for path, table in own]:
-        schedule = planned(table, table.levels(table.steps), Settings(**table.settings)) if table.settings else None
+        levels = table.levels(table.steps)
+        schedule = Settings(**table.settings).plan(table, levels, table.switch_step(levels)) if table.settings else None
         rows.append(
             [
                 name,
@@ -53,12 +54,6 @@ def presets(args):
     )
 
 
-def planned(table, levels, settings, interpolation="sigma"):
-    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary
-    lies."""
-    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
-
-
 def thresholds(args, table):
     """Settings from the flags, the published ones where a flag is left out."""
     given = {name: getattr(args, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
@@ -73,12 +68,8 @@ def plan(args):
     """Print which steps a run would skip."""
     table = load(args.preset)
     levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
-    target = target_of(args)
-    schedule = (
-        planned(table, levels, thresholds(args, table), args.magcache_interp)
-        if target is None
-        else target.plan(table, levels, table.switch_step(levels))
-    )
+    settings = target_of(args) or thresholds(args, table)
+    schedule = settings.plan(table, levels, table.switch_step(levels), interpolation=args.magcache_interp)
     print(plan_text(schedule, levels, table))
     if args.plot:
         plot_schedule(args.plot, schedule, levels, table.name)
