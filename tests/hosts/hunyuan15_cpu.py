@@ -2,7 +2,7 @@
 everything of theirs is real but the text, glyph and picture encoders, the VAE, the super-resolution and the attention
 kernel.
 
-    cd /folder/with/hyvideo && torchrun --nproc_per_node=1 tests/hosts/hunyuan15_cpu.py magcache_generate.py --prompt ...
+    cd /folder/with/hyvideo && torchrun tests/hosts/hunyuan15_cpu.py magcache_generate.py --prompt ...
     cd /folder/with/hyvideo && python tests/hosts/hunyuan15_cpu.py --checkpoint VERSION ...    # writes ckpts/
 
 The process group is gloo's.
