@@ -30,6 +30,7 @@ from .flags import (
     ratios_of,
     settings_of,
 )
+from .install import REPOSITORY
 from .plots import plot_schedule
 from .quality import MAGNIFIED, contact_sheet, magnified_difference, quality, quality_table, save_frames
 
@@ -42,7 +43,7 @@ FLUX = Host(
         (forward["img_ids"][..., 0] == 0).sum()
     ),  # Kontext's reference tokens have 1 there
 )
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "image"
+DEMO = REPOSITORY / "demo" / "image"
 
 
 def main(script):

@@ -14,13 +14,21 @@ from pathlib import Path
 from ..errors import MagCacheError
 from ..files import write_json
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+COMMON = Path(__file__).resolve().parents[1]
+# Of the repository, or of the package that `pip install` made of it.
+REPOSITORY = COMMON / "bundled" if (COMMON / "bundled").is_dir() else COMMON.parent
 MANIFEST = ".magcache_installed.json"
 
 
 def folders():
     """The drop-in folders of this repository."""
     return sorted(path.parent.name for path in REPOSITORY.glob("*/install.json"))
+
+
+def common_files():
+    """{name in the checkout: path here} of the shared module."""
+    paths = [*COMMON.glob("*.py"), *COMMON.glob("scripts/*.py"), *COMMON.glob("presets/*.json")]
+    return {f"common/{path.relative_to(COMMON).as_posix()}": path for path in sorted(paths)}
 
 
 def install(folder, target):
@@ -33,9 +41,7 @@ def install(folder, target):
         raise MagCacheError(f"There is no folder {target}.")
     facts = recognised(json.loads((source / "install.json").read_text()), target)
 
-    common = [path for path in sorted((REPOSITORY / "common").rglob("*")) if path.suffix in (".py", ".json")]
-    files = {str(path.relative_to(REPOSITORY)): path for path in common}
-    files |= {name: source / name for name in facts["files"]}
+    files = {**common_files(), **{name: source / name for name in facts["files"]}}
     target = target / facts.get("into", "")
     manifest_path = target / MANIFEST
     try:

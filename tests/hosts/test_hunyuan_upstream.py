@@ -1,6 +1,6 @@
 """HunyuanVideo's own code: its transformer in the tests of test_hunyuan.py, and its scripts, run by
-tests/hosts/hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops,
-imageio, diffusers, transformers)."""
+tests/hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
+diffusers, transformers)."""
 
 import os
 import re
@@ -31,7 +31,7 @@ from common.tables import read
 CHECKOUT = os.environ.get("MAGCACHE_HUNYUANVIDEO")
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MAGCACHE_HUNYUANVIDEO names no checkout of Tencent/HunyuanVideo")
 REPOSITORY = Path(__file__).resolve().parents[2]
-HARNESS = Path(__file__).with_name("hunyuan_cpu.py")
+HARNESS = REPOSITORY / "tests" / "hosts" / "hunyuan_cpu.py"
 README = (REPOSITORY / "MagCache4HunyuanVideo" / "README.md").read_text()
 COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)]
 FP8_WEIGHTS = "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states_fp8.pt"

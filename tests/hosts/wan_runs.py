@@ -1,5 +1,5 @@
-"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for tests/hosts/test_wan21.py and
-tests/hosts/test_wan22.py."""
+"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for tests/test_wan21.py and
+tests/test_wan22.py."""
 
 import json
 import os
@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from common.scripts.install import install
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -45,7 +47,7 @@ class WanRuns:
         self.folder, self.count = folder, 0
         self.log = folder / "server.log"
         self.server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name(harness), "--serve"],
+            [sys.executable, REPOSITORY / "tests" / "hosts" / harness, "--serve"],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
