@@ -1,5 +1,5 @@
 """HunyuanVideo: a transformer shaped like the checkout's, written for these tests, and diffusers' own with random
-weights. tests/test_hunyuan_upstream.py runs the same on the checkout's transformer, and its scripts."""
+weights. tests/hosts/test_hunyuan_upstream.py runs the same on the checkout's transformer, and its scripts."""
 
 import argparse
 import copy
