@@ -30,10 +30,11 @@ from .flags import (
     ratios_of,
     settings_of,
 )
+from .install import REPOSITORY
 from .plots import plot_schedule
 from .quality import MAGNIFIED, contact_sheet, magnified_difference, quality, quality_table, save_frames
 
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "image"
+DEMO = REPOSITORY / "demo" / "image"
 
 
 def main(script):

@@ -17,7 +17,6 @@ from ..hosts import WAN
 from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import (
-    Session,
     add_flags,
     checkouts_script,
     checkpoints_noted,
@@ -27,6 +26,7 @@ from .checkout import (
     timesteps_noted,
 )
 from .flags import check_flags
+from .session import Session
 
 SAVERS = (
     "cache_video",
