@@ -20,6 +20,7 @@ from .common import run, tables
 from .common.blocks import BlockStack
 from .common.calibration import Statistics, fingerprint_of
 from .common.errors import MagCacheError
+from .common.hosts import host_of
 from .common.patch import inner_module
 from .common.planner import Target
 from .common.report import plan_text
@@ -27,7 +28,7 @@ from .common.residuals import Residuals
 from .common.schedule import Rule, Settings, compute_all, rule_of
 from .common.steps import Call, Part
 from .common.tables import calibrations_folder, load
-from .models import MODEL_TYPES, host_of, recognise, require_class
+from .models import MODEL_TYPES, recognise, require_class
 
 KEY = "magcache"
 UNPUBLISHED = {

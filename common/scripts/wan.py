@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ..blocks import Host
 from ..errors import MagCacheError
+from ..hosts import WAN
 from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import (
-    Session,
     add_flags,
     checkouts_script,
     checkpoints_noted,
@@ -27,15 +26,8 @@ from .checkout import (
     timesteps_noted,
 )
 from .flags import check_flags
+from .session import Session
 
-WAN = Host(
-    blocks=("blocks",),
-    final_layer="head",
-    image_tokens=0,
-    latent="x",
-    timestep="t",
-    residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim),
-)
 SAVERS = (
     "cache_video",
     "cache_image",

@@ -82,7 +82,9 @@ def test_plan_is_the_best_of_all_schedules(predictor, computed):
     )
     schedule = plan_steps(forecast_of(rows, predictor), computed)
     assert np.flatnonzero(~schedule.reuse).tolist() == [0, *best]
-    np.testing.assert_allclose(schedule.expected_error[schedule.reuse] ** 2, error_of(rows, (0, *best), predictor), rtol=1e-2)
+    np.testing.assert_allclose(
+        schedule.expected_error[schedule.reuse] ** 2, error_of(rows, (0, *best), predictor), rtol=1e-2
+    )
 
 
 def test_plan_with_two_experts_is_the_best_of_all_schedules():
@@ -138,7 +140,9 @@ def test_weights_predict_the_residual():
         weights = schedule.weights[0, step][: len(anchors)]
         assert len(anchors) == 1 or step > anchors[0] > anchors[1]
         missed = rows[step] - weights @ rows[anchors]
-        assert np.linalg.norm(missed) / np.linalg.norm(rows[step]) == pytest.approx(schedule.expected_error[step], rel=1e-3)
+        assert np.linalg.norm(missed) / np.linalg.norm(rows[step]) == pytest.approx(
+            schedule.expected_error[step], rel=1e-3
+        )
     assert schedule.depth == 2 and plan_steps(forecast_of(rows, "reuse"), 5).depth == 1
 
 
@@ -217,9 +221,15 @@ def test_a_plan_names_the_expected_error_of_the_rule_too():
     levels, table_ = load("demo").sigmas, load("demo")
     planned = Target(12).plan(table_, levels)
     rule = nearest_by_the_rule(table_, levels, Rule(), 12)
-    assert rule.computed == 12 and rule.expected_error[rule.reuse].mean() > 2 * planned.expected_error[planned.reuse].mean()
+    assert (
+        rule.computed == 12
+        and rule.expected_error[rule.reuse].mean() > 2 * planned.expected_error[planned.reuse].mean()
+    )
     text = plan_text(planned, levels, table_)
-    assert f"{planned.expected_error[planned.reuse].mean():.4f}" in text and f"{rule.expected_error[rule.reuse].mean():.4f}" in text
+    assert (
+        f"{planned.expected_error[planned.reuse].mean():.4f}" in text
+        and f"{rule.expected_error[rule.reuse].mean():.4f}" in text
+    )
     paper = magcache_schedule(table_.at(levels), Settings(0.1, 3, 0.2), Rule())
     text = plan_text(paper, levels, table_)
     assert f"{error_by_gram(paper, levels, table_).mean():.4f}" in text

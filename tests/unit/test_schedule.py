@@ -434,7 +434,9 @@ def test_error_is_the_accumulated_error():
         schedule = magcache_schedule(ratios, settings, rule, switch_step)
         reused, errors = by_definition(ratios, settings, rule, schedule.retained)
         assert schedule.skipped_steps == reused
-        assert np.allclose(schedule.accumulated_error[~schedule.retained], errors[~schedule.retained], rtol=0, atol=1e-12)
+        assert np.allclose(
+            schedule.accumulated_error[~schedule.retained], errors[~schedule.retained], rtol=0, atol=1e-12
+        )
         assert (schedule.accumulated_error[schedule.reuse] <= settings.magcache_thresh).all()
 
 
