@@ -7,16 +7,16 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .blocks import Host
 from .calibration import fingerprint
 from .errors import MagCacheError
 from .files import write_json
+from .hosts import ALL_TOKENS, FRAMEPACK
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
 from .report import finite, plan_text
@@ -26,28 +26,6 @@ from .steps import TRAIN_TIMESTEPS
 from .tables import calibrations_folder, find, load
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
-
-
-def section_tokens(model, forward):
-    """How many tokens the section that is being sampled has. The packed frames around it precede them and are not
-    output."""
-    frames, height, width = forward["hidden_states"].shape[2:]
-    patch, frames_a_patch = model.config["patch_size"], model.config["patch_size_t"]
-    return frames // frames_a_patch * (height // patch) * (width // patch)
-
-
-# Of lllyasviel/FramePack and of HunyuanVideoFramepackTransformer3DModel in diffusers.
-FRAMEPACK = Host(
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    final_layer="norm_out",
-    output_tokens=section_tokens,
-    residual_shape=lambda model, forward: (
-        len(forward["hidden_states"]),
-        section_tokens(model, forward),
-        model.config["num_attention_heads"] * model.config["attention_head_dim"],
-    ),
-)
-ALL_TOKENS = replace(FRAMEPACK, output_tokens=None)  # what the published tables are a statistic of
 
 
 @dataclass(frozen=True)

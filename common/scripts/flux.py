@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..blocks import Host
 from ..calibration import fingerprint
 from ..errors import MagCacheError
+from ..hosts import FLUX
 from ..patch import magcache_calibration, magcache_forward
 from ..report import write_report
 from ..schedule import rule_of
@@ -34,15 +34,6 @@ from .install import REPOSITORY
 from .plots import plot_schedule
 from .quality import MAGNIFIED, contact_sheet, magnified_difference, quality, quality_table, save_frames
 
-FLUX = Host(
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    final_layer="norm_out",
-    timestep_scale=1.0,  # diffusers hands sigma itself to this transformer
-    residual_shape=lambda model, forward: (*forward["hidden_states"].shape[:2], model.inner_dim),
-    noise_tokens=lambda forward: int(
-        (forward["img_ids"][..., 0] == 0).sum()
-    ),  # Kontext's reference tokens have 1 there
-)
 DEMO = REPOSITORY / "demo" / "image"
 
 

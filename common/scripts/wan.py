@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..blocks import Host
 from ..errors import MagCacheError
+from ..hosts import WAN
 from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import (
@@ -28,14 +28,6 @@ from .checkout import (
 from .flags import check_flags
 from .session import Session
 
-WAN = Host(
-    blocks=("blocks",),
-    final_layer="head",
-    image_tokens=0,
-    latent="x",
-    timestep="t",
-    residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim),
-)
 SAVERS = (
     "cache_video",
     "cache_image",

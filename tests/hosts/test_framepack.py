@@ -22,7 +22,8 @@ from packages import unpacked
 
 from common import framepack_page
 from common.errors import MagCacheError
-from common.framepack import ALL_TOKENS, FRAMEPACK, Jobs, sections, timesteps_noted
+from common.framepack import Jobs, sections, timesteps_noted
+from common.hosts import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.schedule import Settings

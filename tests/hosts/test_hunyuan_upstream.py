@@ -1,5 +1,5 @@
 """HunyuanVideo's own code: its transformer in the tests of test_hunyuan.py, and its scripts, run by
-tests/hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
+hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
 diffusers, transformers)."""
 
 import os
