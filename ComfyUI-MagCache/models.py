@@ -1,32 +1,11 @@
 """What MagCache has to know of ComfyUI's transformer classes, and which published ratios belong to which model."""
-from math import ceil, prod
 
-from .common.blocks import Host
-from .common.ratios import MagCacheError
+from math import prod
 
+from .common.errors import MagCacheError
 
-def picture_tokens(forward):
-    """The tokens of the picture itself; those of reference pictures follow them."""
-    *frames, height, width = forward["x"].shape[2:]
-    side = forward["patch_size"]
-    return prod(frames) * ceil(height / side) * ceil(width / side)
-
-
-FLUX = Host(blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens="img", in_place=True,
-            noise_tokens=picture_tokens)
-HUNYUAN_VIDEO = Host(blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens="img", in_place=True)
-WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
-QWEN_IMAGE = Host(blocks=("transformer_blocks",), final_layer="norm_out", noise_tokens=picture_tokens)
-
-# By exact class: a subclass may run its blocks in another way.
-HOSTS = {"comfy.ldm.flux.model.Flux": FLUX,
-         "comfy.ldm.chroma.model.Chroma": FLUX,
-         "comfy.ldm.hunyuan_video.model.HunyuanVideo": HUNYUAN_VIDEO,
-         "comfy.ldm.wan.model.WanModel": WAN,
-         "comfy.ldm.wan.model.VaceWanModel": WAN,
-         "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": QWEN_IMAGE}
-
-# Name in the node: (class, tables). Of several tables the one with the run's number of steps nearest to its own is taken.
+# Name in the node: (class, tables). Of several tables the one with the run's number of steps nearest to its own is
+# taken.
 MODEL_TYPES = {
     "flux": ("Flux", ("flux-dev",)),
     "flux_kontext": ("Flux", ("flux-kontext-dev-comfyui",)),
@@ -50,32 +29,30 @@ MODEL_TYPES = {
 PIXELS_480P, PIXELS_720P, PIXELS_A_LATENT = 832 * 480, 1280 * 720, 8 * 8
 
 
-def host_of(model):
-    """The Host of a transformer. Raises MagCacheError for a class that MagCache does not know."""
-    known = HOSTS.get(f"{type(model).__module__}.{type(model).__qualname__}")
-    if known is None:
-        raise MagCacheError(f"MagCache does not know the model class {type(model).__name__}; it knows "
-                            f"{', '.join(name.rpartition('.')[2] for name in HOSTS)}.")
-    return known
-
-
 def require_class(model_type, model):
     """Raises MagCacheError if a model type was chosen that belongs to another class."""
     wanted = MODEL_TYPES[model_type][0]
     if type(model).__name__ != wanted:
-        raise MagCacheError(f"model_type {model_type} is for a {wanted}, and this model is a {type(model).__name__}: choose "
-                            "auto.")
+        raise MagCacheError(
+            f"model_type {model_type} is for a {wanted}, and this model is a {type(model).__name__}: choose auto."
+        )
 
 
 def recognise(model, file_name="", references=False, start_image=False, latent=(1, 1)):
     """The model type of a transformer by its sizes, or None if no ratios were published for such a one.
 
     file_name: tells Wan2.2 T2V from Wan2.1, whose transformers are built alike. references: reference pictures are
-    given (Kontext, Qwen-Image-Edit); start_image: the latent holds a first frame; latent: (height, width) of the latent.
+    given (Kontext, Qwen-Image-Edit); start_image: the latent holds a first frame; latent: (height, width) of the
+    latent.
     """
-    return {"Flux": flux_type, "Chroma": chroma_type, "QwenImageTransformer2DModel": qwen_type,
-            "HunyuanVideo": hunyuan_type, "WanModel": wan_type, "VaceWanModel": vace_type}[type(model).__name__](
-                model, file_name.lower(), references, start_image, latent)
+    return {
+        "Flux": flux_type,
+        "Chroma": chroma_type,
+        "QwenImageTransformer2DModel": qwen_type,
+        "HunyuanVideo": hunyuan_type,
+        "WanModel": wan_type,
+        "VaceWanModel": vace_type,
+    }[type(model).__name__](model, file_name.lower(), references, start_image, latent)
 
 
 def flux_type(model, file_name, references, start_image, latent):
@@ -115,9 +92,11 @@ def wan_type(model, file_name, references, start_image, latent):
         if model.model_type == "t2v":  # Wan2.2's has no image encoder
             return "wan2.2_i2v_14B"
         pixels = prod(latent) * PIXELS_A_LATENT
-        return "wan2.1_i2v_480p_14B" if pixels < (PIXELS_480P * PIXELS_720P)**0.5 else "wan2.1_i2v_720p_14B"
+        return "wan2.1_i2v_480p_14B" if pixels < (PIXELS_480P * PIXELS_720P) ** 0.5 else "wan2.1_i2v_720p_14B"
     if (model.dim, model.in_dim) == (5120, 16):
-        return "wan2.2_t2v_14B" if any(name in file_name for name in ("wan2.2", "wan2_2", "wan22")) else "wan2.1_t2v_14B"
+        return (
+            "wan2.2_t2v_14B" if any(name in file_name for name in ("wan2.2", "wan2_2", "wan22")) else "wan2.1_t2v_14B"
+        )
     return None
 
 

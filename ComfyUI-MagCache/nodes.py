@@ -1,4 +1,6 @@
-"""The nodes. Ids and inputs of the released ComfyUI-MagCache are kept, so that its workflows open; what is new comes after."""
+"""The nodes. Ids and inputs of the released ComfyUI-MagCache are kept, so that its workflows open; what is new comes
+after."""
+
 import inspect
 import logging
 import tempfile
@@ -11,14 +13,20 @@ from comfy_api.latest import ComfyExtension, io, ui
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from PIL import Image
 
-from .common.report import plot_schedule
+from .common.scripts.plots import plot_schedule
 from .models import MODEL_TYPES
 from .wrappers import Calibration, MagCache, ratios_text, schedule_of
 
 CATEGORY = "MagCache"
 PACKAGE = Path(__file__).resolve().parent
 CALIBRATED = io.Custom("MAGCACHE_CALIBRATION")
-RELEASED_CALIBRATIONS = ("chroma_calibration", "flux_calibration", "flux_kontext_calibration", "hunyuanvideo1.5", "qwen_image")
+RELEASED_CALIBRATIONS = (
+    "chroma_calibration",
+    "flux_calibration",
+    "flux_kontext_calibration",
+    "hunyuanvideo1.5",
+    "qwen_image",
+)
 RECOMMENDED = -1  # what a threshold is while the user leaves it to the model type
 
 
@@ -29,6 +37,7 @@ def speaker(hidden):
     def say(text):
         logging.info(text)
         from server import PromptServer
+
         server = getattr(PromptServer, "instance", None)  # there is none where nodes run in a script
         if server is not None and node_id is not None:
             server.send_progress_text(text, node_id)
@@ -40,44 +49,136 @@ class MagCacheNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MagCache", display_name="MagCache", category=CATEGORY,
-            description="Skips the transformer's blocks at the steps where reusing their effect costs least: up to 2-3x faster.",
+            node_id="MagCache",
+            display_name="MagCache",
+            category=CATEGORY,
+            description="Skips the transformer's blocks where reusing their effect costs least: up to 2-3x faster.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA, in any order."),
-                io.Combo.Input("model_type", options=["auto", *MODEL_TYPES], default="auto", tooltip=(
-                    "Whose published magnitude ratios and settings to use; auto recognises the model. Your own calibration of "
-                    "the model comes first. Wan2.2 T2V is told from Wan2.1 by its file name.")),
-                io.Float.Input("magcache_thresh", default=RECOMMENDED, min=RECOMMENDED, max=10.0, step=0.01, tooltip=(
-                    "Bound on the accumulated error of a reuse. Higher is faster and less exact; 0 turns MagCache off; -1 takes "
-                    "the recommended value: FLUX and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1.")),
-                io.Float.Input("retention_ratio", default=RECOMMENDED, min=RECOMMENDED, max=1.0, step=0.01, tooltip=(
-                    "Share of the steps, from the first on, that always compute: they fix the composition. -1: recommended. 0.2 "
-                    "allows at most 5x.")),
-                io.Int.Input("magcache_K", default=RECOMMENDED, min=RECOMMENDED, max=100, tooltip=(
-                    "Most reuses in a row; 0 turns MagCache off; -1: recommended. K allows at most (K + 1)x: 2 for 3x.")),
-                io.Int.Input("start_step", default=0, min=-1000, max=1000, optional=True,
-                             tooltip="First step that may be reused; negative counts from the end."),
-                io.Int.Input("end_step", default=-1, min=-1000, max=1000, optional=True,
-                             tooltip="Last step that may be reused; negative counts from the end: -1 is the last step."),
-                io.Float.Input("speedup", default=0.0, min=0.0, max=20.0, step=0.1, optional=True, tooltip=(
-                    "Plan the run for this speed-up, say 2.5, instead of by magcache_thresh. After one run with MagCache "
-                    "Calibration the steps are placed where the least is lost and skipped residuals are predicted from the two "
-                    "newest. 0: off.")),
-                io.Combo.Input("cache_device", options=["gpu", "cpu"], default="gpu", optional=True, tooltip=(
-                    "Where residuals are kept between steps. cpu saves GPU memory (Wan 14B at 720p: about 0.8 GB a branch) and "
-                    "costs their transfer.")),
-                io.String.Input("mag_ratios", default="", optional=True, tooltip=(
-                    "Name of a preset or path of a calibration file to use instead of what model_type finds.")),
+                io.Combo.Input(
+                    "model_type",
+                    options=["auto", *MODEL_TYPES],
+                    default="auto",
+                    tooltip=(
+                        "Whose published magnitude ratios and settings to use; auto recognises the model. Your own "
+                        "calibration of "
+                        "the model comes first. Wan2.2 T2V is told from Wan2.1 by its file name."
+                    ),
+                ),
+                io.Float.Input(
+                    "magcache_thresh",
+                    default=RECOMMENDED,
+                    min=RECOMMENDED,
+                    max=10.0,
+                    step=0.01,
+                    tooltip=(
+                        "Bound on the accumulated error of a reuse. Higher is faster and less exact; 0 turns MagCache "
+                        "off; -1 takes "
+                        "the recommended value: FLUX and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), "
+                        "Chroma 0.1."
+                    ),
+                ),
+                io.Float.Input(
+                    "retention_ratio",
+                    default=RECOMMENDED,
+                    min=RECOMMENDED,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Share of the steps, from the first on, that always compute: they fix the composition. -1: "
+                        "recommended. 0.2 "
+                        "allows at most 5x."
+                    ),
+                ),
+                io.Int.Input(
+                    "magcache_K",
+                    default=RECOMMENDED,
+                    min=RECOMMENDED,
+                    max=100,
+                    tooltip=(
+                        "Most reuses in a row; 0 turns MagCache off; -1: recommended. K allows at most (K + 1)x: 2 "
+                        "for 3x."
+                    ),
+                ),
+                io.Int.Input(
+                    "start_step",
+                    default=0,
+                    min=-1000,
+                    max=1000,
+                    optional=True,
+                    tooltip="First step that may be reused; negative counts from the end.",
+                ),
+                io.Int.Input(
+                    "end_step",
+                    default=-1,
+                    min=-1000,
+                    max=1000,
+                    optional=True,
+                    tooltip="Last step that may be reused; negative counts from the end: -1 is the last step.",
+                ),
+                io.Float.Input(
+                    "speedup",
+                    default=0.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip=(
+                        "Plan the run for this speed-up, say 2.5, instead of by magcache_thresh. After one run with "
+                        "MagCache "
+                        "Calibration the steps are placed where the least is lost and skipped residuals are predicted "
+                        "from the two "
+                        "newest. 0: off."
+                    ),
+                ),
+                io.Combo.Input(
+                    "cache_device",
+                    options=["gpu", "cpu"],
+                    default="gpu",
+                    optional=True,
+                    tooltip=(
+                        "Where residuals are kept between steps. cpu saves GPU memory (Wan 14B at 720p: about 0.8 GB "
+                        "a branch) and "
+                        "costs their transfer."
+                    ),
+                ),
+                io.String.Input(
+                    "mag_ratios",
+                    default="",
+                    optional=True,
+                    tooltip=("Name of a preset or path of a calibration file to use instead of what model_type finds."),
+                ),
             ],
-            outputs=[io.Model.Output()], hidden=[io.Hidden.unique_id])
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
-    def execute(cls, model, model_type, magcache_thresh, retention_ratio, magcache_K, start_step=0, end_step=-1, speedup=0.0,
-                cache_device="gpu", mag_ratios=""):
+    def execute(
+        cls,
+        model,
+        model_type,
+        magcache_thresh,
+        retention_ratio,
+        magcache_K,
+        start_step=0,
+        end_step=-1,
+        speedup=0.0,
+        cache_device="gpu",
+        mag_ratios="",
+    ):
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
-        magcache = MagCache(speaker(cls.hidden), model_type, thresholds, start_step, end_step, speedup,
-                            torch.device("cpu") if cache_device == "cpu" else None, mag_ratios.strip())
+        magcache = MagCache(
+            speaker(cls.hidden),
+            model_type,
+            thresholds,
+            start_step,
+            end_step,
+            speedup,
+            torch.device("cpu") if cache_device == "cpu" else None,
+            mag_ratios.strip(),
+        )
         return io.NodeOutput(magcache.on(model))
 
 
@@ -85,15 +186,30 @@ class MagCacheCalibrationNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MagCacheCalibration", display_name="MagCache Calibration", category=CATEGORY,
-            description=("Measures the magnitude ratios of a model in one ordinary run, which computes everything. MagCache "
-                         "nodes find the file by themselves from then on."),
+            node_id="MagCacheCalibration",
+            display_name="MagCache Calibration",
+            category=CATEGORY,
+            description=(
+                "Measures the magnitude ratios of a model in one ordinary run, which computes everything. MagCache "
+                "nodes find the file by themselves from then on."
+            ),
             inputs=[
-                io.Model.Input("model", tooltip="The model with the LoRAs that you render with, without a MagCache node."),
-                io.Combo.Input("model_type", options=["auto", *RELEASED_CALIBRATIONS], default="auto", optional=True, tooltip=(
-                    "Of no effect: the model is recognised. The names are those of the released node's workflows.")),
+                io.Model.Input(
+                    "model", tooltip="The model with the LoRAs that you render with, without a MagCache node."
+                ),
+                io.Combo.Input(
+                    "model_type",
+                    options=["auto", *RELEASED_CALIBRATIONS],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "Of no effect: the model is recognised. The names are those of the released node's workflows."
+                    ),
+                ),
             ],
-            outputs=[io.Model.Output(), CALIBRATED.Output(display_name="calibration")], hidden=[io.Hidden.unique_id])
+            outputs=[io.Model.Output(), CALIBRATED.Output(display_name="calibration")],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def execute(cls, model, model_type="auto"):
@@ -105,21 +221,29 @@ class MagCacheCalibrationResultNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="MagCacheCalibrationResult", display_name="MagCache Calibration Result", category=CATEGORY,
+            node_id="MagCacheCalibrationResult",
+            display_name="MagCache Calibration Result",
+            category=CATEGORY,
             description="The ratios that a calibration measured, as text and as a plot, once the sampler is through.",
             inputs=[
                 CALIBRATED.Input("calibration", tooltip="From MagCache Calibration."),
-                io.Latent.Input("latent", tooltip="From the sampler of the calibrated model, so that this node waits for it."),
+                io.Latent.Input(
+                    "latent", tooltip="From the sampler of the calibrated model, so that this node waits for it."
+                ),
             ],
-            outputs=[io.Image.Output(display_name="plot"), io.String.Output(display_name="mag_ratios"),
-                     io.String.Output(display_name="file")],
-            is_output_node=True)
+            outputs=[
+                io.Image.Output(display_name="plot"),
+                io.String.Output(display_name="mag_ratios"),
+                io.String.Output(display_name="file"),
+            ],
+            is_output_node=True,
+        )
 
     @classmethod
     def execute(cls, calibration, latent):
         if calibration.failure:
             raise RuntimeError(f"MagCache Calibration has nothing to show: {calibration.failure}.")
-        table, text = calibration.mag_ratios, ratios_text(calibration.mag_ratios)
+        table, text = calibration.table, ratios_text(calibration.table)
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / "ratios.png"
             plot_schedule(picture, schedule_of(table), np.asarray(table.sigmas), table.name)
@@ -133,18 +257,29 @@ class CompileModelNode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="CompileModel", display_name="Compile Model", category=CATEGORY,
-            description=("torch.compile of the diffusion model, before or after MagCache: the same steps are skipped. The first "
-                         "run takes longer."),
+            node_id="CompileModel",
+            display_name="Compile Model",
+            category=CATEGORY,
+            description=(
+                "torch.compile of the diffusion model, before or after MagCache: the same steps are skipped. The first "
+                "run takes longer."
+            ),
             inputs=[
                 io.Model.Input("model"),
-                io.Combo.Input("mode", options=["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
-                               default="default", tooltip="How long the inductor backend looks for faster kernels."),
+                io.Combo.Input(
+                    "mode",
+                    options=["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
+                    default="default",
+                    tooltip="How long the inductor backend looks for faster kernels.",
+                ),
                 io.Combo.Input("backend", options=["inductor", "cudagraphs", "eager", "aot_eager"], default="inductor"),
-                io.Boolean.Input("fullgraph", default=False, tooltip="An error where the model does not compile in one piece."),
+                io.Boolean.Input(
+                    "fullgraph", default=False, tooltip="An error where the model does not compile in one piece."
+                ),
                 io.Boolean.Input("dynamic", default=False, tooltip="One graph for all picture sizes; a little slower."),
             ],
-            outputs=[io.Model.Output()])
+            outputs=[io.Model.Output()],
+        )
 
     @classmethod
     def execute(cls, model, mode, backend, fullgraph, dynamic):
@@ -168,27 +303,39 @@ NODES = [MagCacheNode, MagCacheCalibrationNode, MagCacheCalibrationResultNode, C
 class MagCacheExtension(ComfyExtension):
     async def get_node_list(self):
         from nodes import NODE_CLASS_MAPPINGS
+
         taken = {}
         for node in NODES:
             other = NODE_CLASS_MAPPINGS.get(node.GET_SCHEMA().node_id)
             if other is not None and getattr(other, "RELATIVE_PYTHON_MODULE", None) != f"custom_nodes.{PACKAGE.name}":
                 taken[node] = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
         if taken:
-            logging.warning(f"MagCache: {', '.join(sorted(set(taken.values())))} already provides the nodes "
-                            f"{', '.join(node.GET_SCHEMA().node_id for node in taken)}, so those of {PACKAGE} are not loaded: "
-                            "keep one of the two packages.")
+            logging.warning(
+                f"MagCache: {', '.join(sorted(set(taken.values())))} already provides the nodes "
+                f"{', '.join(node.GET_SCHEMA().node_id for node in taken)}, so those of {PACKAGE} are not loaded: "
+                "keep one of the two packages."
+            )
         else:
             for other in released_packages():
-                logging.warning(f"MagCache: {other} is a MagCache package with nodes of the same names as those of {PACKAGE}; if "
-                                "it loads, the later of the two takes them: keep one.")
+                logging.warning(
+                    f"MagCache: {other} is a MagCache package with nodes of the same names as those of {PACKAGE}; if "
+                    "it loads, the later of the two takes them: keep one."
+                )
         return [node for node in NODES if node not in taken]
 
 
 def released_packages():
     """Other folders of custom nodes that hold the released ComfyUI-MagCache."""
-    folders = [path for root in folder_paths.get_folder_paths("custom_nodes") for path in Path(root).glob("*/pyproject.toml")]
-    return [path.parent for path in folders if path.parent.resolve() != PACKAGE and path.parent.suffix != ".disabled"
-            and 'name = "magcache"' in path.read_text(errors="replace")]
+    folders = [
+        path for root in folder_paths.get_folder_paths("custom_nodes") for path in Path(root).glob("*/pyproject.toml")
+    ]
+    return [
+        path.parent
+        for path in folders
+        if path.parent.resolve() != PACKAGE
+        and path.parent.suffix != ".disabled"
+        and 'name = "magcache"' in path.read_text(errors="replace")
+    ]
 
 
 async def comfy_entrypoint():

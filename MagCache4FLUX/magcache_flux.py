@@ -1,16 +1,17 @@
 """FLUX.1-dev (and FLUX.1-Kontext, or any FluxPipeline) with MagCache.
 
-    python magcache_flux.py --prompt "A photo of a black bicycle."
-    python magcache_flux.py --compare                      # un-cached, cached and fewer steps side by side
-    python magcache_flux.py --model black-forest-labs/FLUX.1-Kontext-dev --image cat.png --prompt "Add a hat."
-    python magcache_flux.py --model my-finetune --magcache_calibration
+python magcache_flux.py --prompt "A photo of a black bicycle."
+python magcache_flux.py --compare                      # un-cached, cached and fewer steps side by side
+python magcache_flux.py --model black-forest-labs/FLUX.1-Kontext-dev --image cat.png --prompt "Add a hat."
+python magcache_flux.py --model my-finetune --magcache_calibration
 """
+
 import sys
 from pathlib import Path
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]  # in a clone `common` is one folder up, in a copy beside
 
-from common.flux import main  # noqa: E402
+from common.scripts.flux import main  # noqa: E402
 
 MODEL = "black-forest-labs/FLUX.1-dev"  # hub id or folder; 'demo' is the small model in this repository
 PROMPT = "A photo of a black bicycle."

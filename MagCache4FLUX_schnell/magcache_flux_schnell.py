@@ -1,15 +1,16 @@
 """FLUX.1-schnell (or any few-step FluxPipeline) with MagCache.
 
-    python magcache_flux_schnell.py --prompt "A photo of a black bicycle."
-    python magcache_flux_schnell.py --compare            # un-cached, cached and fewer steps side by side
-    python magcache_flux_schnell.py --model my-finetune --magcache_calibration
+python magcache_flux_schnell.py --prompt "A photo of a black bicycle."
+python magcache_flux_schnell.py --compare            # un-cached, cached and fewer steps side by side
+python magcache_flux_schnell.py --model my-finetune --magcache_calibration
 """
+
 import sys
 from pathlib import Path
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]  # in a clone `common` is one folder up, in a copy beside
 
-from common.flux import main  # noqa: E402
+from common.scripts.flux import main  # noqa: E402
 
 MODEL = "black-forest-labs/FLUX.1-schnell"  # hub id or folder; 'demo' is the small model in this repository
 PROMPT = "A photo of a black bicycle."

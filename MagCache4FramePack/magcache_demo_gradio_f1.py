@@ -4,9 +4,11 @@
 
 Lies beside demo_gradio_f1.py in a FramePack checkout, with `common/`.
 """
+
 from common.framepack_page import main
 
-# What the sliders start at: bound on the accumulated error, most reuses in a row, share of the steps that always computes.
+# What the sliders start at: bound on the accumulated error, most reuses in a row, share of the steps that always
+# computes.
 SETTINGS = (0.10, 3, 0.2)
 PUBLISHED = "framepack-f1"  # ratio table (common/presets) of lllyasviel/FramePack_F1_I2V_HY_20250503
 UPSTREAM, FOLDER, PAGE = "FramePack", "MagCache4FramePack", "demo_gradio_f1"

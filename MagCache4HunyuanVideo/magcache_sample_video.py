@@ -5,15 +5,18 @@
 
 Lies beside sample_video.py in a HunyuanVideo checkout, with `common/`. --no-magcache runs sample_video.py as it is.
 """
+
 import importlib
 import math
 import random
 
-from common.blocks import Host
 from common.calibration import fingerprint
-from common.checkout import Session, checkouts_script, flags_added, run_script, volume
-from common.flags import add_magcache_flags, check_flags
-from common.ratios import MagCacheError, load
+from common.errors import MagCacheError
+from common.hosts import HUNYUANVIDEO_CHECKOUT
+from common.scripts.checkout import checkouts_script, flags_added, run_script
+from common.scripts.flags import add_magcache_flags, check_flags
+from common.scripts.session import Session, volume
+from common.tables import load
 
 # The flags of the same names win over these lines.
 MAGCACHE_THRESH = 0.24  # bound on the accumulated error; 0.12 with K 4 is the release's gentler setting, 0 is off
@@ -22,13 +25,6 @@ RETENTION_RATIO = 0.2  # the first fifth of the steps always computes
 
 # Ratio tables (common/presets) of each --model; that of the nearest picture size is taken.
 TABLES = {"HYVideo-T/2-cfgdistill": ("hunyuanvideo-t2v-544p", "hunyuanvideo-t2v-720p")}
-
-# The transformer: image and text tokens apart in double_blocks, joined in single_blocks with the image first.
-HOST = Host(
-    blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens=0, latent="x", timestep="t",
-    residual_shape=lambda model, forward: (
-        len(forward["x"]), math.prod(size // patch for size, patch in zip(forward["x"].shape[2:], model.patch_size)),
-        model.hidden_size))
 
 
 def run(script):
@@ -50,19 +46,33 @@ def run(script):
 def session_of(args, script):
     """The Session of a command line. Raises MagCacheError for what cannot work, before anything is loaded."""
     if not args.flow_reverse:
-        raise MagCacheError("Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
-                            "HunyuanVideo's own commands do, or run with --no-magcache.")
+        raise MagCacheError(
+            "Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
+            "HunyuanVideo's own commands do, or run with --no-magcache."
+        )
     if args.video_length == 1:
-        raise MagCacheError("There are no ratios of stills, and sample_video.py cannot save one: give --video-length 5 or more.")
+        raise MagCacheError(
+            "There are no ratios of stills, and sample_video.py cannot save one: give --video-length 5 or more."
+        )
     if args.seed is None and args.ulysses_degree * args.ring_degree > 1:
         raise MagCacheError("Several processes must start from the same noise: give --seed.")
     args.seed = random.randint(0, 1_000_000) if args.seed is None else args.seed  # --compare renders it more than once
     height, width = args.video_size
     lines = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
-    about = {name: getattr(args, name) for name in ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale",
-                                                    "embedded_cfg_scale", "use_fp8")}
-    session = Session(args, lines, "hunyuanvideo-t2v", f"{width}x{height}", args.video_length,
-                      published(args, width * height), about, videos=lambda outputs: 2 * outputs["samples"] - 1)
+    about = {
+        name: getattr(args, name)
+        for name in ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale", "embedded_cfg_scale", "use_fp8")
+    }
+    session = Session(
+        args,
+        lines,
+        "hunyuanvideo-t2v",
+        f"{width}x{height}",
+        args.video_length,
+        published(args, width * height),
+        about,
+        videos=lambda outputs: 2 * outputs["samples"] - 1,
+    )
     folder = f"{args.save_path}_{args.save_path_suffix}" if args.save_path_suffix else args.save_path
     session.check(f"{folder}/video.mp4")
     return session
@@ -70,8 +80,11 @@ def session_of(args, script):
 
 def published(args, pixels):
     """The name of the published table whose pictures are nearest in size; None for other checkpoints."""
-    return min(TABLES.get(args.model, ()), default=None,
-               key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)))
+    return min(
+        TABLES.get(args.model, ()),
+        default=None,
+        key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)),
+    )
 
 
 def cached(sampler_class, session):
@@ -81,7 +94,12 @@ def cached(sampler_class, session):
         def load_diffusion_pipeline(self, *args, **kwargs):
             pipe = super().load_diffusion_pipeline(*args, **kwargs)
             if session:  # here, since parallelize_transformer afterwards calls the forward that it finds
-                session.patch(pipe.transformer, HOST, lambda: self.pipeline.scheduler.timesteps, fingerprint(pipe.transformer))
+                session.patch(
+                    pipe.transformer,
+                    HUNYUANVIDEO_CHECKOUT,
+                    lambda: self.pipeline.scheduler.timesteps,
+                    fingerprint(pipe.transformer),
+                )
             return pipe
 
         def predict(self, *args, infer_steps, **kwargs):

@@ -5,6 +5,7 @@
 
 Lies in the root of an Open-Sora checkout, 2.0, 1.3 or 1.2, with `common/`.
 """
+
 from common.opensora import main
 
 # Settings of each version; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.

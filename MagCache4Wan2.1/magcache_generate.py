@@ -5,7 +5,8 @@
 
 Lies beside generate.py in a Wan2.1 checkout, with `common/`.
 """
-from common.wan import main
+
+from common.scripts.wan import main
 
 # Settings of each task; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
 # task: (bound on the accumulated error, most reuses in a row, share of the steps that always computes)
@@ -20,7 +21,8 @@ SETTINGS = {
     "t2i-14B": (0.12, 2, 0.2),
 }
 
-# Ratio tables (common/presets) by what a checkpoint's config.json says: model_type and dim. The two I2V checkpoints say the same.
+# Ratio tables (common/presets) by what a checkpoint's config.json says: model_type and dim. The two I2V checkpoints say
+# the same.
 TABLES = {
     "t2v 1536": "wan2.1-t2v-1.3b",
     "t2v 5120": "wan2.1-t2v-14b",

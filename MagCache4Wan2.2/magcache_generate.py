@@ -5,7 +5,8 @@
 
 Lies beside generate.py in a Wan2.2 checkout, with `common/`.
 """
-from common.wan import main
+
+from common.scripts.wan import main
 
 # Settings of each task; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
 # task: (bound on the accumulated error, most reuses in a row, share of each expert's steps that always computes)

@@ -2,10 +2,12 @@
 
     python benchmarks/framepack_tables.py
 
-tests/framepack_studio_ratios.json has the original FramePack at two sizes and three step counts, each calibrated by itself (by
-FramePack-Studio). Every table is carried over to the other step counts by index, as the released scripts do, and along the noise
-level, as the default here. Error: mean |log predicted - log measured| a step; computed: steps that 0.10 / 3 / 0.2 computes.
+tests/framepack_studio_ratios.json has the original FramePack at two sizes and three step counts, each calibrated by
+itself (by FramePack-Studio). Every table is carried over to the other step counts by index, as the released scripts do,
+and along the noise level, as the default here. Error: mean |log predicted - log measured| a step; computed: steps that
+0.10 / 3 / 0.2 computes.
 """
+
 import json
 import sys
 from itertools import permutations
@@ -16,17 +18,23 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from common.ratios import MagRatios, flow_sigmas, load  # noqa: E402
-from common.report import needs  # noqa: E402
+from common.errors import needs  # noqa: E402
+from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings, magcache_schedule, rule_of  # noqa: E402
+from common.tables import RatioTable, load  # noqa: E402
 
 SHIFT = 7  # of FramePack's sampler at every size of its page
 PUBLISHED = load("framepack")
 
 
 def table_of(size, ratios):
-    return MagRatios(name=size, mag_ratios={"cond": ratios}, sigmas=tuple(flow_sigmas(len(ratios), SHIFT)), origin="published",
-                     sampler={"shift": SHIFT})
+    return RatioTable(
+        name=size,
+        mag_ratios={"cond": ratios},
+        sigmas=tuple(flow_sigmas(len(ratios), SHIFT)),
+        origin="published",
+        sampler={"shift": SHIFT},
+    )
 
 
 def computed(ratios):
@@ -40,8 +48,10 @@ def compared(prediction, measured):
 
 def main():
     tabulate = needs("tabulate", "tabulate").tabulate
-    studio = json.loads((REPOSITORY / "tests" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
-    tables = {(size, steps): table_of(size, ratios) for size, by_steps in studio.items() for steps, ratios in by_steps.items()}
+    studio = json.loads((REPOSITORY / "tests" / "unit" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
+    tables = {
+        (size, steps): table_of(size, ratios) for size, by_steps in studio.items() for steps, ratios in by_steps.items()
+    }
     ratios = {key: table.at(table.sigmas)[0] for key, table in tables.items()}
 
     rows = []
@@ -49,19 +59,52 @@ def main():
         if size == other_size:
             measured = ratios[size, other_steps]
             levels = tables[size, other_steps].sigmas
-            by_index, along_sigma = (compared(tables[size, steps].at(levels, way)[0], measured) for way in ("nearest", "sigma"))
+            by_index, along_sigma = (
+                compared(tables[size, steps].at(levels, way)[0], measured) for way in ("nearest", "sigma")
+            )
             rows.append([size, steps, other_steps, computed(measured), *by_index, *along_sigma])
-    print(tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
-        "px", "from steps", "to steps", "computed, measured", "by index: error", "computed", "along sigma: error", "computed"]))
+    print(
+        tabulate(
+            rows,
+            tablefmt="github",
+            disable_numparse=True,
+            headers=[
+                "px",
+                "from steps",
+                "to steps",
+                "computed, measured",
+                "by index: error",
+                "computed",
+                "along sigma: error",
+                "computed",
+            ],
+        )
+    )
 
     small, large = studio
-    rows = [[f"{small} px, {steps} steps", f"{large} px", computed(ratios[large, steps]),
-             *compared(ratios[small, steps], ratios[large, steps])] for steps in studio[small]]
+    rows = [
+        [
+            f"{small} px, {steps} steps",
+            f"{large} px",
+            computed(ratios[large, steps]),
+            *compared(ratios[small, steps], ratios[large, steps]),
+        ]
+        for steps in studio[small]
+    ]
     published = PUBLISHED.at(PUBLISHED.sigmas)[0]
-    rows += [["published, 25 steps", f"{size} px", computed(ratios[size, "25"]), *compared(published, ratios[size, "25"])]
-             for size in studio]
-    print("\n" + tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
-        "table", "used at", "computed, measured", "error", "computed"]))
+    rows += [
+        ["published, 25 steps", f"{size} px", computed(ratios[size, "25"]), *compared(published, ratios[size, "25"])]
+        for size in studio
+    ]
+    print(
+        "\n"
+        + tabulate(
+            rows,
+            tablefmt="github",
+            disable_numparse=True,
+            headers=["table", "used at", "computed, measured", "error", "computed"],
+        )
+    )
 
 
 if __name__ == "__main__":

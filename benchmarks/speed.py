@@ -1,17 +1,19 @@
 """What a reused step costs, what the patch costs, and how much of the possible speed-up is realised.
 
-    python benchmarks/speed.py               # on a GPU: models of real size, under ten minutes; else small ones on the CPU
+    python benchmarks/speed.py               # on a GPU: models of real size, under ten minutes; else small ones on the
+    CPU
 
-Models have random weights, which changes no time. A sampler drives the transformer alone. Every other step is skipped, by this
-project and by diffusers' own hook alike, so that at most 2x can be gained; blocks run as they are and compiled
-(compile_repeated_blocks). Columns: seconds of an un-cached call; the same with the patch on and skipping off (paper's rule with
-magcache_K 0), in percent more; a reused call in percent of a computed one; realised speed-up of the run, and its share of steps
-over computed steps; extra memory. The least of several runs counts, and rows take turns, so that other work on the machine hurts
-all alike.
+Models have random weights, which changes no time. A sampler drives the transformer alone. Every other step is skipped,
+by this project and by diffusers' own hook alike, so that at most 2x can be gained; blocks run as they are and compiled
+(compile_repeated_blocks). Columns: seconds of an un-cached call; the same with the patch on and skipping off (paper's
+rule with magcache_K 0), in percent more; a reused call in percent of a computed one; realised speed-up of the run, and
+its share of steps over computed steps; extra memory. The least of several runs counts, and rows take turns, so that
+other work on the machine hurts all alike.
 
-Prints the table as Markdown and writes it to --output. A model that does not fit into the memory or into what is left of
---seconds is named and left out.
+Prints the table as Markdown and writes it to --output. A model that does not fit into the memory or into what is left
+of --seconds is named and left out.
 """
+
 import argparse
 import gc
 import platform
@@ -27,15 +29,18 @@ from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from transformer_facts import host_of  # noqa: E402
-
+from common.errors import needs  # noqa: E402
+from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target, packed  # noqa: E402
-from common.ratios import MagRatios, flow_sigmas  # noqa: E402
-from common.report import memory_text, needs  # noqa: E402
+from common.ratios import flow_sigmas  # noqa: E402
+from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402
+from common.tables import RatioTable  # noqa: E402
 
-REPEATS = 3  # of each method, after one to warm up; a model that takes more than a second a call: one, and none to warm up
+REPEATS = (
+    3  # of each method, after one to warm up; a model that takes more than a second a call: one, and none to warm up
+)
 RUN_SECONDS, MOST_STEPS, FEWEST_STEPS = {"cuda": 4.0, "cpu": 1.0}, 28, 4  # about how long an un-cached run takes
 RUNS = 4.5  # un-cached runs that all methods take once, to decide whether there is time for them
 HOOK = "diffusers MagCache"
@@ -44,26 +49,50 @@ HOOK = "diffusers MagCache"
 def flux(tokens, text=(512, 4096), **config):
     """(model, shape of its latent, its timestep at noise level 1, its other arguments); text: tokens and width."""
     from diffusers import FluxTransformer2DModel
+
     side = int(tokens**0.5)
     image = torch.zeros(tokens, 3)
     image[:, 1], image[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
     model = FluxTransformer2DModel(guidance_embeds=True, joint_attention_dim=text[1], **config)
-    return model, (1, tokens, 64), 1.0, {
-        "guidance": torch.full((1,), 3.5), "pooled_projections": torch.randn(1, 768), "img_ids": image,
-        "encoder_hidden_states": torch.randn(1, *text), "txt_ids": torch.zeros(text[0], 3)}
+    return (
+        model,
+        (1, tokens, 64),
+        1.0,
+        {
+            "guidance": torch.full((1,), 3.5),
+            "pooled_projections": torch.randn(1, 768),
+            "img_ids": image,
+            "encoder_hidden_states": torch.randn(1, *text),
+            "txt_ids": torch.zeros(text[0], 3),
+        },
+    )
 
 
 def wan(latent, text=(512, 4096), **config):
     from diffusers import WanTransformer3DModel
-    return WanTransformer3DModel(text_dim=text[1], **config), (1, 16, *latent), 1000.0, {
-        "encoder_hidden_states": torch.randn(1, *text)}
+
+    return (
+        WanTransformer3DModel(text_dim=text[1], **config),
+        (1, 16, *latent),
+        1000.0,
+        {"encoder_hidden_states": torch.randn(1, *text)},
+    )
 
 
 def hunyuan(latent, text=(256, 4096), **config):
     from diffusers import HunyuanVideoTransformer3DModel
-    return HunyuanVideoTransformer3DModel(text_embed_dim=text[1], **config), (1, 16, *latent), 1000.0, {
-        "encoder_hidden_states": torch.randn(1, *text), "encoder_attention_mask": torch.ones(1, text[0]),
-        "pooled_projections": torch.randn(1, 768), "guidance": torch.full((1,), 6000.0)}
+
+    return (
+        HunyuanVideoTransformer3DModel(text_embed_dim=text[1], **config),
+        (1, 16, *latent),
+        1000.0,
+        {
+            "encoder_hidden_states": torch.randn(1, *text),
+            "encoder_attention_mask": torch.ones(1, text[0]),
+            "pooled_projections": torch.randn(1, 768),
+            "guidance": torch.full((1,), 6000.0),
+        },
+    )
 
 
 WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
@@ -77,8 +106,10 @@ LARGE = {  # latents: frames, height, width
 FEW_BLOCKS = {"num_layers": 3, "num_single_layers": 6, "num_attention_heads": 2, "text": (32, 256)}
 SMALL = {
     "FLUX, 3 + 6 blocks of width 256, 256 tokens": (flux, {"tokens": 256, **FEW_BLOCKS}),
-    "Wan, 9 blocks of width 256, 240 tokens": (wan, {"latent": (4, 12, 20), "num_layers": 9, "num_attention_heads": 2,
-                                                     "ffn_dim": 1024, "text": (32, 256)}),
+    "Wan, 9 blocks of width 256, 240 tokens": (
+        wan,
+        {"latent": (4, 12, 20), "num_layers": 9, "num_attention_heads": 2, "ffn_dim": 1024, "text": (32, 256)},
+    ),
     "HunyuanVideo, 3 + 6 blocks of width 256, 240 tokens": (hunyuan, {"latent": (4, 12, 20), **FEW_BLOCKS}),
 }
 
@@ -126,9 +157,14 @@ class Sampler:
 def table_of(steps):
     """A calibration whose residuals change smoothly; which steps are skipped matters here, not how well."""
     levels, step = flow_sigmas(steps, 3.0), np.arange(steps)
-    gram = packed(np.exp(-((step[:, None] - step) / steps) ** 2))
-    return MagRatios("random weights", {"cond": [1.0] * steps}, tuple(levels), "measured",
-                     statistics={"gram": {"cond": gram}, "gram_of_outputs": {"cond": gram}})
+    gram = packed(np.exp(-(((step[:, None] - step) / steps) ** 2)))
+    return RatioTable(
+        "random weights",
+        {"cond": [1.0] * steps},
+        tuple(levels),
+        "measured",
+        statistics={"gram": {"cond": gram}, "gram_of_outputs": {"cond": gram}},
+    )
 
 
 def methods(sampler, steps):
@@ -136,8 +172,15 @@ def methods(sampler, steps):
     from diffusers import MagCacheConfig
 
     def patched(settings):
-        return lambda: magcache_forward(sampler.model, host_of(sampler.model), table_of(steps), settings,
-                                        lambda: sampler.timesteps, Rule(min_steps=2), announce=None)
+        return lambda: magcache_forward(
+            sampler.model,
+            host_of(sampler.model),
+            table_of(steps),
+            settings,
+            lambda: sampler.timesteps,
+            Rule(min_steps=2),
+            announce=None,
+        )
 
     @contextmanager
     def hook():
@@ -148,13 +191,19 @@ def methods(sampler, steps):
             sampler.model.disable_cache()
 
     half = -(-steps // 2)
-    return {"un-cached": nullcontext, "skipping off": patched(Settings(1e9, 0, 0.0)),
-            "paper's rule": patched(Settings(1e9, 1, 0.0)), "planned, linear": patched(Target(half)),
-            "planned, linear, output": patched(Target(half, payload="output")), HOOK: hook}
+    return {
+        "un-cached": nullcontext,
+        "skipping off": patched(Settings(1e9, 0, 0.0)),
+        "paper's rule": patched(Settings(1e9, 1, 0.0)),
+        "planned, linear": patched(Target(half)),
+        "planned, linear, output": patched(Target(half, payload="output")),
+        HOOK: hook,
+    }
 
 
 def measure(sampler, steps, repeats):
-    """Three dictionaries by method: least seconds of a run, report of its last run, extra bytes; then why the hook failed."""
+    """Three dictionaries by method: least seconds of a run, report of its last run, extra bytes; then why the hook
+    failed."""
     seconds, reports, extra, ways = {}, {}, {}, methods(sampler, steps)
 
     def take(name):
@@ -173,7 +222,9 @@ def measure(sampler, steps, repeats):
 
     turns([name for name in ways if name != HOOK])
     try:
-        turns([HOOK])  # after all others: with compiled blocks it makes new graphs, up to the limit at which Dynamo gives up
+        turns(
+            [HOOK]
+        )  # after all others: with compiled blocks it makes new graphs, up to the limit at which Dynamo gives up
     except Exception as error:  # another project's and torch.compile's
         return seconds, reports, extra, type(error).__name__
     return seconds, reports, extra, ""
@@ -203,9 +254,16 @@ def rows_of(name, sampler, steps, repeats=REPEATS):
         speedup, report = plain / seconds[way], reports[way]
         bytes_ = extra[way] - extra["un-cached"] if sampler.device == "cuda" else report.peak_bytes if report else None
         reused = (seconds[way] - half * plain / steps) / (steps - half)
-        yield ["", way, report.computed if report else half, "", f"{100 * reused / (plain / steps):.1f} %",
-               f"{speedup:.2f}x of {steps / half:.2f}x", f"{100 * speedup / (steps / half):.1f} %",
-               "" if bytes_ is None else memory_text(max(0, bytes_))]
+        yield [
+            "",
+            way,
+            report.computed if report else half,
+            "",
+            f"{100 * reused / (plain / steps):.1f} %",
+            f"{speedup:.2f}x of {steps / half:.2f}x",
+            f"{100 * speedup / (steps / half):.1f} %",
+            "" if bytes_ is None else memory_text(max(0, bytes_)),
+        ]
 
 
 def planner_text():
@@ -252,11 +310,17 @@ def main():
         torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
-    text = needs("tabulate", "tabulate").tabulate(rows, tablefmt="github", disable_numparse=True, headers=[
-        "", "", "computed", "a call", "reused / computed", "speed-up", "realised", "extra memory"])
+    text = needs("tabulate", "tabulate").tabulate(
+        rows,
+        tablefmt="github",
+        disable_numparse=True,
+        headers=["", "", "computed", "a call", "reused / computed", "speed-up", "realised", "extra memory"],
+    )
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, one CPU thread"
-    text += (f"\n\n{planner_text()} Least of {REPEATS} runs (one where a call takes a second), {dtype}, {machine}, torch "
-             f"{torch.__version__}, {time.strftime('%Y-%m-%d')}.")
+    text += (
+        f"\n\n{planner_text()} Least of {REPEATS} runs (one where a call takes a second), {dtype}, {machine}, torch "
+        f"{torch.__version__}, {time.strftime('%Y-%m-%d')}."
+    )
     text += "".join(f"\nLeft out: {one}." for one in left_out)
     print(text)
     if args.output:

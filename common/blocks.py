@@ -5,13 +5,17 @@ The host's forward runs unchanged either way. Stand-ins shadow its block lists a
 the stand-ins are gone when the call ends. On a reused step the lists are empty and the residual is added in front of
 the final layer, so that what a forward adds between its blocks (control nets) is not added twice.
 """
+
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 from torch.nn import functional
 
-from .ratios import MagCacheError
+from .errors import MagCacheError
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Host:
     """What MagCache has to know of a transformer class.
 
     blocks: its block lists, in the order in which forward runs them.
-    final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns them,
+    final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns
+    them,
         and forward does something with them before its final layer (gathers them from the ranks that share them).
     image_tokens: keyword, or position, of the image tokens among the arguments of the first block.
     latent, timestep: names of forward's arguments.
@@ -29,7 +34,8 @@ class Host:
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
         follow them (reference pictures, padding); statistics are taken of these only. None: all are.
     in_place: the first block writes into the tokens that it is given, so they are copied before.
-    output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its output,
+    output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
+    output,
         where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
     hint_methods: methods whose product goes into the blocks and nowhere else (the branch of a control net that forward
         runs first); they return an empty list on a reused step.
@@ -56,19 +62,31 @@ class BlockStack:
         final_layer = (host.final_layer,) if host.final_layer else ()
         missing = [name for name in (*host.blocks, *final_layer, *host.hint_methods) if not hasattr(model, name)]
         if missing:
-            raise MagCacheError(f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
-                                "of the model; run it with --no-magcache.")
+            raise MagCacheError(
+                f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
+                "of the model; run it without MagCache."
+            )
         self.model, self.host = model, host
         self.first = FirstBlock(host.image_tokens, host.in_place)
         self.final = FinalLayer() if host.final_layer else LastBlock(self.first.passed_on)
         self.shadows, self.shadowed = {}, {}
+
+    def size(self, arguments, latent):
+        """(elements, dtype) of a residual, or None where the host does not say its shape."""
+        if self.host.residual_shape is None:
+            return None
+        dtype = self.host.residual_dtype(self.model) if self.host.residual_dtype else latent.dtype
+        return prod(self.host.residual_shape(self.model, arguments)), dtype
 
     def record(self, arguments=None):
         """From here to `finish`, forward runs every block and the image tokens before and after them are remembered.
         arguments: of forward, by name, for the host's `output_tokens`."""
         self.last = self.host.output_tokens(self.model, arguments) if self.host.output_tokens else 0
         lists = {name: list(getattr(self.model, name)) for name in self.host.blocks}
-        start, *_, end = 2 * [name for name, blocks in lists.items() if blocks]
+        filled = [name for name, blocks in lists.items() if blocks]
+        if not filled:
+            raise MagCacheError(f"{type(self.model).__name__} has no blocks, so there is nothing to skip.")
+        start, end = filled[0], filled[-1]
         self.first.block, lists[start][0] = lists[start][0], self.first
         if self.host.final_layer:
             self.final.layer = getattr(self.model, self.host.final_layer)
@@ -78,7 +96,8 @@ class BlockStack:
             self.shadow({start: tuple(lists[start]), end: tuple(lists[end])})
 
     def replace(self, residual):
-        """From here to `restore`, forward runs no block; `residual` is added to the tokens in front of the final layer."""
+        """From here to `restore`, forward runs no block; `residual` is added to the tokens in front of the final
+        layer."""
         self.final.residual = residual
         if self.host.final_layer:
             self.final.layer = getattr(self.model, self.host.final_layer)
@@ -97,15 +116,17 @@ class BlockStack:
 
     def finish(self, output=None):
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
-        before the first. Leading tokens that forward cuts off in between (a reference picture) have none. Raises MagCacheError
-        if forward came past neither."""
+        before the first. Leading tokens that forward cuts off in between (a reference picture) have none. Raises
+        MagCacheError if forward came past neither."""
         before, after = self.first.tokens, self.final.tokens
         self.restore()
         if before is None or after is None:
-            raise MagCacheError(f"The forward of {type(self.model).__name__} did not pass through its blocks and "
-                                f"{self.host.final_layer}; run it with --no-magcache.")
-        after = after[:, -self.last:]
-        return after - before[:, -after.shape[1]:]
+            raise MagCacheError(
+                f"The forward of {type(self.model).__name__} did not pass through its blocks and "
+                f"{self.host.final_layer}; run it without MagCache."
+            )
+        after = after[:, -self.last :]
+        return after - before[:, -after.shape[1] :]
 
     def restore(self):
         if self.shadows:
@@ -162,8 +183,8 @@ class FinalLayer:
 
 
 class LastBlock:
-    """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in with the
-    residual."""
+    """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in
+    with the residual."""
 
     __slots__ = ("passed_on", "layer", "tokens", "residual")
 

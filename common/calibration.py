@@ -1,11 +1,18 @@
 """The statistics of one un-cached run, and the file that they become."""
+
+from __future__ import annotations
+
 import hashlib
 import math
 
+import numpy as np
 import torch
 
+from .errors import MagCacheError
 from .planner import GRAMS, packed
-from .ratios import MagCacheError, MagRatios, fitted_shift
+from .ranks import summed_over_ranks
+from .ratios import fitted_shift
+from .tables import RatioTable
 
 BRANCHES = ("cond", "uncond")
 TOKENS_AT_ONCE = 4096
@@ -27,8 +34,8 @@ def compare_residuals(residual, previous):
 
 
 def comparison_sums(residual, previous):
-    """float64 tensor (4,): sums over tokens of |r_t| / |r_{t-1}|, of its square and of 1 - cos, and the number of tokens.
-    Sums, so that ranks that hold a part of the tokens each can add theirs up."""
+    """float64 tensor (4,): sums over tokens of |r_t| / |r_{t-1}|, of its square and of 1 - cos, and the number of
+    tokens. Sums, so that ranks that hold a part of the tokens each can add theirs up."""
     sums = torch.zeros(3, dtype=torch.float64)
     for new, old in zip(residual.split(TOKENS_AT_ONCE, dim=1), previous.split(TOKENS_AT_ONCE, dim=1)):
         new, old = new.float(), old.float().to(new.device)
@@ -64,8 +71,9 @@ class Sample:
 
 
 class Statistics:
-    """Collects one row a step and branch; several runs at the same noise levels are averaged. Ranks of one process group
-    run the same steps; what each saw of the tokens is added up at the end of a run, so that all hold one table."""
+    """Collects one row a step and branch; several runs at the same noise levels are averaged. Ranks of one process
+    group run the same steps; what each saw of the tokens is added up at the end of a run, so that all hold one
+    table."""
 
     def __init__(self):
         self.runs, self.grams, self.seconds, self.levels = [], [], [], None
@@ -100,53 +108,77 @@ class Statistics:
         steps = len(self.current_levels)
         # By number: a host may call the unconditional branch first.
         by_number = [branch_name(branch) for branch in sorted(self.previous)]
-        complete = {name: [self.current[name][step] for step in range(1, steps)] for name in by_number
-                    if len(self.current[name]) == steps - 1}
+        complete = {
+            name: [self.current[name][step] for step in range(1, steps)]
+            for name in by_number
+            if len(self.current[name]) == steps - 1
+        }
         self.previous = {}
-        if not complete or (self.runs and complete.keys() != self.runs[0].keys()) or \
-                (self.levels is not None and self.levels != self.current_levels):
-            raise MagCacheError("Calibration needs runs of one kind: the same steps, size and guidance, each to its end.")
+        if (
+            not complete
+            or (self.runs and complete.keys() != self.runs[0].keys())
+            or (self.levels is not None and self.levels != self.current_levels)
+        ):
+            raise MagCacheError(
+                "Calibration needs runs of one kind: the same steps, size and guidance, each to its end."
+            )
         self.levels = self.current_levels
-        self.runs.append({branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows), self.device)]
-                          for branch, rows in complete.items()})
-        self.grams.append({key: summed_over_ranks(sample.gram(), self.device)
-                           for key, sample in self.samples.items() if key[1] in complete})
+        self.runs.append(
+            {
+                branch: [moments(sums) for sums in summed_over_ranks(torch.stack(rows), self.device)]
+                for branch, rows in complete.items()
+            }
+        )
+        self.grams.append(
+            {
+                key: summed_over_ranks(sample.gram(), self.device)
+                for key, sample in self.samples.items()
+                if key[1] in complete
+            }
+        )
         self.seconds.append(summed_over_ranks(torch.tensor([*seconds, 1.0], dtype=torch.float64), self.device))
         self.samples = {}
 
-    def mag_ratios(self, name, sampler=(), **description):
-        """MagRatios of the counted runs, rounded to six decimals."""
-        runs = {branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)
-                for branch in self.runs[0]}
+    def table(self, name, sampler=(), **description):
+        """RatioTable of the counted runs, rounded to six decimals."""
+        runs = {
+            branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)
+            for branch in self.runs[0]
+        }
         means, spread = {}, {}
         for branch, rows in runs.items():
             means[branch], spread[branch] = rows.mean(0), rows.std(0, unbiased=False)
-        column = {key: by_branch(table, index, first) for key, table, index, first in (
-            ("mag_ratios", means, 0, 1.0), ("mag_std", means, 1, 0.0), ("cos_dis", means, 2, 0.0), ("spread", spread, 0, 0.0))}
+        column = {
+            key: by_branch(table, index, first)
+            for key, table, index, first in (
+                ("mag_ratios", means, 0, 1.0),
+                ("mag_std", means, 1, 0.0),
+                ("cos_dis", means, 2, 0.0),
+                ("spread", spread, 0, 0.0),
+            )
+        }
         for payload, key in GRAMS.items():
-            column[key] = {branch: packed(sum(run[payload, branch] for run in self.grams) / len(self.grams)) for branch in runs}
+            column[key] = {
+                branch: packed(sum(run[payload, branch] for run in self.grams) / len(self.grams)) for branch in runs
+            }
         computed, reused, count = sum(self.seconds).tolist()
         seconds = {"computed": round(computed / count, 6), "reused": round(reused / count, 6)}
-        return MagRatios(name=name, mag_ratios=column.pop("mag_ratios"), sigmas=[round(level, 6) for level in self.levels],
-                         origin="measured", statistics={**column, "seconds": seconds, "runs": len(self.runs)},
-                         sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},
-                         **description)
+        return RatioTable(
+            name=name,
+            mag_ratios=column.pop("mag_ratios"),
+            sigmas=[round(level, 6) for level in self.levels],
+            origin="measured",
+            statistics={**column, "seconds": seconds, "runs": len(self.runs)},
+            sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},
+            **description,
+        )
 
 
 def by_branch(tables, index, first):
     """One column of every branch's table, rounded, with a value for the first step."""
-    return {branch: [first, *(round(value, 6) for value in table[:, index].tolist())] for branch, table in tables.items()}
-
-
-def summed_over_ranks(tensor, device):
-    """The sum over all processes of the default group; the tensor itself where there is one process. device: this rank's, since
-    not every host makes it the current one."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return tensor
-    shared = tensor.to(device if distributed.get_backend() == "nccl" else "cpu", copy=True)
-    distributed.all_reduce(shared)
-    return shared.to(tensor.device)
+    return {
+        branch: [first, *(round(value, 6) for value in table[:, index].tolist())] for branch, table in tables.items()
+    }
 
 
 def fingerprint(model):
@@ -165,6 +197,19 @@ def fingerprint_of(named_parameters):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
     for parameter in parameters.values():
         if parameter.ndim > 1:  # what a fine-tune changes; biases and norms often stay
-            values = parameter.detach().flatten()[::max(1, parameter.numel() // 4)][:4]
-            digest.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
+            digest.update(few_values(parameter))
     return digest.hexdigest()[:12]
+
+
+def few_values(tensor: torch.Tensor) -> bytes:
+    """Four rounded values, evenly spread, of a tensor or of the storage into which it was quantised, which is not
+    unpacked for them. None where they cannot be had (meta tensors, storage of an unknown kind): a fingerprint never
+    stops a run, and names and shapes still count."""
+    while hasattr(tensor, "__tensor_flatten__"):  # torchao's and other subclasses
+        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
+    places = range(0, tensor.numel(), max(1, tensor.numel() // 4))[:4]
+    try:
+        index = [torch.as_tensor(axis) for axis in np.unravel_index(list(places), tuple(tensor.shape))]
+        return tensor.detach()[tuple(index)].to(torch.bfloat16).float().cpu().numpy().tobytes()
+    except (RuntimeError, ValueError, IndexError, TypeError):  # NotImplementedError is a RuntimeError
+        return b""

@@ -1,41 +1,31 @@
 """What FramePack's two demos share: the facts of FramePack's transformer, and the jobs of a demo page with MagCache."""
+
+from __future__ import annotations
+
 import functools
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .blocks import Host
 from .calibration import fingerprint
-from .flags import check_writable
+from .errors import MagCacheError
+from .files import write_json
+from .hosts import ALL_TOKENS, FRAMEPACK
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
-from .ratios import MagCacheError, calibrations_folder, find, load, write_json
 from .report import finite, plan_text
-from .schedule import Settings, magcache_schedule, rule_of
+from .schedule import Settings
+from .scripts.flags import check_writable
 from .steps import TRAIN_TIMESTEPS
+from .tables import calibrations_folder, find, load
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
-
-
-def section_tokens(model, forward):
-    """How many tokens the section that is being sampled has. The packed frames around it precede them and are not output."""
-    frames, height, width = forward["hidden_states"].shape[2:]
-    patch, frames_a_patch = model.config["patch_size"], model.config["patch_size_t"]
-    return frames // frames_a_patch * (height // patch) * (width // patch)
-
-
-# Of lllyasviel/FramePack and of HunyuanVideoFramepackTransformer3DModel in diffusers.
-FRAMEPACK = Host(
-    blocks=("transformer_blocks", "single_transformer_blocks"), final_layer="norm_out", output_tokens=section_tokens,
-    residual_shape=lambda model, forward: (len(forward["hidden_states"]), section_tokens(model, forward),
-                                           model.config["num_attention_heads"] * model.config["attention_head_dim"]))
-ALL_TOKENS = replace(FRAMEPACK, output_tokens=None)  # what the published tables are a statistic of
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,8 @@ class Choice:
 
     @property
     def settings(self):
-        """What a run with MagCache is to do: a Target where a speed-up is asked for, which the three settings have no part in."""
+        """What a run with MagCache is to do: a Target where a speed-up is asked for, which the three settings have no
+        part in."""
         if SPEEDUPS[self.speedup]:
             return Target(magcache_speedup=SPEEDUPS[self.speedup])
         return Settings(self.magcache_thresh, int(self.magcache_K), self.retention_ratio)
@@ -60,7 +51,8 @@ class Choice:
 class Job:
     """One press of "Start Generation": what is to be done, and the lines that the page shows below its controls.
 
-    settings: of a run with MagCache, else None; calibrate: measure instead; handle: of the patch, while and after it is on.
+    settings: of a run with MagCache, else None; calibrate: measure instead; handle: of the patch, while and after it is
+    on.
     """
 
     def __init__(self, choice):
@@ -75,10 +67,11 @@ class Job:
 
 
 class Jobs:
-    """The jobs of a demo. Its `process`, `worker` and `sample_hunyuan` go through here; its transformer is patched while a job
-    with MagCache or a calibration runs, and only then.
+    """The jobs of a demo. Its `process`, `worker` and `sample_hunyuan` go through here; its transformer is patched
+    while a job with MagCache or a calibration runs, and only then.
 
-    demo: the demo's module; args: its flags and ours; settings: (magcache_thresh, magcache_K, retention_ratio) of the script;
+    demo: the demo's module; args: its flags and ours; settings: (magcache_thresh, magcache_K, retention_ratio) of the
+    script;
     published: name of the table that was published for the demo's checkpoint.
     """
 
@@ -88,13 +81,17 @@ class Jobs:
         self.model_name = demo.transformer.config.get("_name_or_path", "")
         self.checkpoint = fingerprint(demo.transformer)
         self.table = load(args.mag_ratios) if args.mag_ratios else find(self.model_name, self.checkpoint)
-        self.calibration_file = Path(args.magcache_calibration or calibrations_folder() / f"{published}-{self.checkpoint}.json")
+        self.calibration_file = Path(
+            args.magcache_calibration or calibrations_folder() / f"{published}-{self.checkpoint}.json"
+        )
         self.teacache_index = demo.ips.index(demo.use_teacache)
         self.host_process, self.host_worker, self.host_sample = demo.process, demo.worker, demo.sample_hunyuan
         self.sampler = sys.modules[demo.sample_hunyuan.__module__]
         if not hasattr(self.sampler, "sample_unipc"):
-            raise MagCacheError("The sampler of this FramePack has no sample_unipc, so MagCache does not know it; run "
-                                f"{demo.__name__}.py itself.")
+            raise MagCacheError(
+                "The sampler of this FramePack has no sample_unipc, so MagCache does not know it; run "
+                f"{demo.__name__}.py itself."
+            )
         demo.sample_hunyuan = self.sample
         self.job, self.idle = None, threading.Event()
         self.idle.set()
@@ -104,27 +101,32 @@ class Jobs:
         choice = Choice(*values)
         count = sections(seconds, window)
         if choice.calibrate:
-            return [f"Calibration: every step computes; the mean ratios of {counted(count)} go to {self.calibration_file}."]
+            return [
+                f"Calibration: every step computes; the mean ratios of {counted(count)} go to {self.calibration_file}."
+            ]
         if not choice.use_magcache:
             return ["MagCache is off: every step computes."]
         table = self.known_table()
         levels = table.levels(int(steps))
-        settings = choice.settings
-        schedule = settings.plan(table, levels) if isinstance(settings, Target) else \
-            magcache_schedule(table.at(levels), settings, rule_of(table))
-        return [*plan_text(schedule, levels, table).splitlines(),
-                f"{counted(count)}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute"]
+        schedule = choice.settings.plan(table, levels)
+        return [
+            *plan_text(schedule, levels, table).splitlines(),
+            f"{counted(count)}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute",
+        ]
 
     def known_table(self):
         if self.table is None:
-            raise MagCacheError(f"No magnitude ratios are known for {self.model_name or 'this checkpoint'}: tick Calibrate and "
-                                "run one job, or start with --mag_ratios PRESET|FILE.")
+            raise MagCacheError(
+                f"No magnitude ratios are known for {self.model_name or 'this checkpoint'}: tick Calibrate and "
+                "run one job, or start with --mag_ratios PRESET|FILE."
+            )
         return self.table
 
     def process(self, *values):
-        """The demo's `process`, given the values of the controls after its own inputs. Yields (its outputs, the lines of the job
-        so far, False); after a calibration also (None, lines, whether it was saved). Raises MagCacheError before it starts."""
-        inputs, job = list(values[:len(self.demo.ips)]), Job(Choice(*values[len(self.demo.ips):]))
+        """The demo's `process`, given the values of the controls after its own inputs. Yields (its outputs, the lines
+        of the job so far, False); after a calibration also (None, lines, whether it was saved). Raises MagCacheError
+        before it starts."""
+        inputs, job = list(values[: len(self.demo.ips)]), Job(Choice(*values[len(self.demo.ips) :]))
         if job.calibrate:
             check_writable("The calibration", self.calibration_file)
         elif job.settings:
@@ -143,7 +145,7 @@ class Jobs:
             yield shown, job.lines, False
         if job.calibrate:
             self.idle.wait()
-            yield None, job.lines, job.handle.mag_ratios is not None
+            yield None, job.lines, job.handle.table is not None
 
     def work(self, job, *inputs):
         """The demo's `worker`, in its own thread."""
@@ -165,27 +167,45 @@ class Jobs:
         """The transformer with MagCache on it, or measured; None where the job wants neither."""
         if job.calibrate:
             return magcache_calibration(
-                self.demo.transformer, ALL_TOKENS if self.args.magcache_all_tokens else FRAMEPACK, timesteps,
-                f"{self.published}-{self.checkpoint}", self.calibration_file,
-                {"settings": self.settings, "rule": load(self.published).rule, "sampler": {"scheduler": "unipc"},
-                 "notes": f"Statistic of {'all tokens' if self.args.magcache_all_tokens else 'the tokens of the section'}.",
-                 "provenance": {"fingerprint": self.checkpoint, "model": self.model_name, "torch": torch.__version__,
-                                "date": time.strftime("%Y-%m-%d")}})
+                self.demo.transformer,
+                ALL_TOKENS if self.args.magcache_all_tokens else FRAMEPACK,
+                timesteps,
+                f"{self.published}-{self.checkpoint}",
+                self.calibration_file,
+                {
+                    "settings": self.settings,
+                    "rule": load(self.published).rule,
+                    "sampler": {"scheduler": "unipc"},
+                    "notes": "Statistic of all tokens."
+                    if self.args.magcache_all_tokens
+                    else "Statistic of the tokens of the section.",
+                    "provenance": {
+                        "fingerprint": self.checkpoint,
+                        "model": self.model_name,
+                        "torch": torch.__version__,
+                        "date": time.strftime("%Y-%m-%d"),
+                    },
+                },
+            )
         if job.settings:
-            return magcache_forward(self.demo.transformer, FRAMEPACK, self.table, job.settings, timesteps,
-                                    announce=job.announce)
+            return magcache_forward(
+                self.demo.transformer, FRAMEPACK, self.table, job.settings, timesteps, announce=job.announce
+            )
 
     def calibrated(self, job):
         """Use the ratios of the job's complete sections from now on."""
-        if job.handle.mag_ratios is None:
+        if job.handle.table is None:
             job.lines.append("The calibration broke off in its first section; nothing was saved.")
             return
-        self.table = job.handle.mag_ratios
+        self.table = job.handle.table
         count = self.table.statistics["runs"]
-        job.lines.append(f"Measured in {counted(count)}, saved as {self.calibration_file}; jobs of this page use it from now on.")
+        job.lines.append(
+            f"Measured in {counted(count)}, saved as {self.calibration_file}; jobs of this page use it from now on."
+        )
 
     def sample(self, *args, **kwargs):
-        """The demo's `sample_hunyuan`: one section. Its residuals are gone before the VAE decodes it, also after a cancel."""
+        """The demo's `sample_hunyuan`: one section. Its residuals are gone before the VAE decodes it, also after a
+        cancel."""
         job = self.job
         if job is None or job.handle is None:
             return self.host_sample(*args, **kwargs)
@@ -203,8 +223,15 @@ class Jobs:
 
     def write_report(self, video, job):
         """JSON beside a video: what was computed and saved in each section."""
-        write_json(Path(video).with_suffix(".json"), finite(
-            {"mag_ratios_of": job.handle.mag_ratios.name, "sections": [report.to_dict() for report in job.handle.reports]}))
+        write_json(
+            Path(video).with_suffix(".json"),
+            finite(
+                {
+                    "mag_ratios_of": job.handle.table.name,
+                    "sections": [report.to_dict() for report in job.handle.reports],
+                }
+            ),
+        )
 
 
 def sections(seconds, window):

@@ -1,4 +1,7 @@
 """FramePack's Gradio page with MagCache: the demo's own module, its page with more controls, its flags with ours."""
+
+from __future__ import annotations
+
 import argparse
 import html
 import sys
@@ -6,14 +9,25 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from .checkout import checkouts_script, run_script
-from .flags import check_writable
+from .errors import MagCacheError, needs
 from .framepack import SPEEDUPS, Jobs
-from .ratios import MagCacheError, load
-from .report import needs
+from .scripts.checkout import checkouts_script, run_script
+from .scripts.flags import check_writable
+from .tables import load
 
-NEEDED = ("block", "use_teacache", "steps", "total_second_length", "latent_window_size", "ips", "process", "worker",
-          "sample_hunyuan", "transformer", "args")
+NEEDED = (
+    "block",
+    "use_teacache",
+    "steps",
+    "total_second_length",
+    "latent_window_size",
+    "ips",
+    "process",
+    "worker",
+    "sample_hunyuan",
+    "transformer",
+    "args",
+)
 
 
 def main(script):
@@ -29,9 +43,17 @@ def run(script):
     click, missing = click_of(demo), [name for name in NEEDED if not hasattr(demo, name)]
     if not launches or click is None:
         page = f"{script['PAGE']}.py"
-        why = f"no {', '.join(missing)}" if missing else "no launch" if not launches else "its button starts something else"
-        raise MagCacheError(f"The page of this {page} has changed so that MagCache's controls do not fit ({why}); run {page} "
-                            "itself, or take a newer MagCache.")
+        why = (
+            f"no {', '.join(missing)}"
+            if missing
+            else "no launch"
+            if not launches
+            else "its button starts something else"
+        )
+        raise MagCacheError(
+            f"The page of this {page} has changed so that MagCache's controls do not fit ({why}); run {page} "
+            "itself, or take a newer MagCache."
+        )
     jobs = Jobs(demo, demo.args, script["SETTINGS"], script["PUBLISHED"])
     add_controls(demo, click, jobs, gradio)
     args, kwargs = launches[0]
@@ -40,11 +62,21 @@ def run(script):
 
 def add_flags(parser):
     group = parser.add_argument_group("MagCache")
-    group.add_argument("--magcache_calibration", nargs="?", const="", metavar="FILE", help="start with Calibrate ticked; the "
-                       "measured ratios go to FILE, by default where the page finds them again")
-    group.add_argument("--magcache_all_tokens", action="store_true", help="calibrate on all tokens, the packed frames too, as "
-                       "the published tables were")
-    group.add_argument("--mag_ratios", metavar="PRESET|FILE", help="ratios to use instead of those found for the checkpoint")
+    group.add_argument(
+        "--magcache_calibration",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="start with Calibrate ticked; the measured ratios go to FILE, by default where the page finds them again",
+    )
+    group.add_argument(
+        "--magcache_all_tokens",
+        action="store_true",
+        help="calibrate on all tokens, the packed frames too, as the published tables were",
+    )
+    group.add_argument(
+        "--mag_ratios", metavar="PRESET|FILE", help="ratios to use instead of those found for the checkpoint"
+    )
 
 
 def check_flags(args):
@@ -55,17 +87,29 @@ def check_flags(args):
         check_writable("--magcache_calibration", Path(args.magcache_calibration))
     torchvision = sys.modules.get("torchvision")
     if torchvision and not hasattr(torchvision.io, "write_video"):
-        raise MagCacheError("FramePack saves its videos with torchvision.io.write_video, which torchvision "
-                            f"{torchvision.__version__} no longer has; install an older one with the torch that goes with it.")
+        raise MagCacheError(
+            "FramePack saves its videos with torchvision.io.write_video, which torchvision "
+            f"{torchvision.__version__} no longer has; install an older one with the torch that goes with it."
+        )
 
 
 def check_gradio(gradio, requirements):
-    """The page is written for the gradio that the checkout pins; another major version fails after the weights are loaded."""
-    pins = [line.partition("==")[2].strip() for line in requirements.read_text().splitlines()
-            if line.replace(" ", "").startswith("gradio==")] if requirements.is_file() else []
+    """The page is written for the gradio that the checkout pins; another major version fails after the weights are
+    loaded."""
+    pins = (
+        [
+            line.partition("==")[2].strip()
+            for line in requirements.read_text().splitlines()
+            if line.replace(" ", "").startswith("gradio==")
+        ]
+        if requirements.is_file()
+        else []
+    )
     if pins and pins[0].split(".")[0] != gradio.__version__.split(".")[0]:
-        raise MagCacheError(f"This FramePack pins gradio {pins[0]} and its page does not run with gradio {gradio.__version__}; "
-                            f"pip install gradio=={pins[0]} puts that right.")
+        raise MagCacheError(
+            f"This FramePack pins gradio {pins[0]} and its page does not run with gradio {gradio.__version__}; "
+            f"pip install gradio=={pins[0]} puts that right."
+        )
 
 
 @contextmanager
@@ -85,8 +129,8 @@ def launch_held_back(gradio):
 
 @contextmanager
 def import_time_flags(add, check):
-    """For its duration, parsers also have the flags of `add(parser)`, and `check(args)` sees what they parsed: for a script
-    that parses while it is imported."""
+    """For its duration, parsers also have the flags of `add(parser)`, and `check(args)` sees what they parsed: for a
+    script that parses while it is imported."""
     plain = argparse.ArgumentParser.parse_args
 
     def parse_args(self, *args, **kwargs):
@@ -121,18 +165,45 @@ def add_controls(demo, click, jobs, gr):
     with demo.block:
         with demo.use_teacache.parent as group:
             before = len(group.children)
-            use = gr.Checkbox(label="Use MagCache", value=starts_cached, info="Skips the steps that the plan below shows.")
-            calibrate = gr.Checkbox(label="Calibrate", value=starts_calibrating, info="Runs un-cached, measures the magnitude "
-                                    "ratios of this checkpoint over all sections and uses them from then on.")
-            thresh = gr.Slider(label="MagCache_thresh", minimum=0, maximum=1, step=0.005, value=jobs.settings["magcache_thresh"],
-                               info="Bound on the accumulated error. Larger is faster and less exact; 0 turns it off.")
-            most = gr.Slider(label="MagCache_K", minimum=0, maximum=5, step=1, value=jobs.settings["magcache_K"],
-                             info="Most reuses in a row; 0 turns it off.")
-            retention = gr.Slider(label="MagCache retention ratio", minimum=0, maximum=1, step=0.01,
-                                  value=jobs.settings["retention_ratio"],
-                                  info="Share of the steps, from the first, that computes.")
-            speedup = gr.Radio(label="MagCache target speed-up", choices=list(SPEEDUPS), value="off",
-                               info="Instead of the three settings above; best after a calibration.")
+            use = gr.Checkbox(
+                label="Use MagCache", value=starts_cached, info="Skips the steps that the plan below shows."
+            )
+            calibrate = gr.Checkbox(
+                label="Calibrate",
+                value=starts_calibrating,
+                info="Runs un-cached, measures the magnitude "
+                "ratios of this checkpoint over all sections and uses them from then on.",
+            )
+            thresh = gr.Slider(
+                label="MagCache_thresh",
+                minimum=0,
+                maximum=1,
+                step=0.005,
+                value=jobs.settings["magcache_thresh"],
+                info="Bound on the accumulated error. Larger is faster and less exact; 0 turns it off.",
+            )
+            most = gr.Slider(
+                label="MagCache_K",
+                minimum=0,
+                maximum=5,
+                step=1,
+                value=jobs.settings["magcache_K"],
+                info="Most reuses in a row; 0 turns it off.",
+            )
+            retention = gr.Slider(
+                label="MagCache retention ratio",
+                minimum=0,
+                maximum=1,
+                step=0.01,
+                value=jobs.settings["retention_ratio"],
+                info="Share of the steps, from the first, that computes.",
+            )
+            speedup = gr.Radio(
+                label="MagCache target speed-up",
+                choices=list(SPEEDUPS),
+                value="off",
+                info="Instead of the three settings above; best after a calibration.",
+            )
             controls = [use, calibrate, thresh, most, retention, speedup]
             inputs = [demo.steps, demo.total_second_length, demo.latent_window_size, *controls]
             plan = gr.HTML(planned(jobs, *(component.value for component in inputs)), container=True)
@@ -145,7 +216,9 @@ def add_controls(demo, click, jobs, gr):
         for box in boxes:  # at most one is ticked; .input: by the user, not by this
             others = [other for other in boxes if other is not box]
             box.input(lambda ticked: updates(2, value=False) if ticked else updates(2), box, others, **silent)
-        speedup.change(lambda asked: updates(3, interactive=asked == "off"), speedup, [thresh, most, retention], **silent)
+        speedup.change(
+            lambda asked: updates(3, interactive=asked == "off"), speedup, [thresh, most, retention], **silent
+        )
         gr.on([component.change for component in inputs], partial(planned, jobs), inputs, plan, **silent)
 
     own = len(click.outputs)
@@ -180,6 +253,9 @@ def in_lines(lines):
 def drawn(strip):
     """A `Schedule.strip` as a row of fields, one a step."""
     kinds = {"#": ("computes", "--color-accent"), ".": ("reuses", "--border-color-primary")}
-    fields = "".join(f'<span title="step {step}: {kinds[letter][0]}" style="flex: 1; height: 1.2em; border-radius: 2px; '
-                     f'background: var({kinds[letter][1]})"></span>' for step, letter in enumerate(strip))
+    fields = "".join(
+        f'<span title="step {step}: {kinds[letter][0]}" style="flex: 1; height: 1.2em; border-radius: 2px; '
+        f'background: var({kinds[letter][1]})"></span>'
+        for step, letter in enumerate(strip)
+    )
     return f'<div style="display: flex; gap: 2px; margin: 6px 0" aria-label="{strip}">{fields}</div>'

@@ -1,23 +1,29 @@
 """An optional watch over one sample: does it still behave as the calibration did?"""
+
+from __future__ import annotations
+
 import torch
 
 from .calibration import TOKENS_AT_ONCE
 
-LEAST = 0.01  # expected relative errors below this are taken as this: rounding alone makes a few thousandths in bfloat16
+LEAST = (
+    0.01  # expected relative errors below this are taken as this: rounding alone makes a few thousandths in bfloat16
+)
 
 
 class Guard:
     """Compares what a computed step made with what would have been predicted for it, which costs no call of the model.
 
-    factor: how many times the calibrated error is too much. With torch.distributed every rank judges the sum over all ranks, so
-    that they decide alike; ranks must then run the same steps, as in sequence or tensor parallelism.
+    factor: how many times the calibrated error is too much. With torch.distributed every rank judges the sum over all
+    ranks, so that they decide alike; ranks must then run the same steps, as in sequence or tensor parallelism.
     """
 
     def __init__(self, factor):
         self.factor = factor
 
     def judge(self, step, made, predicted, expected):
-        """Why nothing more is to be skipped, or "". made, predicted: (batch, tokens, width); expected: relative error."""
+        """Why nothing more is to be skipped, or "". made, predicted: (batch, tokens, width); expected: relative
+        error."""
         sums = torch.zeros(2, device=made.device)
         for true, guess in zip(made.split(TOKENS_AT_ONCE, dim=1), predicted.split(TOKENS_AT_ONCE, dim=1)):
             true, guess = true.float(), guess.float()

@@ -1,7 +1,9 @@
-"""What MagCache4Open-Sora runs: the facts of MMDiTModel (Open-Sora 2.0) and STDiT3 (1.2 and 1.3), and the checkout's own
-inference script with MagCache."""
+"""What MagCache4Open-Sora runs: the facts of MMDiTModel (Open-Sora 2.0) and STDiT3 (1.2 and 1.3), and the checkout's
+own inference script with MagCache."""
+
+from __future__ import annotations
+
 import functools
-import math
 import random
 import sys
 from dataclasses import replace
@@ -10,34 +12,14 @@ from pathlib import Path
 
 import torch
 
-from .blocks import Host
 from .calibration import fingerprint
-from .checkout import Session, add_flags, flags_taken, run_script, script_at, switched_on
-from .flags import check_flags
-from .patch import is_writer
-from .ratios import MagCacheError
+from .errors import MagCacheError
+from .hosts import STDIT3, mmdit
+from .ranks import is_writer
+from .scripts.checkout import add_flags, flags_taken, run_script, script_at, switched_on
+from .scripts.flags import check_flags
+from .scripts.session import Session
 from .steps import TRAIN_TIMESTEPS
-
-
-def tokens_of_stdit3(model, forward):
-    ranks = torch.distributed.get_world_size() if model.enable_sequence_parallelism else 1
-    return len(forward["x"]), math.prod(model.get_dynamic_size(forward["x"])) // ranks, model.hidden_size
-
-
-# Under sequence parallelism STDiT3 gathers the tokens between its last block and its final layer. It casts to its weights' type.
-STDIT3 = Host(blocks=("spatial_blocks", "temporal_blocks"), final_layer=None, image_tokens=0, latent="x",
-              residual_shape=tokens_of_stdit3, residual_dtype=lambda model: model.x_embedder.proj.weight.dtype)
-
-
-def mmdit(ranks):
-    """The facts of MMDiTModel, whose joint sequence of text and image is shared by `ranks` of a sequence-parallel group."""
-    def residual_shape(model, forward):
-        batch, tokens, _ = forward["img"].shape
-        largest_share = math.ceil((forward["txt"].shape[1] + tokens) / ranks)
-        return batch, min(tokens, largest_share), model.hidden_size
-
-    return Host(blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens=0, latent="img",
-                timestep="timesteps", timestep_scale=1.0, residual_shape=residual_shape)
 
 
 def main(script):
@@ -58,17 +40,21 @@ def run(script):
 
 
 def inference_script(checkout):
-    """(path of the checkout's own script, the class that knows its version). Raises MagCacheError for another folder."""
+    """(path of the checkout's own script, the class that knows its version). Raises MagCacheError for another
+    folder."""
     if (checkout / "scripts/diffusion/inference.py").is_file():
         return checkout / "scripts/diffusion/inference.py", OpenSora2
     if (checkout / "opensora/models/stdit/stdit3.py").is_file():
         return checkout / "scripts/inference.py", OpenSora1
-    raise MagCacheError(f"{checkout} is no checkout of Open-Sora 2.0, 1.3 or 1.2: python -m common install MagCache4Open-Sora "
-                        "/path/to/Open-Sora puts this script there.")
+    raise MagCacheError(
+        f"{checkout} is no checkout of Open-Sora 2.0, 1.3 or 1.2: python -m common install MagCache4Open-Sora "
+        "/path/to/Open-Sora puts this script there."
+    )
 
 
 class OpenSora:
-    """An inference script of the checkout, some of whose functions are wrapped: they say what is rendered, and render it."""
+    """An inference script of the checkout, some of whose functions are wrapped: they say what is rendered, and render
+    it."""
 
     def __init__(self, inference, args, script):
         self.inference, self.args, self.script = inference, args, script
@@ -77,8 +63,17 @@ class OpenSora:
 
     def session_of(self, version, task, height, width, frames, cfg, preset=None, **options):
         lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), self.script["SETTINGS"][version]))
-        session = Session(self.args, lines, f"open-sora-{version}-{task}", f"{width}x{height}", frames, preset,
-                          {"config": str(cfg.filename)}, measures=True, **options)
+        session = Session(
+            self.args,
+            lines,
+            f"open-sora-{version}-{task}",
+            f"{width}x{height}",
+            frames,
+            preset,
+            {"config": str(cfg.filename)},
+            measures=True,
+            **options,
+        )
         session.check(Path(cfg.save_dir) / ("video.mp4" if frames > 1 else "picture.png"))
         return session
 
@@ -95,7 +90,9 @@ class OpenSora:
 
     def save(self, save_sample, x, save_path, **options):
         """The host's save_sample, which adds the ending to the name itself, made whole and with a report."""
-        if not self.session.reports and not self.session.calibrating:  # the picture before a video, which the host looks for
+        if (
+            not self.session.reports and not self.session.calibrating
+        ):  # the picture before a video, which the host looks for
             return save_sample(x, save_path=save_path, **options)
         ending = ".png" if x.shape[1] == 1 and not options.get("force_video") else ".mp4"
 
@@ -119,8 +116,9 @@ class OpenSora2(OpenSora):
         self.cfg = parse_alias(cfg)
         option = self.inference.sanitize_sampling_option(self.inference.SamplingOption(**self.cfg.sampling_option))
         cond_type = "i2v_head" if self.cfg.get("use_t2i2v") else self.cfg.get("cond_type", "t2v")
-        self.session = self.session_of("2.0", cond_type, option.height, option.width, option.num_frames, self.cfg,
-                                       videos=list)
+        self.session = self.session_of(
+            "2.0", cond_type, option.height, option.width, option.num_frames, self.cfg, videos=list
+        )
         return self.cfg
 
     def models_made(self, prepare_models, *args, **kwargs):
@@ -145,13 +143,19 @@ class OpenSora2(OpenSora):
             given = cond_type if "ref" in batch else "t2v"
             self.session.task = f"open-sora-2.0-{given if opt.num_frames > 1 else 't2i'}"
             self.session.about |= {"prompt": batch["text"], "seed": seed, "cond_type": given}
-            return self.render(transformer, host, self.checkpoint, lambda steps: plain(
-                replace(opt, num_steps=steps), cond_type, seed=seed, **batch), opt.num_steps)
+            return self.render(
+                transformer,
+                host,
+                self.checkpoint,
+                lambda steps: plain(replace(opt, num_steps=steps), cond_type, seed=seed, **batch),
+                opt.num_steps,
+            )
 
         return api_fn
 
     def without_report(self, api_fn):
         """The picture model of text-to-image-to-video, left as it is."""
+
         @functools.wraps(api_fn)
         def picture(*args, **kwargs):
             self.session.reports.clear()
@@ -173,8 +177,10 @@ class OpenSora1(OpenSora):
         cfg = parse_configs(*args, **kwargs)
         version = self.script["VERSIONS"].get(cfg.vae["type"])
         if version is None or not cfg.model["type"].startswith("STDiT3"):
-            raise MagCacheError("MagCache knows the configurations of Open-Sora 1.2 and 1.3, with an STDiT3 and their VAE; this "
-                                f"one has {cfg.model['type']} and {cfg.vae['type']}: leave out --use_magcache.")
+            raise MagCacheError(
+                "MagCache knows the configurations of Open-Sora 1.2 and 1.3, with an STDiT3 and their VAE; this "
+                f"one has {cfg.model['type']} and {cfg.vae['type']}: leave out --use_magcache."
+            )
         size = cfg.get("image_size") or self.inference.get_image_size(cfg.resolution, cfg.aspect_ratio)
         frames = self.inference.get_num_frames(cfg.num_frames)
         task = "t2i" if frames == 1 else cfg.get("cond_type") or "t2v"
@@ -217,10 +223,12 @@ class OpenSora1(OpenSora):
 
 
 def wrap(place, name, wrapper):
-    """Put `wrapper(function, ...)` in the place of a function of a module or of a method of an object. Raises MagCacheError where
-    there is none of this name."""
+    """Put `wrapper(function, ...)` in the place of a function of a module or of a method of an object. Raises
+    MagCacheError where there is none of this name."""
     if not hasattr(place, name):
-        raise MagCacheError(f"This checkout of Open-Sora has no {name} where MagCache looks for it; run it with --no-magcache.")
+        raise MagCacheError(
+            f"This checkout of Open-Sora has no {name} where MagCache looks for it; run it with --no-magcache."
+        )
     plain = getattr(place, name)
     setattr(place, name, functools.wraps(plain)(functools.partial(wrapper, plain)))
 

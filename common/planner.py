@@ -1,28 +1,34 @@
 """Schedules for a number of computed steps, a speed-up or an error, from the Gram matrix of one calibration run.
 
-G[i, j] = <r_i, r_j>, for the block-stack residuals of a run or for the model's outputs. From it follows the exact squared error,
-on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least. So the schedule whose
-relative errors, each to the fourth power so that peaks count, add up to the least is a shortest path over pairs of neighbouring
-computed steps. Where only ratios are known, their changes stand in for the errors (`ratio_errors`): weaker, and named so.
-numpy only.
+G[i, j] = <r_i, r_j>, for the block-stack residuals of a run or for the model's outputs. From it follows the exact
+squared error, on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least.
+So the schedule whose relative errors, each to the fourth power so that peaks count, add up to the least is a shortest
+path over pairs of neighbouring computed steps. Where only ratios are known, their changes stand in for the errors
+(`ratio_errors`): weaker, and named so. numpy only.
 """
+
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
-from .ratios import MagCacheError
+from .errors import MagCacheError
 from .schedule import Schedule, Settings, magcache_schedule
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
-POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves (docs/beyond-the-paper.md)
+POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves
 TURN = 0.05  # how much a residual is taken to change a step besides its magnitude, where only ratios are known
-GRAMS = {"residual": "gram", "output": "gram_of_outputs"}  # payload: where a calibration's statistics have its Gram matrices
+GRAMS = {
+    "residual": "gram",
+    "output": "gram_of_outputs",
+}  # payload: where a calibration's statistics have its Gram matrices
 
 
 def least_squares(anchors, products):
-    """The weights that predict best. anchors: Gram matrices (..., 2, 2) of the newest two; products: theirs with what is to be
-    predicted, (..., 2, steps). Returns weights (..., 2, steps), as every predictor."""
+    """The weights that predict best. anchors: Gram matrices (..., 2, 2) of the newest two; products: theirs with what
+    is to be predicted, (..., 2, steps). Returns weights (..., 2, steps), as every predictor."""
     return np.linalg.solve(anchors, products)
 
 
@@ -37,13 +43,13 @@ PREDICTORS = {"linear": least_squares, "reuse": newest}
 @dataclass(frozen=True)
 class Target:
     """What to plan for, one of: exactly `magcache_steps` computed steps; the number of them that comes nearest to
-    `magcache_speedup`, by the calibration's step times where it has some, else by the bound steps / computed; the fewest with no
-    expected relative error above `magcache_max_error`.
+    `magcache_speedup`, by the calibration's step times where it has some, else by the bound steps / computed; the
+    fewest with no expected relative error above `magcache_max_error`.
 
-    predictor: "linear" weighs the two newest, "reuse" takes the newest as it is (None: linear, or reuse where the table has
-    ratios only). payload: what is kept and predicted, the block stack's "residual" or the model's "output".
-    magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the first on,
-    that compute (None: the first).
+    predictor: "linear" weighs the two newest, "reuse" takes the newest as it is (None: linear, or reuse where the table
+    has ratios only). payload: what is kept and predicted, the block stack's "residual" or the model's "output".
+    magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
+    first on, that compute (None: the first).
     magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
     """
 
@@ -59,7 +65,11 @@ class Target:
     def __post_init__(self):
         asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
         if sum(value is not None for value in asked) != 1:
-            raise MagCacheError("Ask for one of magcache_steps, magcache_speedup and magcache_max_error, and not for both.")
+            raise MagCacheError(
+                "Ask for one of magcache_steps, magcache_speedup and magcache_max_error."
+                if not any(value is not None for value in asked)
+                else "Ask for only one of magcache_steps, magcache_speedup and magcache_max_error."
+            )
         if self.magcache_steps is not None and self.magcache_steps < 1:
             raise MagCacheError(f"magcache_steps must be at least 1, not {self.magcache_steps}.")
         if self.magcache_speedup is not None and not 1 <= self.magcache_speedup < np.inf:
@@ -69,23 +79,34 @@ class Target:
         if self.magcache_K is not None and self.magcache_K < 0:
             raise MagCacheError(f"magcache_K must be 0 (off) or more, not {self.magcache_K}.")
         if self.retention_ratio is not None and not 0 <= self.retention_ratio <= 1:
-            raise MagCacheError(f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}.")
+            raise MagCacheError(
+                f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}."
+            )
         if self.magcache_guard is not None and not self.magcache_guard >= 1:
-            raise MagCacheError(f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}.")
+            raise MagCacheError(
+                f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}."
+            )
 
-    def plan(self, table, levels, switch_step=None):
+    def plan(self, table, levels, switch_step=None, rule=None, interpolation="sigma"):
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
+        rule, interpolation: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
         target = replace(self, predictor=self.predictor or "linear") if has_gram(table) else self.for_ratios(table)
         forecast = Forecast.of_table(table, levels, target.predictor, self.payload, switch_step)
-        return replace(target.place(forecast, reused_share(table, self.payload), switch_step), settings=target,
-                       ratios=table.at(levels))
+        return replace(
+            target.place(forecast, reused_share(table, self.payload), switch_step),
+            settings=target,
+            ratios=table.at(levels),
+        )
 
     def for_ratios(self, table):
-        """This target where only ratios are known: with the published magcache_K and retention_ratio if none are asked for."""
+        """This target where only ratios are known: with the published magcache_K and retention_ratio if none are asked
+        for."""
         if self.predictor == "linear" or self.payload == "output" or self.magcache_guard is not None:
-            raise MagCacheError(f"{table.name} has magnitude ratios only; the linear predictor, the payload output and the guard "
-                                "need the Gram matrix that --magcache_calibration measures.")
+            raise MagCacheError(
+                f"{table.name} has magnitude ratios only; the linear predictor, the payload output and the guard "
+                "need the Gram matrix that a calibration measures."
+            )
         given = {name: getattr(self, name) for name in ("magcache_K", "retention_ratio")}
         caps = {name: table.settings.get(name) if value is None else value for name, value in given.items()}
         return replace(self, predictor="reuse", **caps)
@@ -107,7 +128,8 @@ class Target:
 
 
 def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None):
-    """How many steps compute at least: the first `kept`, the first of each expert, and one after every magcache_K reuses."""
+    """How many steps compute at least: the first `kept`, the first of each expert, and one after every magcache_K
+    reuses."""
     reuse, run = np.zeros(steps, dtype=bool), 0
     for step in range(steps):
         reuse[step] = step >= kept and step != switch_step and (magcache_K is None or run < magcache_K)
@@ -121,8 +143,8 @@ def speedup(steps, computed, share):
 
 
 def reused_share(table, payload="residual"):
-    """Cost of a reused step in computed ones, as the calibration measured it; 0, which gives the bound, where it did not. With
-    the payload "output" nothing of the model runs."""
+    """Cost of a reused step in computed ones, as the calibration measured it; 0, which gives the bound, where it did
+    not. With the payload "output" nothing of the model runs."""
     seconds = table.statistics.get("seconds")
     if not seconds or payload == "output":
         return 0.0
@@ -137,7 +159,7 @@ def has_gram(table):
 
 
 def table_grams(table, levels, payload="residual"):
-    """The Gram matrices (branches, steps, steps) of a `MagRatios` at the noise levels of a run."""
+    """The Gram matrices (branches, steps, steps) of a `RatioTable` at the noise levels of a run."""
     stored = table.statistics.get(GRAMS[payload])
     if not stored:
         raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
@@ -164,8 +186,8 @@ def unpacked(rows):
 
 @dataclass(frozen=True)
 class Forecast:
-    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before it,
-    k < j < i; k = j where there is only one. What cannot be is infinite.
+    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before
+    it, k < j < i; k = j where there is only one. What cannot be is infinite.
 
     errors: squared and relative, |r_i - prediction|^2 / |r_i|^2, the mean over the branches.
     weights: (branches, steps, steps, steps, 2); None: the newest as it is.
@@ -180,17 +202,22 @@ class Forecast:
 
     @classmethod
     def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
-        """Of a `MagRatios` at the noise levels of a run."""
-        forecast = cls.of_ratios(table.at(levels)) if not has_gram(table) else \
-            cls.of_grams(table_grams(table, levels, payload), predictor)
+        """Of a `RatioTable` at the noise levels of a run."""
+        forecast = (
+            cls.of_ratios(table.at(levels))
+            if not has_gram(table)
+            else cls.of_grams(table_grams(table, levels, payload), predictor)
+        )
         return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
 
     @classmethod
     def of_grams(cls, grams, predictor="linear"):
         """grams: (branches, steps, steps)."""
         by_branch = [pair_errors(np.asarray(gram, dtype=float), predictor) for gram in grams]
-        return cls(np.mean([errors for errors, _ in by_branch], axis=0),
-                   None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]))
+        return cls(
+            np.mean([errors for errors, _ in by_branch], axis=0),
+            None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]),
+        )
 
     @classmethod
     def of_ratios(cls, ratios):
@@ -198,11 +225,15 @@ class Forecast:
         return cls(np.mean([ratio_errors(row) for row in ratios], axis=0))
 
     def of_experts(self, second):
-        """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's steps."""
+        """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's
+        steps."""
         lone, other = np.arange(self.steps), second[:, None] != second
         errors = np.where(other, self.errors[:, lone, lone][:, :, None], self.errors)
-        weights = None if self.weights is None else \
-            np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
+        weights = (
+            None
+            if self.weights is None
+            else np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
+        )
         return Forecast(np.where(other[:, :, None], np.inf, errors), weights)
 
     def anchors_of(self, reuse):
@@ -245,8 +276,8 @@ def pair_errors(gram, predictor="linear"):
 def ratio_errors(ratios):
     """Errors, as in `Forecast`, of taking the newest as it is, guessed from one branch's ratios (steps,).
 
-    Every change of the magnitude counts, up or down, so that ratios above and below 1 do not cancel (FLUX, Qwen-Image); and
-    TURN a step for the change of direction, which ratios do not show.
+    Every change of the magnitude counts, up or down, so that ratios above and below 1 do not cancel (FLUX, Qwen-Image);
+    and TURN a step for the change of direction, which ratios do not show.
     """
     way = np.cumsum(np.abs(np.log(ratios)) + TURN)
     i, j, k = np.indices((len(ratios),) * 3)
@@ -258,12 +289,13 @@ def fourth_powers(errors):
 
 
 def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None, cost=fourth_powers):
-    """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of costs.
+    """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of
+    costs.
 
-    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on the
-    expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic programming over
-    (anchor, the one before). Returns a Schedule whose `error` is each step's expected relative error; with the linear predictor
-    it has `weights`.
+    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on
+    the expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic
+    programming over (anchor, the one before). Returns a Schedule with each step's expected relative
+    error; with the linear predictor it has `weights`.
     """
     steps = forecast.steps
     i, j, _ = np.indices((steps,) * 3)
@@ -316,8 +348,14 @@ def scheduled(anchors, forecast, kept=1):
     reuse = np.ones(forecast.steps, dtype=bool)
     reuse[anchors] = False
     why_none = "" if reuse.any() else "every step was asked to compute"
-    return Schedule(reuse, forecast.error_of(reuse), np.arange(forecast.steps) < kept, None, why_none, None, len(anchors),
-                    forecast.weights_of(reuse))
+    return Schedule(
+        reuse,
+        np.arange(forecast.steps) < kept,
+        expected_error=forecast.error_of(reuse),
+        why_none=why_none,
+        fewest_computed=len(anchors),
+        weights=forecast.weights_of(reuse),
+    )
 
 
 def error_by_gram(schedule, levels, table):
@@ -327,19 +365,20 @@ def error_by_gram(schedule, levels, table):
 
 
 def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
-    """The paper's rule at the settings with which it computes as nearly as possible `computed` steps, and then errs least."""
+    """The paper's rule at the settings with which it computes as nearly as possible `computed` steps, and then errs
+    least."""
     ratios, forecast, found = table.at(levels), Forecast.of_table(table, levels, "reuse", "residual", switch_step), {}
     for K, retention, thresh in product(range(1, 7), (0.1, 0.2), np.geomspace(0.01, 2, 24)):
         schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
-        found[schedule.strip] = replace(schedule, error=forecast.error_of(schedule.reuse))
-    return min(found.values(), key=lambda one: (abs(one.computed - computed), one.error[one.reuse].sum()))
+        found[schedule.strip] = replace(schedule, expected_error=forecast.error_of(schedule.reuse))
+    return min(found.values(), key=lambda one: (abs(one.computed - computed), one.expected_error[one.reuse].sum()))
 
 
 def resample_gram(gram, sigmas, new_sigmas):
     """The Gram matrix of a run at other noise levels: residuals interpolated in sigma by cubics through four levels.
 
-    G' = W G W^T, with the rows of W the Lagrange weights of the nearest calibrated levels; beyond the ends the outermost
-    straight line goes on.
+    G' = W G W^T, with the rows of W the Lagrange weights of the nearest calibrated levels; beyond the ends the
+    outermost straight line goes on.
     """
     gram, sigmas = np.asarray(gram, dtype=float), np.asarray(sigmas, dtype=float)
     weights = np.zeros((len(new_sigmas), len(sigmas)))

@@ -1,14 +1,17 @@
 """What will be skipped, and what was: one line, JSON, a picture."""
+
+from __future__ import annotations
+
 from collections import Counter
 from math import isfinite
-from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
+from .files import write_json
 from .planner import Target, error_by_gram, has_gram, nearest_by_the_rule, reused_share, speedup
-from .ratios import MagCacheError, write_json
-from .schedule import Settings, rule_of
+from .schedule import rule_of
 
 
 def memory_text(count):
@@ -16,58 +19,126 @@ def memory_text(count):
 
 
 def settings_text(settings):
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                     for name, value in vars(settings).items() if value is not None)
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in vars(settings).items()
+        if value is not None
+    )
 
 
-def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
-    """The plan of a run, known before its first step."""
-    lines = [f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), "
-             f"{settings_text(schedule.settings)}", f"  {schedule.strip}   # computes, . reuses"]
-    if not mag_ratios.fits(levels):
-        lines.append(f"  ratios of {mag_ratios.steps} steps carried over to the noise levels of this run")
-    if mag_ratios.origin == "borrowed":
-        lines.append(f"  {mag_ratios.notes}")
+class PlanLine(NamedTuple):
+    """One line of a plan. kind: what it tells, by which a front end chooses; text: the line.
+
+    kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over), "notes" (of a
+    borrowed table), "nothing" (why nothing will be reused), "gain" (computed steps and speed-up), "out of reach" (the
+    speed-up asked for), "weaker" (planned from ratios alone), "error" (expected), "other error" (of the other way to
+    plan as many computed steps), "memory".
+    """
+
+    kind: str
+    text: str
+
+
+def plan_text(schedule, levels, table, bytes_a_branch=None) -> str:
+    """The plan of a run as text, known before its first step."""
+    return "\n".join(line.text for line in plan_lines(schedule, levels, table, bytes_a_branch))
+
+
+def plan_lines(schedule, levels, table, bytes_a_branch=None) -> list[PlanLine]:
+    """The plan of a run. levels: its noise levels; table: the `RatioTable` that it was made from; bytes_a_branch: what
+    one residual of a branch takes (None: not known)."""
+    lines = [
+        PlanLine(
+            "asked",
+            f"MagCache plan: {schedule.steps} steps, ratios of {table.name} ({table.origin}), "
+            f"{settings_text(schedule.settings)}",
+        ),
+        PlanLine("strip", f"  {schedule.strip}   # computes, . reuses"),
+    ]
+    if not table.fits(levels):
+        lines.append(
+            PlanLine("resampled", f"  ratios of {table.steps} steps carried over to the noise levels of this run")
+        )
+    if table.origin == "borrowed":
+        lines.append(PlanLine("notes", f"  {table.notes}"))
     if schedule.why_none:
-        lines.append(f"  nothing will be reused: {schedule.why_none}")
-    elif isinstance(schedule.settings, Settings):
-        ceiling = schedule.fewest_computed
-        lines.append(f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
-                     f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio")
-        if has_gram(mag_ratios):
-            other = Target(schedule.computed).plan(mag_ratios, levels, mag_ratios.switch_step(levels))
-            lines += ["  expected relative error of a reused residual " +
-                      error_text(error_by_gram(schedule, levels, mag_ratios)),
-                      f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}"]
+        lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
+    elif schedule.expected_error is None:
+        lines += rule_lines(schedule, levels, table)
     else:
-        lines += target_text(schedule, levels, mag_ratios)
+        lines += target_lines(schedule, levels, table)
     if bytes_a_branch is not None and not schedule.why_none:
-        lines.append(f"  extra memory: {memory_text(bytes_a_branch)} a branch")
-    return "\n".join(lines)
+        lines.append(PlanLine("memory", f"  extra memory: {memory_text(bytes_a_branch)} a branch"))
+    return lines
 
 
-def target_text(schedule, levels, mag_ratios):
+def rule_lines(schedule, levels, table) -> list[PlanLine]:
+    """What the paper's rule is expected to gain and to lose."""
+    ceiling = schedule.fewest_computed
+    lines = [
+        PlanLine(
+            "gain",
+            f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
+            f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio",
+        )
+    ]
+    if has_gram(table):
+        errors = error_by_gram(schedule, levels, table)
+        other = Target(schedule.computed).plan(table, levels, table.switch_step(levels))
+        lines += [
+            PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"),
+            PlanLine(
+                "other error",
+                f"    a planned run with magcache_steps {schedule.computed}: "
+                f"{error_text(other.expected_error[other.reuse])}",
+            ),
+        ]
+    return lines
+
+
+def target_lines(schedule, levels, table) -> list[PlanLine]:
     """What a planned run is expected to gain and to lose."""
-    asked, share = schedule.settings, reused_share(mag_ratios, schedule.settings.payload)
+    asked, share = schedule.settings, reused_share(table, schedule.settings.payload)
     expected = speedup(schedule.steps, schedule.computed, share)
-    lines = [f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"]
+    gain = f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"
     if share:
-        lines[0] += f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
+        gain += f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
     elif asked.payload == "residual":
-        lines[0] += " (the table has no step times)"
+        gain += " (the table has no step times)"
+    lines = [PlanLine("gain", gain)]
     if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
-        lines.append(f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused step "
-                     "allow this")
-    if not has_gram(mag_ratios):
-        return [*lines, "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
-                "--magcache_calibration measures it"]
-    rule = nearest_by_the_rule(mag_ratios, levels, rule_of(mag_ratios), schedule.computed, mag_ratios.switch_step(levels))
-    return [*lines, f"  expected relative error of a predicted {asked.payload} {error_text(schedule.error[schedule.reuse])}",
-            f"    the paper's rule with {rule.computed} computed steps, of a residual: {error_text(rule.error[rule.reuse])}"]
+        lines.append(
+            PlanLine(
+                "out of reach",
+                f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused "
+                "step allow this",
+            )
+        )
+    if not has_gram(table):
+        weaker = (
+            "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; a "
+            "calibration measures it"
+        )
+        return [*lines, PlanLine("weaker", weaker)]
+    rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
+    errors = schedule.expected_error[schedule.reuse]
+    return [
+        *lines,
+        PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"),
+        PlanLine(
+            "other error",
+            f"    the paper's rule with {rule.computed} computed steps, of a residual: "
+            f"{error_text(rule.expected_error[rule.reuse])}",
+        ),
+    ]
 
 
 def error_text(errors):
     return f"{np.mean(errors):.4f} (at most {np.max(errors):.4f})" if len(errors) else "none"
+
+
+def rounded(values):
+    return None if values is None else np.round(values, 6).tolist()
 
 
 class RunReport:
@@ -78,7 +149,8 @@ class RunReport:
         self.peak_bytes, self.complete = 0, False
 
     def add(self, call, kind, seconds, why=""):
-        """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not planned."""
+        """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not
+        planned."""
         self.calls.append((call.step, call.branch, kind, seconds, why))
 
     @property
@@ -122,8 +194,10 @@ class RunReport:
         if not self.reused:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
             return f"MagCache reused nothing in {len(self.calls)} calls: {why}."
-        text = (f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
-                f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}")
+        text = (
+            f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
+            f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}"
+        )
         for why, calls in self.unplanned.items():
             text += f"; {calls} computed unplanned ({why})"
         return text
@@ -132,16 +206,30 @@ class RunReport:
         spent, saved = self.seconds()
         settings = self.schedule.settings
         return {
-            "settings": vars(settings) if settings else None, "strip": self.schedule.strip, "steps": self.schedule.steps,
-            "planned_computed": self.schedule.computed, "bound": round(self.schedule.bound, 4),
-            "why_none": self.schedule.why_none, "complete": self.complete, "calls": len(self.calls),
-            "computed": self.computed, "reused": self.reused, "unplanned": self.unplanned,
-            "seconds": round(spent, 4), "seconds_saved": round(saved, 4), "transformer_speedup": round(self.speedup, 4),
-            "extra_bytes": self.peak_bytes, "sigmas": [round(level, 6) for level in self.levels],
-            "accumulated_error": [round(value, 6) for value in self.schedule.error.tolist()],
-            "mag_ratios": None if self.schedule.ratios is None else self.schedule.ratios.round(6).tolist(),
-            "by_call": [{"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
-                        for step, branch, kind, seconds, why in self.calls]}
+            "settings": vars(settings) if settings else None,
+            "strip": self.schedule.strip,
+            "steps": self.schedule.steps,
+            "planned_computed": self.schedule.computed,
+            "bound": round(self.schedule.bound, 4),
+            "why_none": self.schedule.why_none,
+            "complete": self.complete,
+            "calls": len(self.calls),
+            "computed": self.computed,
+            "reused": self.reused,
+            "unplanned": self.unplanned,
+            "seconds": round(spent, 4),
+            "seconds_saved": round(saved, 4),
+            "transformer_speedup": round(self.speedup, 4),
+            "extra_bytes": self.peak_bytes,
+            "sigmas": [round(level, 6) for level in self.levels],
+            "accumulated_error": rounded(self.schedule.accumulated_error),
+            "expected_error": rounded(self.schedule.expected_error),
+            "mag_ratios": rounded(self.schedule.ratios),
+            "by_call": [
+                {"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
+                for step, branch, kind, seconds, why in self.calls
+            ],
+        }
 
 
 def write_report(path, report, **about):
@@ -154,53 +242,3 @@ def finite(content):
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     return None if isinstance(content, float) and not isfinite(content) else content
-
-
-def plot_schedule(path, schedule, levels, title):
-    """A picture of a plan: ratio curve, accumulated error against the threshold, and the steps that are reused."""
-    figure_class = needs("matplotlib.figure", "matplotlib").Figure
-    figure = figure_class(figsize=(9, 5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    steps = range(schedule.steps)
-    for name, row in zip(("cond", "uncond"), schedule.ratios):
-        top.plot(steps, row, marker=".", label=name)
-    top.axhline(1, color="0.8", zorder=0)
-    top.set_ylabel("magnitude ratio $\\gamma_t$")
-    top.legend(frameon=False)
-    top.set_title(f"{title}: {schedule.computed} of {schedule.steps} steps computed, at most {schedule.bound:.2f}x", loc="left")
-    bottom.bar(steps, schedule.error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
-    bottom.bar([0], [0], color="tab:blue", label="computed")
-    bottom.bar([0], [0], color="tab:orange", label="reused")
-    thresholded = isinstance(schedule.settings, Settings)
-    if thresholded:
-        bottom.axhline(schedule.settings.magcache_thresh, color="tab:red", linestyle="--", label="magcache_thresh")
-        bottom.set_ylim(0, 2.5 * max(schedule.settings.magcache_thresh, 0.01))
-    bottom.set_ylabel("accumulated error" if thresholded else "expected relative error")
-    bottom.set_xlabel("step")
-    bottom.legend(frameon=False, ncols=3, loc="upper left")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    if levels is not None:
-        noise = top.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
-        ticks = list(range(0, schedule.steps, max(1, schedule.steps // 8)))
-        noise.set_xticks(ticks, [f"{levels[tick]:.2f}" for tick in ticks])
-        noise.set_xlabel("noise level $\\sigma$", fontsize="small")
-        top.title.set_position((0, 1.2))
-    save_figure(path, figure)
-
-
-def save_figure(path, figure):
-    if Path(path).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        raise MagCacheError(f"{path} is no picture format; end it in .png.")
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise MagCacheError(f"{path} cannot be written as a picture ({error}).") from None
-
-
-def needs(module, package):
-    """Import a module of a package that only some commands use; a sentence names the package when it is missing."""
-    from importlib import import_module
-    try:
-        return import_module(module)
-    except ImportError:
-        raise MagCacheError(f"This needs the package {package}: pip install {package}") from None

@@ -3,19 +3,37 @@
 Calls at one noise level are CFG branches as long as they see the same latent; a second evaluation of a solver sees
 another one. No counter: a run may start at any level, skip guidance for a while, or break off.
 """
+
+from __future__ import annotations
+
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 TRAIN_TIMESTEPS = 1000  # timestep at noise level 1, in every host's sampler
 
 
 @dataclass(frozen=True)
 class Call:
-    """step: index in the run's schedule; branch: 0 for the first call at this step (conditional), 1 for the next, ..."""
+    """step: index in the run's schedule; branch: 0 for the first call at this step (conditional), 1 for the next,
+    ..."""
 
     step: int
     branch: int
+
+
+class Part(NamedTuple):
+    """One conditioning's part of a model call's batch. key: what its residuals are kept under, the same at each step;
+    latent: its rows."""
+
+    key: Hashable
+    call: Call
+    latent: torch.Tensor
 
 
 class StepTracker:
@@ -27,7 +45,7 @@ class StepTracker:
         A first level inside the list starts the run there (image-to-image, a second sampler).
         """
         levels = np.asarray(levels, dtype=float)
-        self.levels = levels[self.locate(levels, level, tolerance):]
+        self.levels = levels[self.locate(levels, level, tolerance) :]
         self.step, self.branch, self.latent, self.level = 0, -1, None, level
 
     @staticmethod
@@ -37,7 +55,8 @@ class StepTracker:
         return nearest if close(level, levels[nearest], tolerance) or levels[nearest] > level else max(0, nearest - 1)
 
     def onward(self, level, tolerance):
-        """The next step at this level, or None. Steps are passed over only where rounding hides which of them came last."""
+        """The next step at this level, or None. Steps are passed over only where rounding hides which of them came
+        last."""
         for step in range(self.step + 1, len(self.levels)):
             if step > self.step + 1 and not close(self.levels[step - 1], self.level, tolerance):
                 return None
@@ -47,7 +66,7 @@ class StepTracker:
 
     def observe(self, level, latent, tolerance):
         """The Call that this is, or None if no call of this run can come here, so that a new run has begun."""
-        here, following = self.levels[self.step], self.levels[self.step + 1:self.step + 2]
+        here, following = self.levels[self.step], self.levels[self.step + 1 : self.step + 2]
         onward = self.onward(level, tolerance)
         repeats = close(level, self.level, tolerance) and self.latent is not None and same(latent, self.latent)
         if repeats:

@@ -1,31 +1,58 @@
 """A tiny FLUX transformer, a plain sampler that drives it as FluxPipeline does, and hooks that say which blocks ran."""
-import copy
 
-import pytest
-import torch
+import copy
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: files run side by side
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
 from diffusers import FluxTransformer2DModel  # noqa: E402
 
-from common.blocks import Host  # noqa: E402
+from common.hosts import FLUX  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
-from common.ratios import MagRatios, flow_sigmas  # noqa: E402
+from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
+from common.tables import RatioTable  # noqa: E402
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole suite; a file or a test that is named runs in this one."""
+    return 2 if config.args_source is not config.ArgsSource.ARGS else 0
+
 
 CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 8, 32
-FLUX = Host(blocks=("transformer_blocks", "single_transformer_blocks"), final_layer="norm_out", timestep_scale=1.0,
-            residual_shape=lambda model, arguments: (*arguments["hidden_states"].shape[:2], model.inner_dim))
-# Both branches shrink a little at each step, not equally, so that plans have runs of reuse and depend on the noise levels.
-RATIOS = MagRatios(name="tiny", origin="measured", sigmas=tuple(flow_sigmas(28, 3.0)),
-                   mag_ratios={"cond": [1.0] + [0.98] * 27, "uncond": [1.0] + [0.97] * 27}, sampler={"shift": 3.0})
+# Both branches shrink a little at each step, not equally, so that plans have runs of reuse and depend on the noise
+# levels.
+RATIOS = RatioTable(
+    name="tiny",
+    origin="measured",
+    sigmas=tuple(flow_sigmas(28, 3.0)),
+    mag_ratios={"cond": [1.0] + [0.98] * 27, "uncond": [1.0] + [0.97] * 27},
+    sampler={"shift": 3.0},
+)
 
 
 def tiny_flux(cls=FluxTransformer2DModel, seed=0):
     torch.manual_seed(seed)
-    return cls(in_channels=CHANNELS, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
-               joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=True,
-               axes_dims_rope=(4, 6, 6)).eval().requires_grad_(False)
+    return (
+        cls(
+            in_channels=CHANNELS,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=TEXT_WIDTH,
+            pooled_projection_dim=TEXT_WIDTH,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 6, 6),
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 class Euler:
@@ -60,12 +87,20 @@ class Euler:
             velocity = []
             guided = cfg(self.step) if callable(cfg) else cfg
             for self.branch in range(2 if guided else 1):
-                velocity.append(self.model(
-                    hidden_states=latents, timestep=self.timesteps[self.step].expand(batch).to(dtype) / 1000,
-                    guidance=torch.full((batch,), 3.5, dtype=dtype), pooled_projections=pooled[self.branch],
-                    encoder_hidden_states=prompts[self.branch], txt_ids=torch.zeros(TEXT_TOKENS, 3, dtype=dtype),
-                    img_ids=img_ids, joint_attention_kwargs=None, return_dict=False,
-                    **(extra(self.step, self.branch) if extra else {}))[0])
+                velocity.append(
+                    self.model(
+                        hidden_states=latents,
+                        timestep=self.timesteps[self.step].expand(batch).to(dtype) / 1000,
+                        guidance=torch.full((batch,), 3.5, dtype=dtype),
+                        pooled_projections=pooled[self.branch],
+                        encoder_hidden_states=prompts[self.branch],
+                        txt_ids=torch.zeros(TEXT_TOKENS, 3, dtype=dtype),
+                        img_ids=img_ids,
+                        joint_attention_kwargs=None,
+                        return_dict=False,
+                        **(extra(self.step, self.branch) if extra else {}),
+                    )[0]
+                )
             output = velocity[1] + 2.0 * (velocity[0] - velocity[1]) if guided else velocity[0]
             latents = (latents.float() + (sigmas[self.step + 1] - sigmas[self.step]) * output.float()).to(dtype)
             yield latents
@@ -79,7 +114,9 @@ class Executed:
         model.register_forward_pre_hook(lambda module, args: self.calls.append([]))
         for name in FLUX.blocks:
             for index, block in enumerate(getattr(model, name)):
-                block.register_forward_pre_hook(lambda module, args, name=f"{name}.{index}": self.calls[-1].append(name))
+                block.register_forward_pre_hook(
+                    lambda module, args, name=f"{name}.{index}": self.calls[-1].append(name)
+                )
 
     @property
     def strip(self):
@@ -129,8 +166,15 @@ def cached():
     """`magcache_forward` for a sampler's model. Defaults that reuse seven of twelve steps: ##..#..#..#."""
 
     def patch(sampler, model=None, thresh=1.0, K=2, retention=0.2, host=FLUX, ratios=RATIOS, announce=None, **options):
-        return magcache_forward(sampler.model if model is None else model, host, ratios, Settings(thresh, K, retention),
-                                lambda: sampler.timesteps, announce=announce, **options)
+        return magcache_forward(
+            sampler.model if model is None else model,
+            host,
+            ratios,
+            Settings(thresh, K, retention),
+            lambda: sampler.timesteps,
+            announce=announce,
+            **options,
+        )
 
     return patch
 

@@ -1,0 +1,88 @@
+"""Copy a drop-in script and `common/` into an upstream checkout, without touching anybody else's file.
+
+Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in
+which folder there everything goes (`into`; none: its root), and what to run then. Where a folder serves several
+checkouts, or versions of one, it holds a list of these, and the first that is recognised counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from ..errors import MagCacheError
+from ..files import write_json
+
+COMMON = Path(__file__).resolve().parents[1]
+# Of the repository, or of the package that `pip install` made of it.
+REPOSITORY = COMMON / "bundled" if (COMMON / "bundled").is_dir() else COMMON.parent
+MANIFEST = ".magcache_installed.json"
+
+
+def folders():
+    """The drop-in folders of this repository."""
+    return sorted(path.parent.name for path in REPOSITORY.glob("*/install.json"))
+
+
+def common_files():
+    """{name in the checkout: path here} of the shared module."""
+    paths = [*COMMON.glob("*.py"), *COMMON.glob("scripts/*.py"), *COMMON.glob("presets/*.json")]
+    return {f"common/{path.relative_to(COMMON).as_posix()}": path for path in sorted(paths)}
+
+
+def install(folder, target):
+    """Copy; returns the command to run in the target. Raises MagCacheError before the first file is copied if the
+    target is not the right checkout or a file in the way was not written by this function."""
+    source, target = REPOSITORY / Path(folder).name, Path(target)
+    if not (source / "install.json").is_file():
+        raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
+    if not target.is_dir():
+        raise MagCacheError(f"There is no folder {target}.")
+    facts = recognised(json.loads((source / "install.json").read_text()), target)
+
+    files = {**common_files(), **{name: source / name for name in facts["files"]}}
+    target = target / facts.get("into", "")
+    manifest_path = target / MANIFEST
+    try:
+        written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    except (OSError, ValueError):
+        raise MagCacheError(f"{manifest_path} cannot be read; remove it and what was installed with it.") from None
+    foreign = [
+        name
+        for name in files
+        if (target / name).exists()
+        and not ((target / name).is_file() and digest(target / name) in (written.get(name), digest(files[name])))
+    ]
+    if foreign:
+        raise MagCacheError(
+            f"{target / foreign[0]} is in the way and was not written by this command, or was edited since; "
+            "move it away first."
+        )
+    for name, path in files.items():
+        try:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes(path.read_bytes())
+        except OSError as error:
+            raise MagCacheError(
+                f"{target / name} cannot be written ({error.strerror}); make the folder writable."
+            ) from None
+    write_json(manifest_path, written | {name: digest(path) for name, path in files.items()})
+    return facts["run"]
+
+
+def recognised(known, target):
+    """The first of the known checkouts (or the only one) that the folder is. Raises MagCacheError if it is none."""
+    known = known if isinstance(known, list) else [known]
+    missing = [[name for name in facts["recognised_by"] if not (target / name).exists()] for facts in known]
+    found = next((facts for facts, absent in zip(known, missing) if not absent), None)
+    if found is None:
+        names = list(dict.fromkeys(facts["upstream"] for facts in known))
+        raise MagCacheError(
+            f"{target} is not a checkout of {' or '.join(names)}: it has no {', '.join(min(missing, key=len))}."
+        )
+    return found
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

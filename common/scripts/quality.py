@@ -1,0 +1,161 @@
+"""How close a cached result is to the un-cached one: PSNR, SSIM and MS-SSIM, and both side by side."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from textwrap import fill, shorten
+
+import numpy as np
+
+from ..errors import MagCacheError, needs
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+MAGNIFIED = 10
+MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window
+
+
+def read_frames(path):
+    """An image or video file as uint8 array (frames, height, width, 3) and its frames a second (None: one picture)."""
+    path = Path(path)
+    if not path.is_file():
+        raise MagCacheError(f"There is no file {path}.")
+    imageio = needs("imageio.v3", "imageio[ffmpeg]")
+    try:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            frames = imageio.imread(path, plugin="FFMPEG")
+            return np.asarray(frames)[..., :3], imageio.immeta(path, plugin="FFMPEG").get("fps", 24)
+        from PIL import Image
+
+        return np.asarray(Image.open(path).convert("RGB"))[None], None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise MagCacheError(f"{path} cannot be read as a picture or video ({reason}).") from None
+
+
+def quality(reference, result):
+    """{"psnr": dB, "ssim": .., "ms_ssim": ..} of uint8 arrays (frames, height, width, 3), averaged over the frames.
+
+    psnr is inf where nothing differs; ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
+    """
+    metrics = needs("torchmetrics.functional.image", "torchmetrics")
+    import torch
+
+    if reference.shape != result.shape:
+        raise MagCacheError(f"Only equals can be compared: {describe(reference)} against {describe(result)}.")
+    rows = []
+    for one, other in zip(reference, result):
+        one, other = (torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 255 for frame in (one, other))
+        rows.append(
+            (
+                float(metrics.peak_signal_noise_ratio(other, one, data_range=1.0)),
+                float(metrics.structural_similarity_index_measure(other, one, data_range=1.0)),
+                float(metrics.multiscale_structural_similarity_index_measure(other, one, data_range=1.0))
+                if min(one.shape[-2:]) >= MS_SSIM_LEAST
+                else np.nan,
+            )
+        )
+    psnr, ssim, ms_ssim = (float(value) for value in np.mean(rows, axis=0))
+    return {"psnr": psnr, "ssim": ssim, "ms_ssim": None if np.isnan(ms_ssim) else ms_ssim}
+
+
+def describe(frames):
+    return f"{len(frames)} frame{'s' * (len(frames) > 1)} of {frames.shape[2]}x{frames.shape[1]}"
+
+
+def quality_text(figures):
+    ms_ssim = f", MS-SSIM {figures['ms_ssim']:.4f}" if figures["ms_ssim"] is not None else ""
+    return f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}{ms_ssim}"
+
+
+def quality_table(rows):
+    """rows: {label: figures}, figures as from `quality` plus "seconds"; a table as text."""
+    tabulate = needs("tabulate", "tabulate").tabulate
+    return tabulate(
+        [
+            [
+                label,
+                figures.get("steps"),
+                figures.get("seconds"),
+                figures.get("psnr"),
+                figures.get("ssim"),
+                figures.get("ms_ssim"),
+            ]
+            for label, figures in rows.items()
+        ],
+        headers=["", "computed steps", "seconds", "PSNR dB", "SSIM", "MS-SSIM"],
+        missingval="",
+        floatfmt=("", "d", ".2f", ".2f", ".4f", ".4f"),
+    )
+
+
+def side_by_side(path, columns, fps=None):
+    """Write pictures, or videos when fps is given, next to each other: columns is a list of (frames, height, width,
+    3)."""
+    tallest = max(frames.shape[1] for frames in columns)
+    longest = max(len(frames) for frames in columns)
+    joined = np.concatenate([padded(frames, tallest, longest) for frames in columns], axis=2)
+    save_frames(path, joined, fps)
+
+
+def padded(frames, height, length):
+    wide = np.pad(
+        frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255
+    )
+    wide[len(frames) :, : frames.shape[1], : frames.shape[2]] = frames[-1]
+    return wide
+
+
+def save_frames(path, frames, fps=None):
+    """Write uint8 frames as a picture or video: under a temporary name, then renamed."""
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if fps is None:
+            from PIL import Image
+
+            Image.fromarray(frames[0]).save(part)
+        else:
+            needs("imageio.v3", "imageio[ffmpeg]").imwrite(
+                part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2
+            )
+        part.replace(path)
+    except (OSError, ValueError) as error:
+        raise MagCacheError(f"{path} cannot be written ({error}).") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def even(frames):
+    """Video codecs want even sizes."""
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+
+
+def magnified_difference(reference, result):
+    """Where two uint8 pictures differ, on white, MAGNIFIED times as strong."""
+    difference = np.abs(reference.astype(int) - result.astype(int))
+    return (255 - np.minimum(255, MAGNIFIED * difference)).astype(np.uint8)
+
+
+def contact_sheet(path, rows, titles, labels):
+    """A picture of rows of uint8 images (height, width, 3) under column titles; labels[r][c] stands below an image."""
+    figure_class = needs("matplotlib.figure", "matplotlib").Figure
+    from .plots import save_figure
+
+    figure = figure_class(figsize=(2.6 * len(titles), 2.9 * len(rows) + 0.4), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(len(rows), len(titles), squeeze=False))
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            panel = axes[row, column]
+            panel.imshow(image, interpolation="nearest")
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.set_xlabel(fill(shorten(labels[row][column], 120), 42), fontsize=9)
+            for spine in panel.spines.values():
+                spine.set_visible(False)
+            if row == 0:
+                panel.set_title(titles[column], fontsize=11)
+    save_figure(path, figure)

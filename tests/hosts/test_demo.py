@@ -1,0 +1,221 @@
+"""The trained demo model in diffusers' own pipelines: what a run leaves behind, and how good its pictures are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from PIL import Image
+
+from common.hosts import FLUX
+from common.patch import magcache_forward
+from common.planner import Target
+from common.schedule import Rule, Settings
+from common.scripts.quality import quality
+from common.tables import load
+
+DEMO = Path(__file__).resolve().parents[2] / "demo" / "image"
+PROMPT = "a fox on a sky blue background"
+
+
+def load_pipeline():
+    pipe = FluxPipeline.from_pretrained(DEMO / "model").to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline()
+
+
+def draw(pipe, prompt=PROMPT, steps=12, size=64, seed=0, **options):
+    """uint8 (pictures, height, width, 3)"""
+    images = pipe(
+        prompt,
+        height=size,
+        width=size,
+        num_inference_steps=steps,
+        max_sequence_length=16,
+        output_type="np",
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    ).images
+    return (images * 255).round().astype(np.uint8)
+
+
+def patched(pipe, thresh=0.12, K=3, retention=0.2, target=None):
+    return magcache_forward(
+        pipe.transformer,
+        FLUX,
+        load("demo"),
+        target or Settings(thresh, K, retention),
+        lambda: pipe.scheduler.timesteps,
+        Rule(),
+        announce=None,
+    )
+
+
+RUNS = {
+    "plain": {},
+    "steps": {"steps": 9},
+    "size": {"size": 96},
+    "prompt": {"prompt": "a crown on a purple background", "seed": 5},
+    "batch": {"num_images_per_prompt": 2},
+    "guidance": {"negative_prompt": "", "true_cfg_scale": 2.0},
+}
+
+
+def each_alone(pipe, **how):
+    """Each run by itself, on a model patched for it only."""
+    pictures = {}
+    for name, options in RUNS.items():
+        with patched(pipe, **how) as handle:
+            pictures[name] = draw(pipe, **options)
+        assert handle.reports[-1].reused > 0 and handle.reports[-1].complete
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def alone(pipe):
+    return each_alone(pipe)
+
+
+@pytest.fixture(scope="module")
+def alone_planned(pipe):
+    return each_alone(pipe, target=Target(6))
+
+
+@pytest.mark.parametrize("second", RUNS)
+@pytest.mark.parametrize("first", RUNS)
+def test_a_run_leaves_nothing_behind(pipe, alone, first, second):
+    with patched(pipe):
+        draw(pipe, **RUNS[first])
+        assert np.array_equal(draw(pipe, **RUNS[second]), alone[second])
+
+
+@pytest.mark.parametrize("second", RUNS)
+def test_a_planned_run_leaves_nothing_behind(pipe, alone_planned, second):
+    with patched(pipe, target=Target(6)) as handle:
+        draw(pipe, **RUNS["guidance"])
+        assert np.array_equal(draw(pipe, **RUNS[second]), alone_planned[second])
+        assert handle.residuals.bytes == 0
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_run_that_breaks_off_leaves_nothing_behind(pipe, alone, step):
+    def stop(pipe, at, timestep, tensors):
+        if at == step:
+            raise KeyboardInterrupt
+        return tensors
+
+    with patched(pipe) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, callback_on_step_end=stop)
+        for name in ("plain", "guidance"):
+            assert np.array_equal(draw(pipe, **RUNS[name]), alone[name])
+        assert handle.residuals.bytes == 0
+
+
+def test_two_pipelines_take_turns(pipe, alone):
+    """A whole run of another pipeline between two steps of the first."""
+    other = load_pipeline()
+
+    def interrupt(_, at, timestep, tensors):
+        if at in (3, 7):
+            assert np.array_equal(draw(other, **RUNS["prompt"]), alone["prompt"])
+        return tensors
+
+    with patched(pipe), patched(other):
+        assert np.array_equal(draw(pipe, callback_on_step_end=interrupt), alone["plain"])
+
+
+def test_threshold_zero_and_after_removal_is_the_plain_pipeline(pipe):
+    plain = draw(pipe)
+    with patched(pipe, thresh=0):
+        assert np.array_equal(draw(pipe), plain)
+    with patched(pipe):
+        assert not np.array_equal(draw(pipe), plain)
+    assert np.array_equal(draw(pipe), plain) and "forward" not in pipe.transformer.__dict__
+
+
+def test_every_block_runs_at_computed_steps_and_none_at_reused_ones(pipe):
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    entered = []
+    hooks = [block.register_forward_hook(lambda *_: entered.append(None)) for block in blocks]
+    try:
+        with patched(pipe) as handle:
+            draw(pipe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    schedule = handle.reports[-1].schedule
+    assert len(entered) == schedule.computed * len(blocks) and schedule.computed < schedule.steps
+    assert [call[2] for call in handle.reports[-1].calls] == [
+        "reused" if reuse else "computed" for reuse in schedule.reuse
+    ]
+
+
+def test_image_to_image_starts_in_the_middle(pipe):
+    """strength 0.5: the ratios are those of the lower noise levels, and the first step of the run computes."""
+    edit = FluxImg2ImgPipeline(
+        **{
+            name: pipe.components[name]
+            for name in (
+                "scheduler",
+                "vae",
+                "text_encoder",
+                "tokenizer",
+                "text_encoder_2",
+                "tokenizer_2",
+                "transformer",
+            )
+        }
+    )
+    edit.set_progress_bar_config(disable=True)
+    start = Image.fromarray(draw(pipe, steps=28)[0])
+
+    def change():
+        return draw(edit, "a fox on a pink background", 28, image=start, strength=0.5)
+
+    uncached = change()
+    with patched(pipe) as handle:
+        draw(pipe)
+        cached = change()
+    report = handle.reports[-1]
+    assert report.schedule.steps == 14 and report.complete and report.reused > 0
+    assert np.allclose(report.levels, load("demo").sigmas[14:], atol=1e-4)
+    assert quality(uncached, cached)["psnr"] > 25
+
+
+FLOORS = json.loads((Path(__file__).parent / "demo_floors.json").read_text())
+
+
+@pytest.mark.parametrize("floor", FLOORS["floors"], ids=lambda floor: f"{floor['settings']}")
+def test_quality_stays_above_what_was_measured(pipe, floor):
+    """Mean PSNR against un-cached, eight prompts that were not calibrated on, less the margin in demo_floors.json."""
+    psnr = []
+    for seed, prompt in enumerate(FLOORS["prompts"]):
+        uncached = draw(pipe, prompt, 28, seed=seed)
+        with patched(pipe, *floor["settings"]) as handle:
+            cached = draw(pipe, prompt, 28, seed=seed)
+        psnr.append(quality(uncached, cached)["psnr"])
+    assert handle.reports[-1].schedule.computed == floor["computed"]
+    assert np.mean(psnr) > floor["psnr"] - FLOORS["margin"]
+
+
+@pytest.mark.parametrize("floor", FLOORS["planned"], ids=lambda floor: f"{floor['computed']} steps")
+def test_planned_quality_is_above_fewer_steps(pipe, floor):
+    """As above, and against the plain sampler with as many steps, by the advantage then measured less the margin."""
+    psnr, control = {"residual": [], "output": []}, []
+    for seed, prompt in enumerate(FLOORS["prompts"]):
+        uncached = draw(pipe, prompt, 28, seed=seed)
+        for payload, values in psnr.items():
+            with patched(pipe, target=Target(floor["computed"], payload=payload)):
+                values.append(quality(uncached, draw(pipe, prompt, 28, seed=seed))["psnr"])
+        control.append(quality(uncached, draw(pipe, prompt, floor["computed"], seed=seed))["psnr"])
+    for payload, values in psnr.items():
+        assert np.mean(values) > floor[payload] - FLOORS["margin"]
+        assert np.mean(values) - np.mean(control) > floor[payload] - floor["fewer steps"] - FLOORS["margin"]

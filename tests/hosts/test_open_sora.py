@@ -1,0 +1,477 @@
+"""Open-Sora: models shaped like MMDiTModel (2.0) and STDiT3 (1.2, 1.3), alone and in toy checkouts with scripts that do
+what the checkouts' own scripts do; everything compared bit for bit with runs that no patch touched."""
+
+import json
+import multiprocessing
+import random
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import open_sora_toys
+import pytest
+import torch
+from open_sora_toys import WIDTH, MMDiT, Ran, Reused, STDiT3
+
+from common.hosts import STDIT3, mmdit
+from common.patch import magcache_calibration, magcache_forward
+from common.ratios import flow_sigmas
+from common.schedule import Settings
+from common.tables import RatioTable, read
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 12
+RATIOS = RatioTable(
+    name="toy",
+    origin="measured",
+    sigmas=tuple(flow_sigmas(STEPS, 3.0)),
+    mag_ratios={"cond": [1.0] + [0.98] * 11},
+    sampler={"shift": 3.0},
+)
+REUSING = Settings(0.5, 3, 0.2)
+
+
+class Sampler:
+    """Euler steps with the branches of guidance in one batch, as the hosts' samplers drive their model. bare: arguments
+    by position; held: the first frames are given (1.2), so that x_mask changes on the way."""
+
+    def __init__(self, model):
+        self.model, self.timesteps = model, None
+
+    @torch.no_grad()
+    def run(self, seed=0, steps=STEPS, dtype=torch.float32, bare=False, held=False, shift=3.0):
+        made = torch.Generator().manual_seed(seed)
+        sigmas = [*flow_sigmas(steps, shift), 0.0]
+        self.timesteps = [1000 * sigma for sigma in sigmas[:-1]]
+        texts = torch.randn(3, 6, WIDTH, generator=made).to(dtype)
+        if isinstance(self.model, STDiT3):
+            z = torch.randn(1, 4, 5, 2, 4, generator=made).to(dtype)
+            for sigma, following in zip(sigmas, sigmas[1:]):
+                given = {"x_mask": torch.tensor([[sigma < 0.5] * 2 + [True] * 3]).repeat(2, 1)} if held else {}
+                output = self.model(torch.cat([z, z]), torch.tensor([1000 * sigma] * 2), texts[:2], **given)
+                cond, uncond = output.chunk(2, dim=1)[0].chunk(2)
+                z = z + (sigma - following) * (uncond + 4 * (cond - uncond))  # float32 from the first step on
+            return z
+        img = torch.randn(1, 40, 8, generator=made).to(dtype)
+        for sigma, following in zip(sigmas, sigmas[1:]):
+            level, cond = torch.full((3,), sigma, dtype=dtype), torch.zeros(3, 40, 12, dtype=dtype)
+            values = {
+                "img": img.repeat(3, 1, 1),
+                "img_ids": None,
+                "txt": texts,
+                "txt_ids": None,
+                "timesteps": level,
+                "y_vec": texts.mean(1),
+                "cond": cond,
+                "guidance": level,
+            }
+            given, without, neither = (self.model(*values.values()) if bare else self.model(**values)).chunk(3)
+            img = img + (following - sigma) * (neither + 2 * (without - neither) + 3 * (given - without))
+        return img
+
+
+KINDS = {"mmdit": (MMDiT, mmdit(1)), "stdit3": (STDiT3, STDIT3)}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """(how a sampler with a new model is made, the host's facts)"""
+    made, host = KINDS[request.param]
+    return lambda dtype=torch.float32, **options: Sampler(made(**options).to(dtype)), host
+
+
+def cached(sampler, host, settings=REUSING, **options):
+    return magcache_forward(sampler.model, host, RATIOS, settings, lambda: sampler.timesteps, announce=None, **options)
+
+
+# The two models
+
+
+@pytest.mark.parametrize("settings", [Settings(0.0, 3, 0.2), Settings(0.5, 0, 0.2)], ids=["thresh", "K"])
+def test_un_cached_is_bit_equal(kind, settings):
+    sampler, host = kind[0](), kind[1]
+    with cached(sampler, host, settings):
+        result = sampler.run()
+    assert torch.equal(result, kind[0]().run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reused_steps_equal_a_full_computation(kind, dtype):
+    sampler, reference, host = kind[0](dtype), kind[0](dtype), kind[1]
+    ran = Ran(sampler.model)
+    with cached(sampler, host) as handle:
+        result = sampler.run(dtype=dtype)
+    strip = handle.reports[0].schedule.strip
+    assert strip.count(".") >= 6 and ran.strip == strip and handle.reports[0].unplanned == {}
+    Reused(reference.model, strip)
+    assert torch.equal(result, reference.run(dtype=dtype))
+    assert not torch.equal(result, kind[0](dtype).run(dtype=dtype))
+
+
+def test_steps_whose_timesteps_bfloat16_cannot_tell_apart(kind):
+    """Open-Sora 2.0 at 768px: fifty steps, the first of them 0.002 apart and all rounded to 1."""
+    sampler, host = kind[0](torch.bfloat16), kind[1]
+    ran = Ran(sampler.model)
+    with cached(sampler, host) as handle:
+        sampler.run(dtype=torch.bfloat16, steps=50, shift=11.9)
+    (report,) = handle.reports
+    assert report.complete and report.unplanned == {} and ran.strip == report.schedule.strip and report.reused >= 20
+
+
+def test_frames_that_are_held_on_the_way():
+    sampler, reference = Sampler(STDiT3()), Sampler(STDiT3())
+    with cached(sampler, STDIT3) as handle:
+        result = sampler.run(held=True)
+    Reused(reference.model, handle.reports[0].schedule.strip)
+    assert torch.equal(result, reference.run(held=True)) and not torch.equal(result, sampler.run(held=True))
+
+
+def test_a_forward_on_the_instance_by_position():
+    """No class has it, so that the names of its arguments are the instance's."""
+    sampler = Sampler(MMDiT())
+    with cached(sampler, mmdit(1)):
+        by_name = sampler.run()
+    with cached(sampler, mmdit(1)) as handle:
+        by_position = sampler.run(bare=True)
+    assert torch.equal(by_name, by_position) and handle.reports[0].reused > 0
+    assert "forward" in vars(sampler.model)
+    assert torch.equal(sampler.run(), Sampler(MMDiT()).run())
+
+
+def test_clips_one_after_another(kind):
+    sampler, host = kind[0](), kind[1]
+    with cached(sampler, host) as handle:
+        clips = [sampler.run(seed=seed) for seed in (0, 1)]
+    with cached(sampler, host):
+        alone = sampler.run(seed=1)
+    assert torch.equal(clips[1], alone) and [report.complete for report in handle.reports] == [True, True]
+
+
+def test_announced_memory_is_what_is_kept(kind):
+    said, sampler = [], kind[0](torch.bfloat16)
+    with magcache_forward(
+        sampler.model, kind[1], RATIOS, REUSING, lambda: sampler.timesteps, announce=said.append
+    ) as handle:
+        sampler.run(dtype=torch.bfloat16)
+    assert f"{handle.reports[0].peak_bytes / 1024:.1f} KiB a branch" in said[0]
+
+
+def test_calibration_changes_nothing_and_measures(kind, tmp_path):
+    sampler, reference, host = kind[0](), kind[0](), kind[1]
+    with magcache_calibration(sampler.model, host, lambda: sampler.timesteps, "toy", tmp_path / "toy.json"):
+        result = sampler.run()
+    assert torch.equal(result, reference.run())
+    rows, model = [], reference.model
+    pairs = isinstance(model, STDiT3)
+    first = (model.spatial_blocks if pairs else model.double_blocks)[0]
+    first.register_forward_pre_hook(lambda block, args: rows.append(-args[0]))
+    model.final_layer.register_forward_pre_hook(lambda layer, args: rows.append(rows.pop() + args[0]))
+    reference.run()
+    expected = [1.0] + [(new.norm(dim=-1) / old.norm(dim=-1)).mean().item() for old, new in zip(rows, rows[1:])]
+    assert read(tmp_path / "toy.json").mag_ratios["cond"] == pytest.approx(expected, abs=2e-6)
+
+
+# Two processes that share the tokens
+
+
+def rank_of_two(rank, address, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    results = {}
+    for name, made, host in (
+        ("mmdit", lambda: MMDiT().share(), mmdit(2)),
+        ("stdit3", lambda: STDiT3(parallel=True), STDIT3),
+    ):
+        sampler = Sampler(made())
+        with magcache_calibration(
+            sampler.model, host, lambda sampler=sampler: sampler.timesteps, name, folder / f"{name}.json"
+        ) as handle:
+            plain = sampler.run()
+        with cached(sampler, host) as cache:
+            reused = sampler.run()
+        reference = Sampler(made())
+        Reused(reference.model, cache.reports[0].schedule.strip)
+        results[name] = {
+            "plain": plain,
+            "reused": reused,
+            "expected": reference.run(),
+            "ratios": handle.table.mag_ratios,
+            "peak": cache.reports[0].peak_bytes,
+        }
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_two_processes_with_unequal_shares_hold_one_table(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    ranks = [spawn.Process(target=rank_of_two, args=(rank, tmp_path / "group", tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, (made, host) in KINDS.items():
+        assert first[name]["ratios"] == second[name]["ratios"]
+        whole = Sampler(made())
+        with magcache_calibration(whole.model, host, lambda whole=whole: whole.timesteps, name) as handle:
+            plain = whole.run()
+        assert torch.allclose(first[name]["plain"], plain, atol=1e-4)
+        assert first[name]["ratios"]["cond"] == pytest.approx(handle.table.mag_ratios["cond"], abs=1e-4)
+        for one in (first[name], second[name]):
+            assert torch.equal(one["reused"], one["expected"]) and not torch.equal(one["reused"], one["plain"])
+    # 46 tokens, 6 of them text: 17 of the image on one rank, 23 on the other.
+    assert [one["mmdit"]["peak"] for one in (first, second)] == [3 * 17 * WIDTH * 4, 3 * 23 * WIDTH * 4]
+
+
+# The drop-in in toy checkouts
+
+
+class Toy:
+    """A toy checkout with the drop-in beside it. `run` and `plain` return what its decoder was given."""
+
+    def __init__(self, name, folder, monkeypatch, capsys):
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+        self.script = "scripts/diffusion/inference.py" if name == "open_sora_2" else "scripts/inference.py"
+        shutil.copytree(REPOSITORY / "tests" / "hosts" / name, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPOSITORY / "MagCache4Open-Sora" / "magcache_inference.py", folder)
+        monkeypatch.setenv("MAGCACHE_HOME", str(folder / "home"))
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(str(folder))
+
+    def plain(self, *argv):
+        return self.start(self.script, argv)
+
+    def run(self, *argv):
+        return self.start("magcache_inference.py", argv)
+
+    def start(self, script, argv):
+        self.monkeypatch.setattr(sys, "argv", [str(self.folder / script), *argv])
+        for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
+            del sys.modules[name]
+        open_sora_toys.decoded.clear()
+        states, gradients = (random.getstate(), torch.get_rng_state()), torch.is_grad_enabled()
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        finally:
+            random.setstate(states[0])
+            torch.set_rng_state(states[1])
+            torch.set_grad_enabled(gradients)
+            self.said = "".join(self.capsys.readouterr())
+        return list(open_sora_toys.decoded)
+
+    def mistake(self, *argv):
+        with pytest.raises(SystemExit) as end:
+            self.run(*argv)
+        return str(end.value)
+
+    def report(self, name):
+        return json.loads((self.folder / "samples" / f"{name}.json").read_text())
+
+
+@pytest.fixture
+def toy2(tmp_path, monkeypatch, capsys):
+    return Toy("open_sora_2", tmp_path / "Open-Sora", monkeypatch, capsys)
+
+
+@pytest.fixture
+def toy1(tmp_path, monkeypatch, capsys):
+    return Toy("open_sora_1", tmp_path / "Open-Sora", monkeypatch, capsys)
+
+
+CONFIG_2, CONFIG_1 = "configs/256px.py", "configs/sample.py"
+
+
+def test_2_measures_in_the_first_video_and_skips_from_the_second_on(toy2):
+    plain = toy2.plain(CONFIG_2, "--prompt", "cat|dog walks")
+    result = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--use_magcache", "--magcache_thresh", "0.3")
+    assert torch.equal(result[0], plain[0]) and not torch.equal(result[1], plain[1])
+    assert "computed in full to measure them" in toy2.said and "saved as" in toy2.said
+    first, second = toy2.report("video/prompt_0000"), toy2.report("video/prompt_0001")
+    assert first["computed"] == STEPS and Path(first["measured"]).is_file() and first["task"] == "open-sora-2.0-t2v"
+    assert second["reused"] > 0 and "measured" not in second and second["prompt"] == ["dog walks"]
+    assert read(first["measured"]).settings == {"magcache_thresh": 0.12, "magcache_K": 3, "retention_ratio": 0.2}
+
+    later = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--use_magcache", "--magcache_thresh", "0.3")
+    assert toy2.report("video/prompt_0000")["reused"] > 0 and "measure them" not in toy2.said
+    assert torch.equal(later[1], result[1])
+    # Other weights: nothing of these is lent to them.
+    toy2.run(CONFIG_2, "--prompt", "cat", "--weights", "5", "--use_magcache")
+    assert "measured" in toy2.report("video/prompt_0000")
+
+
+def test_2_leaves_the_picture_model_alone(toy2):
+    flags = (CONFIG_2, "--prompt", "cat|dog walks", "--use_t2i2v", "True")
+    plain = toy2.plain(*flags)
+    result = toy2.run(*flags, "--use_magcache", "--magcache_thresh", "0.3")
+    pictures, videos = (slice(0, None, 2), slice(1, None, 2))
+    assert all(map(torch.equal, plain[pictures], result[pictures])) and torch.equal(plain[1], result[1])
+    assert not torch.equal(plain[videos][1], result[videos][1])
+    written = sorted(path.name for path in (toy2.folder / "samples/video").iterdir())
+    assert written == [f"prompt_000{i}{end}" for i in range(2) for end in (".png", "_video.json", "_video.mp4")]
+    assert toy2.report("video/prompt_0001_video")["task"] == "open-sora-2.0-i2v_head"
+
+
+def test_2_with_a_lora(toy2):
+    flags = (CONFIG_2, "--prompt", "cat|dog walks", "--use_magcache", "--magcache_thresh", "0.3")
+    toy2.run(*flags)
+    plain, result = toy2.plain(*flags[:3], "--lora", "True"), toy2.run(*flags, "--lora", "True")
+    assert torch.equal(result[0], plain[0]) and not torch.equal(result[1], plain[1])
+    assert "measured" in toy2.report("video/prompt_0000") and toy2.report("video/prompt_0001")["reused"] > 0
+    assert len(list((toy2.folder / "home").iterdir())) == 2  # a table of its own
+
+
+def test_2_tables_are_of_a_kind_of_condition(toy2):
+    toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
+    toy2.run(CONFIG_2, "--prompt", "cat", "--cond_type", "i2v_head", "--ref", "a.png", "--use_magcache")
+    toy2.run(
+        CONFIG_2, "--prompt", "cat", "--cond_type", "i2v_head", "--use_magcache"
+    )  # without ref the host makes it t2v
+    assert (
+        toy2.report("video/prompt_0000")["task"] == "open-sora-2.0-t2v" and toy2.report("video/prompt_0000")["reused"]
+    )
+    tables = [read(path).sampler["task"] for path in (toy2.folder / "home").iterdir()]
+    assert sorted(tables) == ["open-sora-2.0-i2v_head", "open-sora-2.0-t2v"]
+
+
+def test_2_compares_the_video_in_which_it_measured(toy2):
+    plain = toy2.plain(CONFIG_2, "--prompt", "cat|dog walks")
+    compared = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--magcache_thresh", "0.3", "--compare")
+    report = toy2.report("video/prompt_0000")
+    assert "broke off" not in toy2.said, toy2.said
+    assert report["quality"].keys() == {
+        f"un-cached, {STEPS} steps",
+        f"MagCache, {report['computed']} of {STEPS}",
+        f"plain sampler, {report['computed']} steps",
+    }
+    assert "earlier_clips" not in report and (toy2.folder / "samples/video/prompt_0000_compare.mp4").is_file()
+    # measured, MagCache, un-cached, plain sampler; then the second: each from the same noise, the second's its own
+    assert (
+        torch.equal(compared[0], plain[0])
+        and torch.equal(compared[2], plain[0])
+        and not torch.equal(compared[1], plain[0])
+    )
+    assert torch.equal(compared[5], plain[1])
+
+
+def test_2_calibration_is_the_mean_of_all_videos(toy2):
+    plain = toy2.plain(CONFIG_2, "--prompt", "cat|dog walks")
+    result = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--magcache_calibration", "both.json")
+    assert all(map(torch.equal, plain, result)) and read("both.json").statistics["runs"] == 2
+    assert not list((toy2.folder / "samples").rglob("*.json"))
+    toy2.run(CONFIG_2, "--prompt", "cat", "--mag_ratios", "both.json", "--magcache_steps", "5")
+    assert toy2.report("video/prompt_0000")["computed"] == 5
+
+
+def test_2_without_our_flags_is_the_hosts_script(toy2):
+    plain = toy2.plain(CONFIG_2, "--prompt", "cat")
+    for flags in ((), ("--no-magcache",), ("--use_magcache", "--no-magcache")):
+        assert torch.equal(toy2.run(*flags, CONFIG_2, "--prompt", "cat")[0], plain[0])
+    assert not list(toy2.folder.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--magcache_tresh",
+        "--magcahe_thresh",
+        "--magcache-thresh",
+        "--use-magcache",
+        "--magcache",
+        "--mag_ratio",
+        "--retention-ratio",
+        "--magcache_K3",
+    ],
+)
+def test_mistyped_flags_are_mistakes(toy2, flag):
+    """The host would take them for names of its configuration."""
+    assert f"There is no flag {flag}" in toy2.mistake(CONFIG_2, "--prompt", "cat", flag, "0.1")
+    assert not (toy2.folder / "samples").exists()
+
+
+def test_a_configuration_is_not_taken_for_the_calibration_file(toy2):
+    assert "is no calibration file" in toy2.mistake("--magcache_calibration", CONFIG_2, CONFIG_2, "--prompt", "cat")
+    assert "sampling_option" in (toy2.folder / CONFIG_2).read_text()
+
+
+def test_help_lists_both_kinds_of_flags(toy2):
+    with pytest.raises(SystemExit):
+        toy2.run("--help")
+    assert (
+        "--magcache_thresh" in toy2.said
+        and "--retention_ratio" in toy2.said
+        and "usage: magcache_inference.py" in toy2.said
+    )
+
+
+def test_a_broken_save_leaves_the_old_video(toy2):
+    toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
+    before = (toy2.folder / "samples/video/prompt_0000.mp4").read_bytes()
+    text = (toy2.folder / "opensora/utils/inference.py").read_text()
+    (toy2.folder / "opensora/utils/inference.py").write_text(
+        text.replace("macro_block_size=None)", "macro_block_size=None)\n        raise OSError('disk full')")
+    )
+    with pytest.raises(OSError, match="disk full"):
+        toy2.run(CONFIG_2, "--prompt", "cat", "--use_magcache")
+    assert (toy2.folder / "samples/video/prompt_0000.mp4").read_bytes() == before
+    assert not list(toy2.folder.rglob("*.part*"))
+
+
+def test_1_2_runs_by_the_published_table(toy1):
+    plain = toy1.plain(CONFIG_1, "--prompt", "cat", "dog walks")
+    result = toy1.run(CONFIG_1, "--prompt", "cat", "dog walks", "--use_magcache")
+    report = toy1.report("sample_0000")
+    assert (report["computed"], report["calls"], report["mag_ratios_of"]) == (12, 30, "open-sora-1.2")
+    assert report["unplanned"] == {} and "These ratios were measured at" not in toy1.said
+    assert toy1.said.count("MagCache plan") == 1 and toy1.report("sample_0001")["computed"] == 12
+    assert not any(map(torch.equal, plain, result))
+    off = toy1.run(CONFIG_1, "--prompt", "cat", "dog walks", "--use_magcache", "--magcache_K", "0")
+    assert all(map(torch.equal, plain, off))
+    toy1.run(CONFIG_1, "--prompt", "cat", "--magcache_thresh", "0.24", "--magcache_K", "5")
+    assert toy1.report("sample_0000")["computed"] == 10
+
+
+def test_1_2_clips_of_one_video(toy1):
+    flags = (CONFIG_1, "--prompt", "cat", "dog", "--loop", "3")
+    plain, result = toy1.plain(*flags), toy1.run(*flags, "--use_magcache")
+    assert not any(map(torch.equal, plain, result))
+    for name in ("sample_0000", "sample_0001"):
+        report = toy1.report(name)
+        assert [clip["computed"] for clip in (report, *report["earlier_clips"])] == [12, 12, 12]
+    assert len(list((toy1.folder / "samples").iterdir())) == 4
+
+
+def test_1_2_noise_is_the_hosts_whatever_is_compared(toy1):
+    """The sampler draws from torch's global generator, and what follows must not depend on what --compare rendered."""
+    flags = (CONFIG_1, "--prompt", "cat", "dog", "--loop", "2", "--num-frames", "17")
+    plain = toy1.plain(*flags)
+    result = toy1.run(*flags, "--magcache_K", "0", "--compare")
+    whole = [*result[6:8], *result[14:16]]  # behind three decodings a clip for the comparison
+    assert len(result) == 16 and all(map(torch.equal, plain, whole))
+    assert (toy1.folder / "samples/sample_0001_compare.mp4").is_file()
+
+
+def test_1_3_and_pictures_have_no_published_table(toy1):
+    toy1.run("configs/newer.py", "--prompt", "cat", "dog walks", "--use_magcache")
+    assert toy1.report("sample_0000")["task"] == "open-sora-1.3-t2v" and "measured" in toy1.report("sample_0000")
+    assert toy1.report("sample_0001")["reused"] > 0
+    toy1.run(CONFIG_1, "--prompt", "cat", "--num-frames", "1", "--use_magcache")
+    assert toy1.report("sample_0000")["task"] == "open-sora-1.2-t2i" and "measured" in toy1.report("sample_0000")
+
+
+def test_a_configuration_that_it_does_not_know(toy1):
+    assert "this one has STDiT2-XL/2" in toy1.mistake("configs/older.py", "--prompt", "cat", "--use_magcache")
+
+
+def test_a_folder_that_is_no_checkout(toy2):
+    shutil.rmtree(toy2.folder / "scripts")
+    assert "is no checkout of Open-Sora" in toy2.mistake(CONFIG_2, "--prompt", "cat", "--use_magcache")
+
+
+def test_a_checkout_that_changed(toy2):
+    text = (toy2.folder / toy2.script).read_text()
+    (toy2.folder / toy2.script).write_text(text.replace("prepare_models", "make_models"))
+    text = (toy2.folder / "opensora/utils/sampling.py").read_text()
+    (toy2.folder / "opensora/utils/sampling.py").write_text(text.replace("prepare_models", "make_models"))
+    assert "has no prepare_models where MagCache looks for it" in toy2.mistake(
+        CONFIG_2, "--prompt", "cat", "--use_magcache"
+    )

@@ -1,0 +1,550 @@
+"""Wan2.2's own code, from the package wan22, on a CPU with tiny random weights: structure, not quality. Its two
+experts, its samplers, its sequence parallelism and sharding; only text encoder, VAE and attention kernel are replaced
+(wan_cpu.py)."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import packages
+import pytest
+import torch
+from PIL import Image
+from wan_runs import WanRuns
+
+from common.errors import MagCacheError
+from common.scripts.quality import read_frames
+from common.scripts.session import Session
+from common.tables import read
+
+HERE = Path(__file__).resolve().parent
+WHEEL = "wan22", "2.2.11", "1e776684c18d5ca245f5e2e03e19a003deb55b629ea1a450e7bb8f95b78a77bc"
+KINDS = ("t2v", "i2v", "ti2v-t2v", "ti2v-i2v")
+SMALL = ("--frame_num", "5", "--sample_steps", "12", "--base_seed", "1", "--prompt", "a cat")
+TASKS = {
+    "t2v": ("--task", "t2v-A14B", "--size", "832*480"),
+    "i2v": ("--task", "i2v-A14B", "--size", "832*480"),
+    "ti2v-t2v": ("--task", "ti2v-5B", "--size", "1280*704"),
+    "ti2v-i2v": ("--task", "ti2v-5B", "--size", "1280*704"),
+}
+CHECKPOINTS = {"t2v": "t2v-experts", "i2v": "i2v-experts", "ti2v-t2v": "ti2v", "ti2v-i2v": "ti2v"}
+
+# Steps that the release skips with its published settings (tests/unit/test_schedule.py reproduces them from its rule).
+SKIPPED = {
+    "wan2.2-t2v-a14b": [10, 11, 13, 14, 16, 17, 19, 20, 22, 23, 25, 32, 34, 36],
+    "wan2.2-i2v-a14b": [18, 19, 21, 22, 24, 25, 27, 29, 31, 33],
+    "wan2.2-ti2v-5b-t2v": [
+        10,
+        11,
+        13,
+        14,
+        16,
+        17,
+        19,
+        20,
+        22,
+        23,
+        25,
+        26,
+        28,
+        29,
+        31,
+        32,
+        34,
+        35,
+        37,
+        39,
+        41,
+        43,
+        45,
+        47,
+        49,
+    ],
+    "wan2.2-ti2v-5b-i2v": [
+        10,
+        11,
+        13,
+        14,
+        16,
+        17,
+        19,
+        20,
+        22,
+        23,
+        25,
+        26,
+        28,
+        29,
+        31,
+        32,
+        34,
+        35,
+        37,
+        39,
+        41,
+        43,
+        45,
+        49,
+    ],
+    "wan2.1-t2v-1.3b": [
+        10,
+        11,
+        12,
+        13,
+        15,
+        16,
+        17,
+        18,
+        20,
+        21,
+        22,
+        23,
+        25,
+        26,
+        27,
+        28,
+        30,
+        31,
+        32,
+        33,
+        35,
+        36,
+        37,
+        39,
+        40,
+        42,
+        43,
+        45,
+        47,
+    ],
+    "wan2.1-t2v-14b": [
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+        17,
+        18,
+        19,
+        20,
+        21,
+        22,
+        24,
+        25,
+        26,
+        27,
+        28,
+        29,
+        31,
+        32,
+        33,
+        34,
+        35,
+        37,
+        38,
+        39,
+        40,
+        42,
+        43,
+        45,
+        46,
+        48,
+    ],
+    "wan2.1-i2v-14b-480p": [
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        15,
+        16,
+        17,
+        18,
+        19,
+        21,
+        22,
+        23,
+        24,
+        26,
+        27,
+        28,
+        29,
+        31,
+        32,
+        33,
+        35,
+        36,
+        38,
+    ],
+    "wan2.1-i2v-14b-720p": [
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        15,
+        16,
+        17,
+        18,
+        19,
+        20,
+        22,
+        23,
+        24,
+        25,
+        26,
+        28,
+        29,
+        30,
+        31,
+        33,
+        34,
+        36,
+        37,
+        39,
+    ],
+    "wan2.1-vace-1.3b": [10, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 25, 26, 28, 29, 31, 32, 34, 36, 38, 40],
+}
+
+
+@pytest.fixture(scope="module")
+def wan22(tmp_path_factory):
+    package = packages.unpacked(*WHEEL) / "wan"
+    runs = WanRuns(tmp_path_factory.mktemp("wan22"), package, HERE / "wan22_generate.py", "MagCache4Wan2.2")
+    yield runs
+    runs.close()
+
+
+@pytest.fixture
+def case(wan22, tmp_path):
+    """Run a case of wan_cases.py; what it returns."""
+
+    def run(name, *arguments):
+        for kind in set(CHECKPOINTS.values()):
+            wan22.checkpoint(kind)
+        done = wan22.run(HERE / "wan_cases.py", name, wan22.checkpoints, *arguments, cwd=tmp_path)
+        assert done.code == 0, done.output
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return run
+
+
+@pytest.fixture
+def command(wan22, tmp_path):
+    """Run the drop-in, or another script beside it, as a user does, in a folder of its own."""
+
+    def run(kind, *flags, script="magcache_generate.py", ranks=1, code=0, checkpoint=None):
+        if kind.endswith("i2v"):
+            Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "cat.png")
+            flags = ("--image", "cat.png", *flags)
+        argv = (
+            wan22.folder / script,
+            *TASKS[kind],
+            *SMALL,
+            "--ckpt_dir",
+            checkpoint or wan22.checkpoint(CHECKPOINTS[kind]),
+            *flags,
+        )
+        done = [wan22.run(*argv, cwd=tmp_path)] if ranks == 1 else wan22.ranks(*argv, cwd=tmp_path, count=ranks)
+        assert [one.code for one in done] == [code] * ranks, "\n".join(one.output for one in done)
+        return done[0] if ranks == 1 else done
+
+    return run
+
+
+# The models alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_off_is_the_host_to_the_bit(case, kind):
+    result = case("uncached_is_the_same_to_the_bit", kind)
+    assert result == {"equal": True, "equal_after": True, "cached_differs": True, "reused": 0}
+
+
+@pytest.mark.parametrize(
+    "kind, solver", [("t2v", "unipc"), ("t2v", "dpm++"), ("i2v", "unipc"), ("ti2v-t2v", "dpm++"), ("ti2v-i2v", "unipc")]
+)
+def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_blocks(case, kind, solver):
+    for run in case("reused_calls_are_the_hosts_forward_with_the_residual", kind, solver):
+        assert run["cond"] == run["uncond"] == run["planned"] and "." in run["planned"]
+        assert run["unplanned"] == {} and run["runs"] == 1 and run["complete"]
+
+
+@pytest.mark.parametrize(
+    "preset, solver",
+    [
+        *((preset, "unipc") for preset in SKIPPED),
+        ("wan2.2-t2v-a14b", "dpm++"),
+        ("wan2.2-i2v-a14b", "dpm++"),
+        ("wan2.1-t2v-1.3b", "dpm++"),
+    ],
+)
+def test_published_settings_skip_the_published_steps(case, preset, solver):
+    result = case("published_schedule", preset, solver)
+    assert result["cond"] == result["uncond"] == SKIPPED[preset]
+    assert result["fits"]
+
+
+def test_any_boundary(case):
+    """Blurred or mosaic videos come of caches that step across the switch: here each call is repeated without the
+    patch."""
+    results = case("any_boundary", "t2v")
+    assert [run["high_noise_steps"] for run in results] == [8, 1, 2, 5, 8, 0]
+    for run in results:
+        switch = run["high_noise_steps"]
+        assert run["experts"] == [0] * switch + [1] * (8 - switch)
+        assert run["strip"] == run["planned"] and "." in run["strip"] and run["unplanned"] == {}
+        assert run["strip"][switch : switch + 1] in ("#", "")
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "ti2v-i2v"])
+def test_runs_do_not_see_each_other(case, kind):
+    result = case("runs_after_another", kind)
+    assert result.pop("reused") > 0
+    assert all(result.values()), result
+
+
+def test_without_guidance(case):
+    result = case("without_guidance")
+    assert result["branches"] == [0] and result["calls"] == 9 and result["complete"]
+    assert result["strip"] == result["planned"] and "." in result["strip"]
+
+
+@pytest.mark.parametrize("kind", ["t2v", "ti2v-t2v"])
+def test_calibration_serves_a_planned_run(case, kind):
+    result = case("calibration_serves_a_planned_run", kind)
+    assert result["uncached"] and result["found"] and result["differs"]
+    assert result["calls"] == 32 and result["computed"] == 16 and result["unplanned"] == {} == result["other_unplanned"]
+    assert result["ratios_there"] == [1.0, 1.0] and result["anywhere_else_1"] == 0
+    assert (0 < result["switch"] < 16) == (result["boundary"] is not None) == (kind == "t2v")
+    assert result["strip"][result["switch"]] == "#" and result["strip"].count("#") == 8
+    assert result["other_strip"].count("#") == 5 and len(result["other_strip"]) == 10
+
+
+# The command
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_magcache_it_is_the_hosts_command(command, kind, tmp_path):
+    plain = command(kind, "--save_file", "plain.mp4", script="generate.py")
+    off = command(kind)
+    assert "MagCache is off; --use_magcache turns it on." in off.output
+    assert torch.equal(off.latents[0], plain.latents[0]) and len(off.latents) == len(plain.latents) == 1
+    assert "MagCache" not in command(kind, "--no-magcache", "--use_magcache").output
+    task = TASKS[kind][1]
+    assert {path.name for path in tmp_path.iterdir()} - {"cat.png"} == {"plain.mp4", f"{task}_1.mp4"}
+    assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / f"{task}_1.mp4").read_bytes()
+
+
+PRESET = {
+    "t2v": "wan2.2-t2v-a14b",
+    "i2v": "wan2.2-i2v-a14b",
+    "ti2v-t2v": "wan2.2-ti2v-5b-t2v",
+    "ti2v-i2v": "wan2.2-ti2v-5b-i2v",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached(command, kind, tmp_path):
+    settings = ("--magcache_thresh", "0.5", "--magcache_K", "3", "--retention_ratio", "0.2")
+    done = command(kind, "--use_magcache", "--mag_ratios", PRESET[kind], *settings)
+    report = json.loads((tmp_path / f"magcache_{TASKS[kind][1]}_1.json").read_text())
+    assert report["calls"] == 24 and 0 < report["reused"] and report["unplanned"] == {} and report["complete"]
+    assert done.entered["WanAttentionBlock"] == 4 * report["computed"] and done.entered["Head"] == 24
+    assert report["settings"] == {"magcache_thresh": 0.5, "magcache_K": 3, "retention_ratio": 0.2}
+    assert report["mag_ratios_of"] == PRESET[kind] and report["seed"] == 1 and report["prompt"] == "a cat"
+    assert report["task"] == {"t2v": "t2v-A14B", "i2v": "i2v-A14B"}.get(kind, f"ti2v-5B-{kind[5:]}")
+    frames, _ = read_frames(tmp_path / f"magcache_{TASKS[kind][1]}_1.mp4")
+    assert frames.shape[0] == 5 and not list(tmp_path.glob("*part*"))
+    assert done.output.count(report["strip"]) == 1 and "MagCache:" in done.output
+
+
+def test_published_settings_are_the_default_and_printed(command, tmp_path):
+    done = command(
+        "t2v", "--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--sample_steps", "40", "--sample_shift", "12"
+    )
+    assert "magcache_thresh 0.06, magcache_K 2, retention_ratio 0.4" in done.output
+    strip = json.loads((tmp_path / "magcache_t2v-A14B_1.json").read_text())["strip"]
+    assert [step for step, letter in enumerate(strip) if letter == "."] == SKIPPED["wan2.2-t2v-a14b"]
+
+
+def test_compare(command, tmp_path):
+    done = command(
+        "t2v",
+        "--compare",
+        "--mag_ratios",
+        "wan2.2-t2v-a14b",
+        "--magcache_thresh",
+        "0.5",
+        "--magcache_plot",
+        "--save_file",
+        "out/cat.mp4",
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "cat.mp4",
+        "cat.json",
+        "cat_compare.mp4",
+        "cat.schedule.png",
+    }
+    report = json.loads((tmp_path / "out" / "cat.json").read_text())
+    uncached, cached, fewer = report["quality"].values()
+    assert (uncached["steps"], cached["steps"], fewer["steps"]) == (
+        12,
+        report["planned_computed"],
+        report["planned_computed"],
+    )
+    assert all(0 < row["psnr"] < 100 and 0 < row["ssim"] <= 1 for row in (cached, fewer))
+    assert cached["psnr"] > fewer["psnr"]
+    video, fps = read_frames(tmp_path / "out" / "cat.mp4")
+    sheet, sheet_fps = read_frames(tmp_path / "out" / "cat_compare.mp4")
+    assert len(sheet) == len(video) and sheet_fps == fps and sheet.shape[2] >= 3 * video.shape[2]
+    plain = command("t2v", "--save_file", "plain.mp4", script="generate.py")
+    assert [torch.equal(plain.latents[0], latents) for latents in done.latents] == [False, True, False]
+
+
+def test_calibration_is_found_by_the_next_run(command, tmp_path):
+    measured = command("i2v", "--magcache_calibration")
+    (path,) = (tmp_path / "home").iterdir()
+    assert str(path) in measured.output and path.name.startswith("i2v-A14B-832x480x5-")
+    assert torch.equal(measured.latents[0], command("i2v", "--save_file", "plain.mp4", script="generate.py").latents[0])
+    table = read(path)
+    assert table.origin == "measured" and table.steps == 12 and table.sampler["boundary"] == 0.9
+    assert list(table.mag_ratios) == ["cond", "uncond"]
+    planned = command("i2v", "--magcache_steps", "6")
+    report = json.loads((tmp_path / "magcache_i2v-A14B_1.json").read_text())
+    assert report["mag_ratios_of"] == table.name and report["planned_computed"] == 6 and report["computed"] == 12
+    assert planned.entered["WanAttentionBlock"] == 4 * 12
+    command("i2v", "--use_magcache", "--magcache_thresh", "9")
+    assert json.loads((tmp_path / "magcache_i2v-A14B_1.json").read_text())["reused"] > 0
+
+
+def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
+    done = command("ti2v-t2v", "--magcache_calibration", "mine.json")
+    assert read(tmp_path / "mine.json").steps == 12 and not (tmp_path / "home").exists()
+    assert "use it with --mag_ratios mine.json" in done.output
+    command("ti2v-t2v", "--magcache_steps", "6", "--mag_ratios", "mine.json")
+    assert json.loads((tmp_path / "magcache_ti2v-5B_1.json").read_text())["planned_computed"] == 6
+
+
+def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path):
+    command("t2v", "--magcache_calibration")
+    other = tmp_path / "swapped"
+    other.mkdir()
+    plain = wan22.checkpoint("t2v-experts")
+    (other / "low_noise_model").symlink_to(plain / "high_noise_model")
+    (other / "high_noise_model").symlink_to(plain / "low_noise_model")
+    done = command("t2v", "--use_magcache", checkpoint=other, code=1)
+    assert "No magnitude ratios are known for t2v-A14B with this checkpoint" in done.output and not done.latents
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (("--use_magcache",), "No magnitude ratios are known for t2v-A14B with this checkpoint: measure them once"),
+        (("--compare", "--no-magcache"), "leave out --no-magcache"),
+        (("--compare", "--magcache_calibration"), "one at a time"),
+        (("--use_magcache", "--mag_ratios", "nonesuch"), "There is no preset 'nonesuch'"),
+        (("--use_magcache", "--mag_ratios", "nonesuch.json"), "There is no calibration file nonesuch.json"),
+        (
+            ("--magcache_steps", "9", "--magcache_predictor", "linear", "--mag_ratios", "wan2.2-t2v-a14b"),
+            "need the Gram matrix",
+        ),
+        (
+            ("--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "video.txt"),
+            "has no ending that can be written",
+        ),
+        (
+            ("--magcache_speedup", "2", "--magcache_thresh", "1", "--mag_ratios", "wan2.2-t2v-a14b"),
+            "leave it out of a planned run",
+        ),
+        (
+            ("--use_magcache", "--magcache_K", "-1", "--mag_ratios", "wan2.2-t2v-a14b"),
+            "magcache_K must be 0 (off) or more",
+        ),
+        (("--use_magcache", "--task", "s2v-14B"), "MagCache knows the tasks t2v-A14B, i2v-A14B, ti2v-5B, not s2v-14B"),
+        (("--use_magcache", "--magcache_cache_device", "nonesuch"), "is no device of this machine"),
+        (
+            ("--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "/dev/null/cat.mp4"),
+            "cannot be written",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_costs_nothing(command, wan22, flags, part, tmp_path):
+    weightless = tmp_path / "checkpoint"
+    (weightless / "high_noise_model").mkdir(parents=True)
+    config = wan22.checkpoint("t2v-experts") / "high_noise_model" / "config.json"
+    (weightless / "high_noise_model" / "config.json").write_bytes(config.read_bytes())
+    done = command("t2v", *flags, code=1, checkpoint=weightless)  # loading it would be another error
+    last = done.output.strip().splitlines()[-1]
+    assert last.startswith("magcache_generate.py: ") and part in last and last.endswith(".")
+    assert "Traceback" not in done.output and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_save_that_fails_says_so_and_leaves_the_old_file(tmp_path):
+    """The host's writer prints what went wrong and returns."""
+
+    def write(tensor, save_file):
+        Path(save_file).with_suffix(".log").write_text("")
+
+    (tmp_path / "cat.mp4").write_text("old")
+    session = Session(argparse.Namespace(magcache_calibration=None), {}, "t2v-A14B", "96x64", 5, None, {})
+    with pytest.raises(MagCacheError, match=r"cat\.mp4 could not be written"):
+        session.saving(write)(tensor=None, save_file=str(tmp_path / "cat.mp4"))
+    assert (tmp_path / "cat.mp4").read_text() == "old" and not list(tmp_path.glob("*.part.mp4"))
+
+
+def test_no_generate_py_beside_the_script(wan22, tmp_path):
+    lonely = tmp_path / "lonely"
+    lonely.mkdir()
+    for name in ("magcache_generate.py", "common", "wan"):
+        (lonely / name).symlink_to(wan22.folder / name)
+    (lonely / "magcache_generate.py").unlink()
+    (lonely / "magcache_generate.py").write_bytes((wan22.folder / "magcache_generate.py").read_bytes())
+    done = wan22.run(lonely / "magcache_generate.py", "--use_magcache", cwd=tmp_path)
+    assert done.code == 1 and "There is no generate.py of Wan2.2 beside this script" in done.output
+    assert "python -m common install MagCache4Wan2.2" in done.output and "Traceback" not in done.output
+
+
+# Two processes, by the package's own means; the 45 tokens of ODD are filled up to 46
+
+ODD = ("--size", "480*832", "--frame_num", "9")
+
+
+@pytest.mark.parametrize(
+    "kind, flags",
+    [
+        ("t2v", ("--ulysses_size", "2", "--dit_fsdp", *ODD)),
+        ("i2v", ("--ulysses_size", "2")),
+        ("ti2v-t2v", ("--dit_fsdp",)),
+    ],
+)
+def test_two_processes_render_what_one_does(command, kind, flags, tmp_path):
+    cached = ("--mag_ratios", PRESET[kind], "--magcache_thresh", "0.5")
+    name = f"magcache_{TASKS[kind][1]}_1.json"
+    one = command(kind, *cached, *(ODD if "480*832" in flags else ()))
+    report = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).unlink()
+    first, second = command(kind, *cached, *flags, ranks=2)
+    assert json.loads((tmp_path / name).read_text())["strip"] == report["strip"] and report["reused"] > 0
+    torch.testing.assert_close(first.latents[0], one.latents[0], rtol=0, atol=1e-3)
+    assert not second.latents
+    assert first.entered["WanAttentionBlock"] == second.entered["WanAttentionBlock"] == one.entered["WanAttentionBlock"]
+    assert first.entered.get("FullyShardedDataParallel", 0) > 0 or "--dit_fsdp" not in flags
+    assert first.output.count("MagCache plan") == 1 and "MagCache" not in second.output
+    assert len(list(tmp_path.glob("*.json"))) == 1 and len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_two_processes_measure_what_one_does(command, tmp_path):
+    command("t2v", "--magcache_calibration", "one.json", *ODD)
+    command("t2v", "--magcache_calibration", "two.json", *ODD, "--ulysses_size", "2", "--dit_fsdp", ranks=2)
+    one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
+    for branch, ratios in one.mag_ratios.items():
+        assert two.mag_ratios[branch] == pytest.approx(ratios, rel=1e-3)
+        assert two.statistics["cos_dis"][branch] == pytest.approx(one.statistics["cos_dis"][branch], abs=1e-3)
+    assert one.provenance["fingerprint"] == two.provenance["fingerprint"]
+    assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", two.provenance["fingerprint"])
+    assert one.sigmas == two.sigmas and not list(tmp_path.glob(".*part*"))

@@ -1,0 +1,207 @@
+"""ComfyUI's real server with the installed node package in `custom_nodes`, used over HTTP and its socket as by its
+page."""
+
+import base64
+import io
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_comfyui import HERE, TREES, comfyui, environment
+
+from common.scripts.install import install
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=TREES)
+def server(request, tmp_path_factory):
+    """(function that runs workflows, the server's log, its calibrations)."""
+    base = tmp_path_factory.mktemp("server")
+    tree, port, home = comfyui(request.param), free_port(), base / "home"
+    for name in ("nodes.py", "comfy"):  # what the installer knows a ComfyUI by
+        (base / name).symlink_to(tree / name)
+    (base / "custom_nodes").mkdir()
+    (base / "page").mkdir()  # no page is asked for
+    install("ComfyUI-MagCache", base)
+    (base / "custom_nodes" / "tiny").symlink_to(HERE / "comfyui_tiny_nodes")
+    paths = environment(home)
+    paths["PYTHONPATH"] += f":{HERE}"
+    log = base / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "main.py",
+                "--cpu",
+                "--use-pytorch-cross-attention",
+                "--base-directory",
+                str(base),
+                "--port",
+                str(port),
+                "--disable-api-nodes",
+                "--front-end-root",
+                str(base / "page"),
+                "--database-url",
+                "sqlite:///:memory:",
+            ],
+            cwd=tree,
+            env=paths,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(*prompts):
+        done = subprocess.run(
+            [sys.executable, HERE / "comfyui_client.py", str(port)],
+            input=json.dumps(prompts),
+            text=True,
+            env=paths,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
+        return json.loads(done.stdout)
+
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            if "To see the GUI go to" in log.read_text():
+                break
+            time.sleep(0.1)
+        yield run, log, home
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def workflow(*between, seed=0, family="flux", steps=12):
+    """A text-to-image workflow in the format of the API. between: (class, its inputs) of the nodes on the model's
+    way."""
+    prompt = {
+        "model": {"class_type": "TinyModel", "inputs": {"family": family}},
+        "positive": {"class_type": "TinyPrompt", "inputs": {"seed": 0}},
+        "negative": {"class_type": "TinyPrompt", "inputs": {"seed": 1}},
+        "size": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "picture": {"class_type": "TinyDecode", "inputs": {"samples": ["sampler", 0]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["picture", 0], "filename_prefix": "tiny"}},
+    }
+    last = "model"
+    for name, inputs in between:
+        prompt[name] = {"class_type": name, "inputs": {"model": [last, 0], **inputs}}
+        last = name
+    prompt["sampler"] = {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": [last, 0],
+            "positive": ["positive", 0],
+            "negative": ["negative", 0],
+            "latent_image": ["size", 0],
+            "seed": seed,
+            "steps": steps,
+            "cfg": 3.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+        },
+    }
+    return prompt
+
+
+def released(thresh=0.24):
+    """The inputs that a workflow of the released node has."""
+    return "MagCache", {"model_type": "flux", "magcache_thresh": thresh, "retention_ratio": 0.1, "magcache_K": 5}
+
+
+def picture(answer, node="save"):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["pictures"][node]))))
+
+
+def test_workflow_over_http(server):
+    run, log, _ = server
+    recommended = {"model_type": "auto", "magcache_thresh": -1, "retention_ratio": -1, "magcache_K": -1}
+    answer = run(
+        workflow(),
+        workflow(released()),
+        workflow(released(), seed=1),
+        workflow(released(0.0)),
+        workflow(("MagCache", {**recommended, "mag_ratios": "no-such"})),
+    )
+    assert set(answer["nodes"]) == {"MagCache", "MagCacheCalibration", "MagCacheCalibrationResult", "CompileModel"}
+    plain, cached, queued_again, off, mistaken = answer["answers"]
+    assert all(one["error"] is None for one in (plain, cached, queued_again, off)), answer
+    assert (picture(off) == picture(plain)).all() and (picture(cached) != picture(plain)).any()
+    texts = dict(cached["texts"]), dict(queued_again["texts"])
+    # The node itself is not run again when only the seed changes; it caches and reports all the same.
+    for text in (text["MagCache"] for text in texts):
+        assert re.fullmatch(
+            r"MagCache: 4 of 12 model calls computed, 8 reused; transformer \d.*x\); extra memory .*", text
+        ), text
+    assert "MagCache plan: 12 steps, ratios of flux-dev (published)" in cached["texts"][0][1]
+    assert "nothing will be reused: magcache_thresh is 0" in off["texts"][0][1]
+    assert "There is no preset 'no-such'" in mistaken["error"]
+    console = log.read_text()
+    assert console.count("8 reused; transformer") == 2 and not re.search(r"IMPORT FAILED\).*MagCache", console)
+
+
+def test_calibration_over_http(server):
+    run, log, home = server
+    calibration = workflow(("MagCacheCalibration", {"model_type": "auto"}))
+    calibration["result"] = {
+        "class_type": "MagCacheCalibrationResult",
+        "inputs": {"calibration": ["MagCacheCalibration", 1], "latent": ["sampler", 0]},
+    }
+    plain, measured, cached = run(
+        workflow(),
+        calibration,
+        workflow(("MagCache", {"model_type": "auto", "magcache_thresh": 1.0, "retention_ratio": 0.2, "magcache_K": 2})),
+    )["answers"]
+    assert measured["error"] is None and (picture(measured) == picture(plain)).all()
+    (file,) = home.glob("*.json")
+    assert "written; MagCache nodes take it" in dict(measured["texts"])["MagCacheCalibration"]
+    (text,) = measured["outputs"]["result"]["text"]
+    assert re.fullmatch(r"cond: 1\.0+, .*\nuncond: 1\.0+, .*", text)
+    plot = picture(measured, "result")
+    assert plot.shape[0] > 300 and len(np.unique(plot.reshape(-1, 3), axis=0)) > 50
+    assert (
+        f"ratios of {file.stem} (measured)" in cached["texts"][0][1] and "reused; transformer" in cached["texts"][-1][1]
+    )
+
+
+def test_compiled_over_http(server):
+    compile_node = "CompileModel", {"mode": "default", "backend": "eager", "fullgraph": False, "dynamic": False}
+    answers = server[0](
+        *[
+            workflow(*order, family="wan", steps=12)
+            | {
+                "size": {
+                    "class_type": "EmptyHunyuanLatentVideo",
+                    "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
+                }
+            }
+            for order in ((wan(),), (wan(), compile_node), (compile_node, wan()))
+        ]
+    )["answers"]
+    assert [one["error"] for one in answers] == [None] * 3
+    alone, *compiled = [picture(one).astype(int) for one in answers]
+    counts = [re.search(r"(\d+) of 12 model calls computed", one["texts"][-1][1])[1] for one in answers]
+    assert len(set(counts)) == 1 and int(counts[0]) < 12
+    assert all(abs(one - alone).max() <= 2 for one in compiled)
+
+
+def wan():
+    return "MagCache", {
+        "model_type": "wan2.1_t2v_14B",
+        "magcache_thresh": 0.24,
+        "retention_ratio": 0.2,
+        "magcache_K": 6,
+    }

@@ -1,0 +1,287 @@
+"""The real page of a FramePack checkout with tiny random weights: jobs through its own `process` and `worker`, and a
+browser.
+
+    MAGCACHE_FRAMEPACK=/path/to/FramePack python -m pytest tests/page/test_framepack_page.py
+
+Needs gradio 5 as the checkout pins it; the browser also playwright and Chromium ($MAGCACHE_CHROMIUM, else the one on
+the PATH). $MAGCACHE_SCREENSHOT: file that a picture of the page goes to.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+from common.scripts.install import install
+from common.tables import read
+
+FRAMEPACK, TESTS = os.environ.get("MAGCACHE_FRAMEPACK"), Path(__file__).resolve().parents[1] / "hosts"
+pytestmark = pytest.mark.skipif(not FRAMEPACK, reason="MAGCACHE_FRAMEPACK names no FramePack checkout")
+if FRAMEPACK:
+    pytest.importorskip("gradio")
+
+OFF, CALIBRATE = (False, False, 0.1, 3, 0.2, "off"), (False, True, 0.1, 3, 0.2, "off")
+ON, TWICE = (True, False, 0.1, 3, 0.2, "off"), (True, False, 0.1, 3, 0.2, "2x")
+JOB = {"steps": 12, "seconds": 2.4}  # two sections
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the checkout's code with the drop-in installed."""
+    folder = tmp_path_factory.mktemp("checkouts") / "FramePack"
+    folder.mkdir()
+    for name in ("demo_gradio.py", "demo_gradio_f1.py", "requirements.txt"):
+        shutil.copy(Path(FRAMEPACK) / name, folder / name)
+    shutil.copytree(Path(FRAMEPACK) / "diffusers_helper", folder / "diffusers_helper")
+    install("MagCache4FramePack", folder)
+    return folder
+
+
+def environment(folder, **changes):
+    return {
+        **os.environ,
+        "MAGCACHE_HOME": str(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        **changes,
+    }
+
+
+def run_jobs(checkout, script, jobs, *flags, **changes):
+    """What came of each job in one process of the demo."""
+    (checkout / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [sys.executable, TESTS / "framepack_cpu.py", "--jobs", "jobs.json", script, *flags],
+        cwd=checkout,
+        env=environment(checkout, **changes),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("JOBS "))[5:])
+
+
+@pytest.mark.parametrize("page, free_gb", [("demo_gradio", "80"), ("demo_gradio", "20"), ("demo_gradio_f1", "80")])
+def test_jobs(checkout, page, free_gb):
+    plain, teacache, guided = run_jobs(
+        checkout, f"{page}.py", [JOB, {**JOB, "teacache": True}, {**JOB, "cfg": 2.0}], FREE_GB=free_gb
+    )
+    jobs = {
+        "off": {"ours": OFF},
+        "TeaCache": {"ours": OFF, "teacache": True},
+        "K 0": {"ours": (True, False, 0.1, 0, 0.2, "off")},
+        "on": {"ours": ON},
+        "on, TeaCache too": {"ours": ON, "teacache": True},
+        "guided": {"ours": ON, "cfg": 2.0},
+        "guided, off": {"ours": OFF, "cfg": 2.0},
+        "ended": {"ours": ON, "steps": 25, "seconds": 3.6, "cfg": 2.0, "end_at": [1, 9]},
+        "on again": {"ours": ON},
+        "calibrated": {"ours": CALIBRATE},
+        "twice": {"ours": TWICE},
+    }
+    done = dict(
+        zip(jobs, run_jobs(checkout, f"magcache_{page}.py", [{**JOB, **job} for job in jobs.values()], FREE_GB=free_gb))
+    )
+    sections = {name: job["sections"] for name, job in done.items()}
+    assert len(plain["sections"]) == 2 and len(set(plain["sections"])) == 2
+    assert sections["off"] == sections["K 0"] == sections["calibrated"] == plain["sections"]
+    assert sections["TeaCache"] == teacache["sections"] != plain["sections"]
+    assert sections["on"] == sections["on, TeaCache too"] == sections["on again"]
+    assert not set(sections["on"]) & {*plain["sections"], *teacache["sections"]}
+    assert sections["guided, off"] == guided["sections"] and not set(sections["guided"]) & set(guided["sections"])
+    assert len(sections["ended"]) == 1 and len(sections["twice"]) == 2
+    assert "Measured in 2 sections" in done["calibrated"]["text"] and "reused nothing" in done["K 0"]["text"]
+    report = json.loads((checkout / done["on"]["video"]).with_suffix(".json").read_text())
+    assert [section["complete"] for section in report["sections"]] == [True, True]
+    (saved,) = (checkout / "home").glob("*.json")
+    assert read(saved).rule == {"max_deviation": 0.06} and read(saved).statistics["runs"] == 2
+    saved.unlink()
+
+
+def test_a_job_started_before_the_last_one_has_ended(checkout):
+    """The host's worker tells the newest stream of its end; without our waiting, this ends the next job at once."""
+    jobs = [{**JOB, "ours": ON}, {**JOB, "ours": ON, "end_at": [0, 5], "seconds_to_end": 2}, {**JOB, "ours": ON}]
+    alone, ended, after = run_jobs(checkout, "magcache_demo_gradio.py", jobs)
+    assert not ended["sections"] and after["sections"] == alone["sections"] and after["video"]
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"use_teacache = gr": "teacache = gr", "use_teacache, mp4_crf]": "teacache, mp4_crf]"}, "no use_teacache"),
+        ({"click(fn=process": "click(fn=lambda *values: process(*values)"}, "its button starts something else"),
+        ({"gradio==5.23.0": "gradio==4.44.1"}, "pins gradio 4.44.1"),
+    ],
+)
+def test_a_changed_page_gets_one_sentence(checkout, tmp_path, changes, sentence):
+    changed = tmp_path / "FramePack"
+    shutil.copytree(checkout, changed, ignore=shutil.ignore_patterns("outputs", "home"))
+    for path in (changed / "demo_gradio.py", changed / "requirements.txt"):
+        text = path.read_text()
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        path.write_text(text)
+    done = subprocess.run(
+        [sys.executable, TESTS / "framepack_cpu.py", "magcache_demo_gradio.py"],
+        cwd=changed,
+        env=environment(changed),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+
+
+# --- in a browser ---
+
+
+@pytest.fixture
+def address(checkout, tmp_path):
+    """The served page."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = open(tmp_path / "log", "w")
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            TESTS / "framepack_cpu.py",
+            "magcache_demo_gradio.py",
+            "--server",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ],
+        cwd=checkout,
+        env=environment(tmp_path),
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        for _ in range(400):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(20)
+        log.close()
+
+
+def picture(path):
+    """A sun over hills, 256 x 256."""
+    y, x = np.mgrid[:256, :256]
+    sky = np.stack([90 + y / 3, 140 + y / 4, 235 - y / 5], axis=-1)
+    sky[(x - 180) ** 2 + (y - 70) ** 2 < 1100] = 250, 210, 80
+    sky[y > 190 + 22 * np.sin(x / 34)] = 60, 120, 70
+    imageio.imwrite(path, sky.astype(np.uint8))
+    return path
+
+
+def test_in_a_browser(address, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("MAGCACHE_CHROMIUM") or shutil.which("chromium")
+    if not chromium:
+        pytest.skip("there is no chromium")
+    with playwright.sync_playwright() as run:
+        browser = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1240, "height": 1000})
+        try:
+            click_through(page, address, tmp_path, playwright.expect)
+        finally:
+            page.screenshot(path=tmp_path / "last.png", full_page=True)
+            browser.close()
+
+
+def click_through(page, address, tmp_path, expect):
+    page.goto(address)
+    boxes = {name: page.get_by_label(name, exact=True) for name in ("Use TeaCache", "Use MagCache", "Calibrate")}
+
+    def ticked(*names):
+        for name, box in boxes.items():
+            expect(box).to_be_checked(checked=name in names, timeout=20_000)
+
+    def shows(text, seconds=30):
+        expect(page.get_by_text(text).first).to_be_visible(timeout=1000 * seconds)
+
+    def number(label, value):
+        field = page.get_by_label(f"number input for {label}")
+        field.fill(str(value))
+        field.press("Tab")
+
+    ticked("Use MagCache")
+    shows("computes 12 of 25: at most 2.08x")
+    shows("4 sections: 48 of 100 steps")
+    expect(page.get_by_label("#####..#.#..#..#..#...#.#")).to_be_visible()
+
+    number("MagCache_thresh", 0.15)
+    number("MagCache_K", 4)
+    shows("computes 11 of 25")
+    number("MagCache_K", 0)
+    shows("magcache_K is 0, which turns MagCache off")
+    number("MagCache_K", 3)
+    number("MagCache_thresh", 0.1)
+    number("Total Video Length (Seconds)", 2.4)
+    shows("2 sections: 24 of 50 steps")
+    page.get_by_label("2x", exact=True).check()
+    shows("magcache_speedup 2")
+    expect(page.get_by_label("number input for MagCache_K")).to_be_disabled(timeout=20_000)
+    page.get_by_label("off", exact=True).check()
+    shows("computes 12 of 25")
+
+    boxes["Use TeaCache"].check()
+    ticked("Use TeaCache")
+    shows("MagCache is off: every step computes.")
+    boxes["Use MagCache"].check()
+    ticked("Use MagCache")
+
+    page.locator("input[type=file]").first.set_input_files(picture(tmp_path / "picture.png"))
+    page.get_by_label("Prompt", exact=True).fill("The sun sets behind the hills.")
+    start, end = page.get_by_role("button", name="Start Generation"), page.get_by_role("button", name="End Generation")
+    start.click()
+    shows("Section 2: MagCache: 12 of 25 model calls computed", 120)
+    expect(start).to_be_enabled(timeout=60_000)
+    expect(page.locator("video")).to_have_attribute("src", re.compile("mp4"), timeout=30_000)
+    page.wait_for_function("document.querySelector('video').videoWidth > 0", timeout=30_000)
+    if os.environ.get("MAGCACHE_SCREENSHOT"):
+        page.wait_for_timeout(1500)
+        bottom = page.get_by_label("Seed", exact=True).bounding_box()["y"] - 45
+        page.screenshot(
+            path=os.environ["MAGCACHE_SCREENSHOT"],
+            full_page=True,
+            clip={"x": 120, "y": 0, "width": 1000, "height": bottom},
+        )
+
+    number("Steps", 100)
+    shows("2 sections: ")
+    start.click()
+    expect(end).to_be_enabled(timeout=20_000)
+    shows("Sampling ", 60)
+    end.click()
+    expect(start).to_be_enabled(timeout=60_000)
+
+    number("Steps", 12)
+    boxes["Calibrate"].check()
+    ticked("Calibrate")
+    start.click()
+    shows("Measured in 2 sections", 120)
+    ticked("Use MagCache")
+    shows("(measured)")
+    (saved,) = (tmp_path / "home").glob("framepack-*.json")
+    assert read(saved).steps == 12

@@ -1,0 +1,213 @@
+"""Payloads, the guard and the measured step times, on a tiny FLUX."""
+
+import copy
+import json
+import multiprocessing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from common.errors import MagCacheError
+from common.guard import Guard
+from common.patch import magcache_calibration, magcache_forward
+from common.payloads import ModelOutput
+from common.planner import Target, unpacked
+from common.tables import read
+
+
+@pytest.fixture
+def table(model, euler, calibrating):
+    sampler = euler(copy.deepcopy(model))
+    with calibrating(sampler) as handle:
+        sampler.run(cfg=True, prompt=7)
+    return handle.table
+
+
+@pytest.fixture
+def planned(table, host):
+    """`magcache_forward` with a target, calibrated on another prompt."""
+
+    def patch(sampler, target, announce=None, **options):
+        return magcache_forward(
+            sampler.model, host, table, target, lambda: sampler.timesteps, announce=announce, **options
+        )
+
+    return patch
+
+
+class Outputs:
+    """What the model returns, a call: the expensive oracle of the payload "output" replaces it as planned."""
+
+    def __init__(self, sampler, schedule):
+        self.sampler, self.schedule, self.made = sampler, schedule, {}
+        sampler.model.register_forward_hook(self.changed)
+
+    def changed(self, module, args, output):
+        step, made = self.sampler.step, self.made.setdefault(self.sampler.branch, [])
+        if not self.schedule.reuse[step]:
+            made.insert(0, output[0].clone())
+            return output
+        weights = self.schedule.weights[self.sampler.branch, step].tolist()
+        anchors = self.schedule.anchors(step)
+        predicted = made[0] if len(anchors) == 1 else (weights[0] * made[0]).add_(made[1], alpha=weights[1])
+        return (predicted,)
+
+
+@pytest.mark.parametrize("run", [{}, {"cfg": True}, {"batch": 2, "cfg": True}], ids=["one branch", "cfg", "batch"])
+def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, executed, run):
+    sampler, oracle = euler(copy.deepcopy(model)), euler(model)
+    entered = []
+    sampler.model.x_embedder.register_forward_hook(lambda *_: entered.append(None))
+    with planned(sampler, Target(5, payload="output")) as handle:
+        result = sampler.run(**run)
+    report = handle.reports[0]
+    branches = 2 if run.get("cfg") else 1
+    assert len(entered) == report.computed == 5 * branches and report.reused == 7 * branches and not report.unplanned
+    Outputs(oracle, report.schedule)
+    assert torch.equal(result, oracle.run(**run))
+    assert report.peak_bytes == 2 * branches * 64 * 16 * 4 * run.get("batch", 1) and handle.residuals.bytes == 0
+
+
+def test_plan_states_the_memory_of_the_payload(model, euler, planned, host):
+    plans = []
+    for payload, width in (("residual", 32), ("output", 16)):
+        sampler = euler(copy.deepcopy(model))
+        with planned(sampler, Target(5, payload=payload), plans.append):
+            sampler.run()
+        assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: (x,),
+        lambda x: [x, 2 * x],
+        lambda x: {"x": x, "other": None},
+        lambda x: x,
+        lambda x: Transformer2DModelOutput(sample=x),
+    ],
+)
+def test_outputs_of_any_form(form):
+    x, payload = torch.arange(6.0).reshape(2, 3), ModelOutput()
+    output = form(x)
+    kept = payload.finish(output)
+    x.zero_()  # a sampler that writes into what it is given
+    again = payload.replace(kept + 1)
+    assert type(again) is type(output)
+    tensors = again if torch.is_tensor(again) else again["x"] if isinstance(again, dict) and "x" in again else again[0]
+    assert torch.equal(tensors, torch.arange(6.0).reshape(2, 3) + 1)
+    tensors.zero_()
+    assert kept.abs().sum() > 0
+
+
+def test_calibration_keeps_outputs_and_step_times(model, euler, calibrating, tmp_path):
+    sampler, outputs = euler(model), []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output[0].flatten()))
+    with calibrating(sampler, tmp_path / "tiny.json"):
+        sampler.run()
+        assert len(outputs) == 12  # timing a reused step is not seen from outside
+        sampler.run(prompt=1)
+    statistics = read(tmp_path / "tiny.json").statistics
+    grams = [torch.stack(run).double() @ torch.stack(run).double().T for run in (outputs[:12], outputs[12:])]
+    np.testing.assert_allclose(unpacked(statistics["gram_of_outputs"]["cond"]), sum(grams) / 2, rtol=1e-6)
+    assert set(statistics["seconds"]) == {"computed", "reused"} and min(statistics["seconds"].values()) > 0
+    assert len(statistics["spread"]["cond"]) == 12 and max(statistics["spread"]["cond"]) > 0
+
+
+def test_outputs_of_reference_tokens_do_not_count(model, euler, host):
+    """As FLUX.1-Kontext's reference picture: only the first 40 of 64 tokens are being denoised."""
+    sampler, outputs = euler(model), []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output[0][:, :40].flatten()))
+    kontext = replace(host, noise_tokens=lambda arguments: 40)
+    with magcache_calibration(model, kontext, lambda: sampler.timesteps, "tiny") as handle:
+        sampler.run()
+    rows = torch.stack(outputs).double()
+    np.testing.assert_allclose(unpacked(handle.table.statistics["gram_of_outputs"]["cond"]), rows @ rows.T, rtol=1e-6)
+
+
+def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
+    sampler, entered = euler(model), []
+    model.transformer_blocks[0].register_forward_hook(lambda *_: entered.append("block"))
+    model.norm_out.register_forward_hook(lambda *_: entered.append("head"))
+    with calibrating(sampler):
+        sampler.run()
+    assert entered.count("block") == 12 and entered.count("head") == 12 + 3
+
+
+# The guard
+
+
+def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned):
+    plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
+    with planned(plain, Target(6)):
+        result = plain.run(cfg=True, prompt=7)
+    with planned(guarded, Target(6, magcache_guard=3)) as handle:
+        assert torch.equal(guarded.run(cfg=True, prompt=7), result)
+    assert handle.reports[0].reused == 12 and not handle.reports[0].unplanned
+
+
+@pytest.mark.parametrize("payload", ["residual", "output"])
+@pytest.mark.parametrize("cfg", [False, True])
+def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, euler, planned, cfg, payload):
+    """From step 5 on the model is another one: the next computed step shows it, and everything after it computes."""
+    sampler, weights, expected = euler(model), copy.deepcopy(model.state_dict()), euler(copy.deepcopy(model))
+
+    def disturb(step, branch):
+        if (step, branch) == (5, 0):
+            for block in model.single_transformer_blocks:
+                block.proj_out.weight.mul_(-5)
+        return {}
+
+    with planned(sampler, Target(7, magcache_guard=3, payload=payload)) as handle:
+        result = sampler.run(cfg=cfg, extra=disturb)
+        model.load_state_dict(weights)
+        again = sampler.run(cfg=cfg)
+    report = handle.reports[0]
+    reuse, kinds = report.schedule.reuse, [call[2] for call in report.calls]
+    seen = next(step for step in range(5, 12) if not reuse[step])
+    branches = 2 if cfg else 1
+    assert kinds[: (seen + 1) * branches] == [
+        "reused" if one else "computed" for one in reuse[: seen + 1] for _ in range(branches)
+    ]
+    assert set(kinds[(seen + 1) * branches :]) == {"computed"} and torch.isfinite(result).all()
+    ((why, calls),) = report.unplanned.items()
+    assert (
+        why.startswith(f"the guard saw step {seen} predicted ") and calls == branches * int(reuse[seen + 1 :].sum()) > 0
+    )
+    assert f"{calls} computed unplanned (the guard saw" in report.line()
+    with planned(expected, Target(7, magcache_guard=3, payload=payload)):
+        assert torch.equal(again, expected.run(cfg=cfg))  # the next run starts anew
+
+
+def test_a_guard_needs_a_planned_run(model, euler, ratios, host):
+    sampler = euler(model)
+    with (
+        pytest.raises(MagCacheError, match="need the Gram matrix"),
+        magcache_forward(model, host, ratios, Target(5, magcache_guard=3), lambda: sampler.timesteps),
+    ):
+        sampler.run()
+
+
+def judged(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    made, predicted = torch.ones(1, 8, 4), torch.ones(1, 8, 4)
+    if rank == 1:
+        predicted = predicted - 0.5  # half the tokens of the video, and only they go astray
+    why = Guard(2.0).judge(5, made, predicted, expected=0.1)
+    (folder / f"{rank}.json").write_text(json.dumps(why))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_decide_alike(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=judged, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    whys = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert whys == ["the guard saw step 5 predicted 3.5 times worse than calibrated"] * 2

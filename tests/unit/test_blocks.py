@@ -1,0 +1,95 @@
+"""`BlockStack` on forwards that diffusers does not have: blocks that write into their input, tokens cut off in
+between."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.blocks import BlockStack, Host
+
+HOST = Host(blocks=("blocks",), final_layer="head", image_tokens=0, in_place=True)
+
+
+class Add(torch.nn.Module):
+    def forward(self, tokens):
+        tokens += 1
+        return tokens
+
+
+class Model(torch.nn.Module):
+    """Three blocks that each add 1 in place, a control net that adds 10 behind the first; two leading reference tokens
+    are cut off before the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = torch.nn.ModuleList([Add() for _ in range(3)]), torch.nn.Identity()
+
+    def forward(self, latent):
+        tokens = torch.cat([torch.zeros(1, 2, 4), latent], dim=1)
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if index == 0:
+                tokens += 10
+        return self.head(tokens[:, 2:])
+
+
+def test_residual_of_blocks_in_place_with_tokens_cut_off():
+    model, latent = Model(), torch.randn(1, 5, 4)
+    stack = BlockStack(model, HOST)
+    stack.record()
+    output = model(latent)
+    residual = stack.finish()
+    assert torch.equal(output, latent + 1 + 10 + 1 + 1)
+    assert residual.shape == latent.shape and torch.allclose(residual, torch.full_like(residual, 13))
+
+    stack.replace(residual)
+    assert torch.allclose(model(latent), output)
+    stack.restore()
+    assert torch.equal(model(latent), output) and "blocks" not in model.__dict__
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_input_is_copied_only_where_it_must_be(in_place):
+    model, latent = Model(), torch.randn(1, 5, 4)
+    stack = BlockStack(model, replace(HOST, in_place=in_place))
+    stack.record()
+    model(latent)
+    residual = stack.finish()
+    assert torch.allclose(residual, torch.full_like(residual, 13.0 if in_place else 0.0))
+
+
+class Pairs(torch.nn.Module):
+    """Two lists of blocks that run in pairs, on a half of the tokens, as a rank of a sequence-parallel group would; the
+    head gets the tokens of both halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.here, self.there = (torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2)) for _ in range(2))
+        self.head = torch.nn.Identity()
+
+    def forward(self, latent):
+        tokens = latent.chunk(2, dim=1)[0]
+        for here, there in zip(self.here, self.there):
+            tokens = there(here(tokens))
+        return self.head(torch.cat([tokens, tokens], dim=1))
+
+
+@torch.no_grad()
+def test_residual_between_first_and_last_block_of_lists_that_run_in_pairs():
+    model, latent = Pairs(), torch.randn(1, 6, 4)
+    output = model(latent)
+    stack = BlockStack(model, Host(blocks=("here", "there"), final_layer=None, image_tokens=0))
+    stack.record()
+    assert torch.equal(model(latent), output)
+    residual = stack.finish()
+    assert torch.equal(residual, output[:, :3] - latent[:, :3])
+
+    ran = []
+    for block in (*model.here, *model.there):
+        block.register_forward_pre_hook(lambda module, args: ran.append(module))
+    stack.replace(residual)
+    reused = model(2 * latent)
+    stack.restore()
+    assert not ran and torch.equal(reused[:, 3:], 2 * latent[:, :3] + residual)
+    assert torch.equal(model(latent), output) and len(ran) == 4 and not {"here", "there"} & model.__dict__.keys()

@@ -1,0 +1,340 @@
+"""Planned schedules: exact against every possible one, and the prediction that they count on."""
+
+import itertools
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from common.errors import MagCacheError
+from common.planner import (
+    Forecast,
+    Target,
+    error_by_gram,
+    nearest_by_the_rule,
+    packed,
+    pair_errors,
+    plan_steps,
+    resample_gram,
+    speedup,
+    unpacked,
+)
+from common.ratios import flow_sigmas
+from common.report import plan_text
+from common.schedule import Rule, Settings, magcache_schedule
+from common.tables import RatioTable, load
+
+
+def residuals(steps, shift=3.0, width=200, seed=0):
+    """Smooth curves over the noise level: (steps, width)."""
+    random = np.random.default_rng(seed)
+    sigma, phase, speed = flow_sigmas(steps, shift)[:, None], random.random(width) * 6, 1 + 2 * random.random(width)
+    return np.sin(speed * 2 * sigma + phase) + 0.3 * sigma**2 * np.cos(6 * sigma + 2 * phase)
+
+
+def gram_of(rows):
+    return rows @ rows.T
+
+
+def table(sigmas, statistics=None, settings=None, **branches):
+    """A calibration with these residuals a branch; without branches one of ratios alone, near 1."""
+    ratios = {name: [1.0] * len(sigmas) for name in branches or {"cond": None}}
+    grams = {"gram": {name: packed(gram_of(rows)) for name, rows in branches.items()}} if branches else {}
+    return RatioTable(
+        "synthetic",
+        ratios,
+        tuple(sigmas),
+        "measured",
+        settings=settings or {},
+        statistics={**grams, **(statistics or {})},
+    )
+
+
+def forecast_of(rows, predictor="linear"):
+    return Forecast.of_grams(gram_of(rows)[None], predictor)
+
+
+def error_of(rows, anchors, predictor, switch_step=0):
+    """Squared relative errors of predicting every other row from the newest one or two anchors of its expert, by
+    numpy's least squares."""
+    errors = []
+    for i in sorted(set(range(len(rows))) - set(anchors)):
+        past = [anchor for anchor in sorted(anchors) if anchor < i and (anchor >= switch_step) == (i >= switch_step)][
+            ::-1
+        ]
+        if predictor == "linear" and len(past) > 1:
+            basis = rows[past[:2]].T
+            predicted = basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]
+        else:
+            predicted = rows[past[0]]
+        errors.append(((rows[i] - predicted) ** 2).sum() / (rows[i] ** 2).sum())
+    return np.array(errors)
+
+
+@pytest.mark.parametrize("predictor", ["linear", "reuse"])
+@pytest.mark.parametrize("computed", [2, 3, 4, 6])
+def test_plan_is_the_best_of_all_schedules(predictor, computed):
+    rows = residuals(9)
+    best = min(
+        itertools.combinations(range(1, 9), computed - 1),
+        key=lambda rest: (error_of(rows, (0, *rest), predictor) ** 2).sum(),
+    )
+    schedule = plan_steps(forecast_of(rows, predictor), computed)
+    assert np.flatnonzero(~schedule.reuse).tolist() == [0, *best]
+    np.testing.assert_allclose(
+        schedule.expected_error[schedule.reuse] ** 2, error_of(rows, (0, *best), predictor), rtol=1e-2
+    )
+
+
+def test_plan_with_two_experts_is_the_best_of_all_schedules():
+    rows = residuals(9)
+    best = min(
+        ({0, 4, *rest} for rest in itertools.combinations({1, 2, 3, 5, 6, 7, 8}, 2)),
+        key=lambda anchors: (error_of(rows, anchors, "linear", switch_step=4) ** 2).sum(),
+    )
+    synthetic = table(flow_sigmas(9), cond=rows)
+    schedule = Target(4).plan(synthetic, flow_sigmas(9), switch_step=4)
+    assert set(np.flatnonzero(~schedule.reuse)) == best and np.isfinite(schedule.expected_error).all()
+    with pytest.raises(MagCacheError, match="between 2 and 9"):
+        Target(1).plan(synthetic, flow_sigmas(9), switch_step=4)
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.2, 0.05, 0.01])
+def test_max_error_computes_as_few_steps_as_any_schedule_could(bound):
+    rows = residuals(9)
+    schedule = plan_steps(forecast_of(rows), max_error=bound)
+    assert schedule.expected_error[schedule.reuse].max(initial=0) <= bound
+    for rest in itertools.combinations(range(1, 9), schedule.computed - 2):
+        anchors = (0, *rest)
+        assert error_of(rows, anchors, "linear").max() > 0.99 * bound**2
+
+
+def test_max_error_at_its_ends():
+    synthetic = table(flow_sigmas(28, 3.0), cond=residuals(28))
+    for bound, computed in ((0, 28), (10, 1)):
+        assert Target(magcache_max_error=bound).plan(synthetic, flow_sigmas(28, 3.0)).computed == computed
+
+
+@pytest.mark.parametrize(
+    "caps, allowed",
+    [
+        ({"magcache_K": 1}, lambda strip: ".." not in strip),
+        ({"magcache_K": 2}, lambda strip: "..." not in strip),
+        ({"kept": 5}, lambda strip: strip.startswith("#####")),
+        ({"kept": 5, "magcache_K": 2}, lambda strip: strip.startswith("#####") and "..." not in strip),
+    ],
+)
+def test_caps(caps, allowed):
+    forecast = forecast_of(residuals(20))
+    schedule, free = plan_steps(forecast, 11, **caps), plan_steps(forecast, 11)
+    assert schedule.computed == 11 and allowed(schedule.strip) and not allowed(free.strip)
+
+
+def test_weights_predict_the_residual():
+    """Also at computed steps, where a guard compares."""
+    rows = residuals(12)
+    schedule = plan_steps(forecast_of(rows), 5)
+    for step in range(1, 12):
+        anchors = schedule.anchors(step)
+        weights = schedule.weights[0, step][: len(anchors)]
+        assert len(anchors) == 1 or step > anchors[0] > anchors[1]
+        missed = rows[step] - weights @ rows[anchors]
+        assert np.linalg.norm(missed) / np.linalg.norm(rows[step]) == pytest.approx(
+            schedule.expected_error[step], rel=1e-3
+        )
+    assert schedule.depth == 2 and plan_steps(forecast_of(rows, "reuse"), 5).depth == 1
+
+
+def test_one_anchor_reuses_as_the_paper_does():
+    errors, weights = pair_errors(gram_of(residuals(6)), "linear")
+    assert np.array_equal(weights[4, 2, 2], [1, 0])
+    assert errors[4, 2, 2] == pytest.approx(
+        ((residuals(6)[4] - residuals(6)[2]) ** 2).sum() / (residuals(6)[4] ** 2).sum()
+    )
+    assert np.isinf(errors[2, 4, 4]) and np.isinf(errors[2, 2, 1])
+
+
+def test_branches_count_alike_and_share_the_schedule():
+    one, other = residuals(14, seed=1), residuals(14, seed=2)
+    both = plan_steps(Forecast.of_grams([gram_of(one), gram_of(other)]), 6)
+    scaled = plan_steps(Forecast.of_grams([gram_of(one), 1e4 * gram_of(other)]), 6)
+    assert both.strip == scaled.strip and both.weights.shape == (2, 14, 2)
+    assert not np.allclose(both.weights[0], both.weights[1])
+
+
+def test_gram_at_other_noise_levels():
+    """The matrix of another run, interpolated, is close to the one measured there; straight lines are worse."""
+    sigmas = flow_sigmas(28, 3.0)
+    for steps, shift in ((20, 3.0), (28, 1.0), (50, 5.0), (50, 3.0)):
+        wanted = flow_sigmas(steps, shift)
+        true, got = gram_of(residuals(steps, shift)), resample_gram(gram_of(residuals(28)), sigmas, wanted)
+        lines = np.stack([np.interp(-wanted, -sigmas, unit) for unit in np.eye(28)], axis=1)
+        straight = lines @ gram_of(residuals(28)) @ lines.T
+        inside = np.ix_(
+            wanted >= sigmas[-1], wanted >= sigmas[-1]
+        )  # below the last level there is only a straight line
+        assert np.abs(got - true)[inside].max() < 0.02 * np.abs(true).max()
+        assert np.abs(got - true)[inside].max() < np.abs(straight - true)[inside].max()
+        assert np.abs(got - true).max() < 0.2 * np.abs(true).max()
+    assert np.allclose(resample_gram(gram_of(residuals(28)), sigmas, sigmas), gram_of(residuals(28)))
+
+
+def test_a_target_plans_for_the_steps_of_the_run():
+    synthetic = table(flow_sigmas(28, 3.0), cond=residuals(28))
+    for target, steps, computed in (
+        (Target(14), 28, 14),
+        (Target(14), 50, 14),
+        (Target(14), 8, 8),
+        (Target(magcache_speedup=2.5), 50, 20),
+        (Target(magcache_speedup=2.5), 28, 11),
+    ):
+        schedule = target.plan(synthetic, flow_sigmas(steps, 3.0))
+        assert schedule.computed == computed and schedule.steps == steps and not schedule.reuse[0]
+    assert Target(9, magcache_K=0).plan(synthetic, flow_sigmas(28, 3.0)).computed == 28
+    assert Target(28).plan(synthetic, flow_sigmas(28, 3.0)).why_none == "every step was asked to compute"
+
+
+@pytest.mark.parametrize("share, wanted, computed", [(0.01, 2.0, 14), (0.1, 2.0, 12), (0.1, 100, 1), (0.5, 1.5, 9)])
+def test_a_speedup_is_of_the_clock_where_step_times_are_known(share, wanted, computed):
+    """28 / (computed + share * (28 - computed)), the nearest to what is asked for."""
+    levels = flow_sigmas(28, 3.0)
+    timed = table(levels, {"seconds": {"computed": 0.2, "reused": 0.2 * share}}, cond=residuals(28))
+    schedule = Target(magcache_speedup=wanted).plan(timed, levels)
+    assert schedule.computed == computed
+    expected = speedup(28, computed, share)
+    for other in (computed - 1, computed + 1):
+        assert not 0 < other < 29 or abs(speedup(28, other, share) - wanted) >= abs(expected - wanted)
+    text = plan_text(schedule, levels, timed)
+    assert f"{expected:.2f}x by the calibration's step times" in text
+    assert ("out of reach" in text) == (wanted == 100)
+
+
+def test_without_step_times_the_plan_says_so():
+    levels = flow_sigmas(28, 3.0)
+    synthetic = table(levels, cond=residuals(28))
+    text = plan_text(Target(14).plan(synthetic, levels), levels, synthetic)
+    assert "at most 2.00x faster (the table has no step times)" in text
+
+
+def test_a_plan_names_the_expected_error_of_the_rule_too():
+    levels, table_ = load("demo").sigmas, load("demo")
+    planned = Target(12).plan(table_, levels)
+    rule = nearest_by_the_rule(table_, levels, Rule(), 12)
+    assert (
+        rule.computed == 12
+        and rule.expected_error[rule.reuse].mean() > 2 * planned.expected_error[planned.reuse].mean()
+    )
+    text = plan_text(planned, levels, table_)
+    assert (
+        f"{planned.expected_error[planned.reuse].mean():.4f}" in text
+        and f"{rule.expected_error[rule.reuse].mean():.4f}" in text
+    )
+    paper = magcache_schedule(table_.at(levels), Settings(0.1, 3, 0.2), Rule())
+    text = plan_text(paper, levels, table_)
+    assert f"{error_by_gram(paper, levels, table_).mean():.4f}" in text
+    assert f"magcache_steps 12: {planned.expected_error[planned.reuse].mean():.4f}" in text
+
+
+def test_error_by_gram_is_that_of_reusing_the_newest():
+    rows, levels = residuals(20), flow_sigmas(20)
+    schedule = magcache_schedule(np.full(20, 0.98), Settings(0.1, 2, 0.2))
+    anchors = np.flatnonzero(~schedule.reuse)
+    got = error_by_gram(schedule, levels, table(levels, cond=rows))
+    np.testing.assert_allclose(got**2, error_of(rows, anchors, "reuse"), rtol=1e-6)
+
+
+def test_ratios_that_cancel_do_not_look_safe():
+    """1.25 and 0.8 by turns: the product over two steps is 1, the residual is not the same."""
+    ratios = np.ones((1, 20))
+    ratios[0, 6:12] = [1.25, 0.8] * 3
+    schedule = plan_steps(Forecast.of_ratios(ratios), 12)
+    assert schedule.strip[6:12] == "######"
+    for name in ("flux-dev", "qwen-image"):
+        published = load(name)
+        schedule = Target(published.steps // 2).plan(published, published.sigmas)
+        changes = np.abs(np.log(published.mag_ratios["cond"]))
+        assert changes[schedule.reuse].mean() < 0.6 * changes[~schedule.reuse].mean()
+
+
+def test_a_plan_from_ratios_alone_keeps_the_published_caps_and_says_what_it_is():
+    flux = load("flux-dev")
+    schedule = Target(magcache_speedup=2.5).plan(flux, flux.sigmas)
+    assert (
+        schedule.computed == 11
+        and schedule.depth == 1
+        and schedule.strip.startswith("##")
+        and "......" not in schedule.strip
+    )
+    assert (schedule.settings.predictor, schedule.settings.magcache_K, schedule.settings.retention_ratio) == (
+        "reuse",
+        5,
+        0.1,
+    )
+    assert "from magnitude ratios alone, the weaker kind" in plan_text(schedule, flux.sigmas, flux)
+    assert Target(magcache_speedup=2, magcache_K=1).plan(flux, flux.sigmas).settings.magcache_K == 1
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Target(40), lambda: Target(magcache_max_error=0.05), lambda: Target(40, predictor="reuse")]
+)
+def test_a_hundred_steps_take_few_operations(make):
+    """Calls of Python and numpy functions; the arrays they work on have at most 4 million numbers. A second is some
+    300,000."""
+    synthetic, calls = table(flow_sigmas(100), cond=residuals(100)), []
+    sys.setprofile(lambda frame, event, argument: calls.append(None) if event in ("call", "c_call") else None)
+    try:
+        make().plan(synthetic, flow_sigmas(100))
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 60_000
+
+
+@pytest.mark.parametrize(
+    "make, part",
+    [
+        (lambda: Target(0), "magcache_steps must be at least 1"),
+        (lambda: Target(magcache_speedup=0.5), "magcache_speedup must be a number of 1 or more"),
+        (lambda: Target(magcache_max_error=-1), "magcache_max_error must be 0 (off) or more"),
+        (lambda: Target(9, retention_ratio=2), "retention_ratio is a share"),
+        (lambda: Target(9, magcache_guard=0.5), "magcache_guard must be 1 or more"),
+        (lambda: Target(9, magcache_speedup=2), "Ask for only one of"),
+        (lambda: Target(), "Ask for one of"),
+        (lambda: Target(9, magcache_K=-1), "magcache_K must be 0 (off) or more"),
+        (
+            lambda: Target(14, predictor="linear").plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            "the Gram matrix that a cal",
+        ),
+        (
+            lambda: Target(14, payload="output").plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            "the Gram matrix that a cal",
+        ),
+        (
+            lambda: Target(14, magcache_guard=2).plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            "the Gram matrix that a cal",
+        ),
+        (
+            lambda: Target(14, payload="output").plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
+            "without the Gram matrix of the output",
+        ),
+        (
+            lambda: Target(5, magcache_K=2).plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
+            "between 7 and 20 can be computed, not 5",
+        ),
+        (
+            lambda: Target(14).plan(
+                table(flow_sigmas(20), {"seconds": {"computed": 0}}, cond=residuals(20)), flow_sigmas(20)
+            ),
+            "its step times cannot be read",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_sentence(make, part):
+    with pytest.raises(MagCacheError, match=re.escape(part)) as error:
+        make()
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_packed_keeps_ten_digits():
+    gram = gram_of(residuals(30))
+    assert np.allclose(unpacked(packed(gram)), gram, rtol=1e-9, atol=0)

@@ -1,0 +1,67 @@
+"""What the READMEs say is what a reader gets."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from common.__main__ import main
+from common.schedule import Settings
+from common.tables import load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("[!.]*/*.md")])
+README = (REPOSITORY / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.search(r"^[A-Z_]{4,}$", page.read_text(), re.MULTILINE)
+
+
+def test_the_plan_in_the_readme_is_the_plan(capsys):
+    shown = re.search(r"```\n\$ python -m common plan flux-dev --steps 28\n(.*?)```", README, re.DOTALL)[1]
+    main(["plan", "flux-dev", "--steps", "28"])
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_tables_of_computed_steps_are_what_the_rule_gives(page):
+    row = r"^\| `([\w.-]+)` \| ([\d.]+) / (\d+) / ([\d.]+) \| (\d+) of (\d+) \| ([\d.]+)x \|$"
+    for name, thresh, K, retention, computed, steps, bound in re.findall(row, page.read_text(), re.MULTILINE):
+        table = load(name)
+        settings = Settings(float(thresh), int(K), float(retention))
+        schedule = settings.plan(table, table.levels(table.steps), table.switch_step(table.sigmas))
+        assert (schedule.computed, schedule.steps, f"{schedule.bound:.2f}") == (int(computed), int(steps), bound), name
+
+
+def test_ci_runs_the_two_commands():
+    commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
+    install, tests = commands[0], commands[1]
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    assert tests in ci.splitlines() and "pip install -r requirements.txt" in install
+    assert install.split(" && ")[-1].removeprefix("python ") in ci
+
+
+def test_the_snippet_runs(capsys):
+    """With the demo model in place of FLUX.1-dev."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    demo = FluxPipeline.from_pretrained(REPOSITORY / "demo" / "image" / "model").to(torch.float32)
+
+    class Small:
+        transformer, scheduler = demo.transformer, demo.scheduler
+
+        def __call__(self, prompt):
+            return demo(prompt, height=64, width=64, num_inference_steps=28, max_sequence_length=16)
+
+    exec(code, {"pipe": Small()})
+    assert "reused; transformer" in capsys.readouterr().out
