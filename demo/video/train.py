@@ -8,9 +8,11 @@ Data: `clips.py`, from the glyphs of Debian's `fonts-noto-color-emoji` (SIL Open
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import clips
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
@@ -26,6 +28,7 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 CHANNELS, TEXT_WIDTH, TEXT_LENGTH = 64, 64, 512
 WORDS, SHIFT, DROPPED, BATCH = 16, 3.0, 0.12, 32
 CELL, CHUNK = 16, 4  # pixels and frames of a latent
+HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -52,7 +55,7 @@ def floats(clips_as_bytes: torch.Tensor) -> torch.Tensor:
 
 
 def cells(batch: torch.Tensor) -> torch.Tensor:
-    """[clips, 3, 1 + 4 k, H, W] as [clips, 1 + k, H / 16, W / 16, pixels of a cell]; the first frame counts four times."""
+    """[clips, 3, 1 + 4 k, H, W] as [clips, 1 + k, H / 16, W / 16, pixels of a cell]; the first frame fills a cell."""
     batch = torch.cat([batch[:, :, :1].expand(-1, -1, CHUNK, -1, -1), batch[:, :, 1:]], dim=2)
     count, _, frames, height, width = batch.shape
     parts = batch.reshape(count, 3, frames // CHUNK, CHUNK, height // CELL, CELL, width // CELL, CELL)
@@ -89,7 +92,7 @@ class Latents:
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Wan2.2's VAE at a small width: 16 by 16 pixels and 4 frames a latent. Its encoder is not trained: `Latents` is."""
+    """Wan2.2's VAE at a small width: 16 by 16 pixels and 4 frames a latent. Its encoder is not trained (`Latents`)."""
     return AutoencoderKLWan(
         base_dim=8,
         decoder_base_dim=32,
@@ -355,13 +358,12 @@ class Prompts:
     def batch(self, rows, rng: random.Random):
         """Embeddings [batch, WORDS, width] and the bias that makes them as long as a pipeline's prompts."""
         chosen = torch.tensor(
-            [
-                0 if rng.random() < DROPPED else self.index[(*row, rng.randrange(len(clips.TEMPLATES)))]
-                for row in rows
-            ]
+            [0 if rng.random() < DROPPED else self.index[(*row, rng.randrange(len(clips.TEMPLATES)))] for row in rows]
         )
         lengths = self.lengths[chosen]
-        total = TEXT_LENGTH if rng.random() < 0.6 else int(math.exp(rng.uniform(math.log(WORDS), math.log(TEXT_LENGTH))))
+        total = (
+            TEXT_LENGTH if rng.random() < 0.6 else int(math.exp(rng.uniform(math.log(WORDS), math.log(TEXT_LENGTH))))
+        )
         filling = torch.log((total - lengths) / (WORDS - lengths))[:, None]
         bias = torch.where(torch.arange(WORDS) < lengths[:, None], 0.0, filling)
         return self.embeddings[chosen], bias[:, None, None]
@@ -372,9 +374,7 @@ def train_transformer(latents, rows, prompts: Prompts, minutes: float, folder: P
     torch.manual_seed(seed)
     model = build_transformer().to(torch.bfloat16)
     model.set_attn_processor(Attention())
-    optimizer = Optimizer(
-        list(model.named_parameters()), lambda name, p: name.startswith("blocks.") and p.ndim == 2
-    )
+    optimizer = Optimizer(list(model.named_parameters()), lambda name, p: name.startswith("blocks.") and p.ndim == 2)
     spent, losses, kept = 0.0, [], folder / "transformer.pt"
     if kept.exists():
         state = torch.load(kept, weights_only=False)
@@ -424,3 +424,77 @@ def train_transformer(latents, rows, prompts: Prompts, minutes: float, folder: P
             keep()
     keep()
     return {"steps": optimizer.steps, "loss": round(float(np.mean(losses[-300:])), 5)}
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def half(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy in float16, as it is stored."""
+    copy = type(model).from_config(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.half()
+
+
+def save_model(folder: Path, transformer, vae, encoder) -> None:
+    """The diffusers folder, written beside its place and renamed: transformer and VAE in float16."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    build_tokenizer(part / "tokenizer")
+    encoder.save_pretrained(part / "text_encoder")
+    half(transformer).save_pretrained(part / "transformer")
+    half(vae).save_pretrained(part / "vae")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
+    scheduler.save_pretrained(part / "scheduler")
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": "0.35.0",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="training time of the transformer")
+    parser.add_argument("--vae_minutes", type=float, default=25, help="training time of the VAE's decoder")
+    parser.add_argument("--variants", type=int, default=14, help="clips of each object, motion and background")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the state, about 1.5 GB")
+    parser.add_argument("--output", type=Path, default=HERE / "model")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    pool, rows = render_pool(args.variants, random.Random(0))
+    linear = Latents(pool, random.Random(0))
+    latents = torch.cat([linear.encode(floats(part)) for part in pool.split(128)])
+    tokenizer = build_tokenizer(args.work / "tokenizer")
+    encoder = build_text_encoder(len(tokenizer))
+    prompts = Prompts(tokenizer, encoder)
+    torch.manual_seed(0)
+    vae = build_vae()
+    drawn = train_vae(vae, pool, latents, args.vae_minutes, args.work)
+    trained = train_transformer(
+        latents,
+        rows,
+        prompts,
+        args.minutes,
+        args.work,
+        args.seed,
+        lambda transformer: save_model(args.output, transformer, vae, encoder),
+    )
+    card = {"clips": len(pool), "vae": drawn, "transformer": trained, "date": time.strftime("%Y-%m-%d")}
+    (args.output / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
