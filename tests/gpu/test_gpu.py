@@ -1,6 +1,6 @@
 """What only a GPU shows, on real pipelines of diffusers with tiny random weights in bfloat16; skipped without CUDA.
 
-    python -m pytest tests/gpu && python benchmarks/speed.py
+python -m pytest tests/gpu && python benchmarks/speed.py
 """
 
 import contextlib
@@ -9,6 +9,10 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
 from diffusers.hooks import apply_group_offloading
 from tiny_pipelines import flux, wan
 
@@ -18,8 +22,6 @@ from common.ranks import told_by_writer
 from common.ratios import flow_sigmas
 from common.schedule import Settings
 from common.tables import RatioTable
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DEVICE, STEPS = "cuda", 12
 TABLE = RatioTable(
