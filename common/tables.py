@@ -170,8 +170,11 @@ def find(model, fingerprint=None):
     model: hub id or folder. Returns None when there is neither: no other model's table is ever lent silently.
     """
     own = sorted(calibrations_folder().glob(f"*-{fingerprint}.json")) if fingerprint else []
-    if own:
-        return read(own[-1])
+    return read(own[-1]) if own else published(model, fingerprint)
+
+
+def published(model, fingerprint=None):
+    """The preset of a checkpoint, by the fingerprint of its weights or its name; None where there is none."""
     for name in preset_names():
         preset = read(PRESETS / f"{name}.json")
         if fingerprint and preset.provenance.get("fingerprint") == fingerprint:
