@@ -1,9 +1,9 @@
 """What can be known without running a model, and the handling of files around it.
 
-python -m common presets
-python -m common plan flux-dev --steps 28
-python -m common compare uncached.png cached.png
-python -m common install MagCache4FLUX /path/to/checkout
+{prog} presets
+{prog} plan flux-dev --steps 28
+{prog} compare uncached.png cached.png
+{prog} install MagCache4FLUX /path/to/checkout
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from . import __version__
 from .errors import MagCacheError, needs
-from .report import plan_text
-from .schedule import Settings, magcache_schedule, rule_of
-from .scripts.flags import add_target_flags, target_of
-from .scripts.plots import plot_schedule
-from .tables import calibrations_folder, load, preset_names, read
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .schedule import Schedule, Settings
+    from .tables import RatioTable
+
+# Each command imports what it uses: `install` needs the standard library only, `plan` no torch.
+PROG = "python -m common" if __package__ == "common" else "magcache"
 
 
-def presets(args):
+def presets(arguments: list[str]) -> None:
     """List the ratio tables: those of the repository, then those measured on this machine."""
+    from .schedule import Settings
+    from .tables import calibrations_folder, load, preset_names, read
+
+    parser_of(presets).parse_args(arguments)
     tables = [load(name) for name in preset_names()]
     own = []
     for path in sorted(calibrations_folder().glob("*.json")):
@@ -53,24 +63,24 @@ def presets(args):
     )
 
 
-def planned(table, levels, settings, interpolation="sigma"):
-    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary
-    lies."""
-    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
-
-
-def thresholds(args, table):
-    """Settings from the flags, the published ones where a flag is left out."""
-    given = {name: getattr(args, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
-    chosen = {**table.settings, **{name: value for name, value in given.items() if value is not None}}
-    missing = [name for name in given if name not in chosen]
-    if missing:
-        raise MagCacheError(f"{table.name} has no published settings; give --{' --'.join(missing)}.")
-    return Settings(**chosen)
-
-
-def plan(args):
+def plan(arguments: list[str]) -> None:
     """Print which steps a run would skip."""
+    from .report import plan_text
+    from .scripts.flags import add_target_flags, target_of
+    from .tables import load
+
+    parser = parser_of(plan)
+    parser.add_argument("preset", metavar="PRESET|FILE")
+    parser.add_argument("--steps", type=int, help="default: as calibrated")
+    parser.add_argument("--shift", type=float, help="shift of the sampler; default: as calibrated")
+    parser.add_argument("--magcache_thresh", type=float)
+    parser.add_argument("--magcache_K", type=int)
+    parser.add_argument("--retention_ratio", type=float)
+    add_target_flags(parser)
+    parser.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error, skipped steps")
+    args = parser.parse_args(arguments)
+
     table = load(args.preset)
     levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
     target = target_of(args)
@@ -81,13 +91,41 @@ def plan(args):
     )
     print(plan_text(schedule, levels, table))
     if args.plot:
+        from .scripts.plots import plot_schedule
+
         plot_schedule(args.plot, schedule, levels, table.name)
         print(f"  picture: {args.plot}")
 
 
-def compare(args):
+def planned(table: RatioTable, levels: np.ndarray, settings: Settings, interpolation: str = "sigma") -> Schedule:
+    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary
+    lies."""
+    from .schedule import magcache_schedule, rule_of
+
+    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
+
+
+def thresholds(args: argparse.Namespace, table: RatioTable) -> Settings:
+    """Settings from the flags, the published ones where a flag is left out."""
+    from .schedule import Settings
+
+    given = {name: getattr(args, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
+    chosen = {**table.settings, **{name: value for name, value in given.items() if value is not None}}
+    missing = [name for name in given if name not in chosen]
+    if missing:
+        raise MagCacheError(f"{table.name} has no published settings; give --{' --'.join(missing)}.")
+    return Settings(**chosen)
+
+
+def compare(arguments: list[str]) -> None:
     """PSNR, SSIM and MS-SSIM of B against A, and both side by side."""
     from .scripts.quality import quality, quality_text, read_frames, side_by_side
+
+    parser = parser_of(compare)
+    parser.add_argument("a", metavar="A", help="un-cached picture or video")
+    parser.add_argument("b", metavar="B", help="cached picture or video")
+    parser.add_argument("--out", type=Path, help="where the side-by-side picture or video goes")
+    args = parser.parse_args(arguments)
 
     (reference, fps), (result, _) = read_frames(args.a), read_frames(args.b)
     print(quality_text(quality(reference, result)))
@@ -96,50 +134,40 @@ def compare(args):
     print(f"Side by side: {out}")
 
 
-def install(args):
+def install(arguments: list[str]) -> None:
     """Copy a drop-in and `common/` into an upstream checkout."""
     from .scripts.install import install as copy
+
+    parser = parser_of(install)
+    parser.add_argument("folder", metavar="FOLDER", help="MagCache4...")
+    parser.add_argument("path", type=Path, help="the upstream checkout")
+    args = parser.parse_args(arguments)
 
     command = copy(args.folder, args.path)
     print(f"Installed. Run it there:\n  cd {args.path}\n  {command}")
 
 
-def main(arguments=None):
+COMMANDS = {command.__name__: command for command in (presets, plan, compare, install)}
+
+
+def parser_of(command) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"{PROG} {command.__name__}", description=command.__doc__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command `magcache`; in a clone, and beside an installed drop-in, `python -m common`."""
     parser = argparse.ArgumentParser(
-        prog="python -m common", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROG,
+        description=(__doc__ or "").format(prog=PROG),
+        epilog="\n".join(f"{name:10} {(command.__doc__ or '')}" for name, command in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    commands.add_parser("presets", help=presets.__doc__).set_defaults(run=presets)
-
-    command = commands.add_parser("plan", help=plan.__doc__)
-    command.add_argument("preset", metavar="PRESET|FILE")
-    command.add_argument("--steps", type=int, help="default: as calibrated")
-    command.add_argument("--shift", type=float, help="shift of the sampler; default: as calibrated")
-    command.add_argument("--magcache_thresh", type=float)
-    command.add_argument("--magcache_K", type=int)
-    command.add_argument("--retention_ratio", type=float)
-    add_target_flags(command)
-    command.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
-    command.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error and skipped steps"
-    )
-    command.set_defaults(run=plan)
-
-    command = commands.add_parser("compare", help=compare.__doc__)
-    command.add_argument("a", metavar="A", help="un-cached picture or video")
-    command.add_argument("b", metavar="B", help="cached picture or video")
-    command.add_argument("--out", type=Path, help="where the side-by-side picture or video goes")
-    command.set_defaults(run=compare)
-
-    command = commands.add_parser("install", help=install.__doc__)
-    command.add_argument("folder", metavar="FOLDER", help="MagCache4...")
-    command.add_argument("path", type=Path, help="the upstream checkout")
-    command.set_defaults(run=install)
-
+    parser.add_argument("--version", action="version", version=f"MagCache {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; COMMAND --help lists them")
     args = parser.parse_args(arguments)
     try:
-        args.run(args)
+        COMMANDS[args.command](args.arguments)
     except MagCacheError as error:
         sys.exit(f"magcache: {error}")
 

@@ -16,6 +16,7 @@ from ..errors import MagCacheError
 from ..tables import published
 from .checkout import one_sentence
 from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken
+from .install import REPOSITORY
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
 from .session import REPORT, Session, beside, check_calibration, files_of, own_place
 
@@ -28,7 +29,7 @@ FLUX = Host(
         (forward["img_ids"][..., 0] == 0).sum()
     ),  # Kontext's reference tokens have 1 there
 )
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "image"
+DEMO = REPOSITORY / "demo" / "image"
 
 
 @dataclass(frozen=True)

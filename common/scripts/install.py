@@ -1,7 +1,8 @@
 """Copy a drop-in script and `common/` into an upstream checkout, without touching anybody else's file.
 
 Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in
-which folder there everything goes (`into`; none: its root), and what to run then.
+which folder there everything goes (`into`; none: its root), and what to run then. Where a folder serves several
+checkouts, or versions of one, it holds a list of these, and the first that is recognised counts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from ..errors import MagCacheError
 from ..files import write_json
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+COMMON = Path(__file__).resolve().parents[1]
+# Of the repository, or of the package that `pip install` made of it.
+REPOSITORY = COMMON / "bundled" if (COMMON / "bundled").is_dir() else COMMON.parent
 MANIFEST = ".magcache_installed.json"
 
 
@@ -22,22 +25,23 @@ def folders():
     return sorted(path.parent.name for path in REPOSITORY.glob("*/install.json"))
 
 
+def common_files():
+    """{name in the checkout: path here} of the shared module."""
+    paths = [*COMMON.glob("*.py"), *COMMON.glob("scripts/*.py"), *COMMON.glob("presets/*.json")]
+    return {f"common/{path.relative_to(COMMON).as_posix()}": path for path in sorted(paths)}
+
+
 def install(folder, target):
     """Copy; returns the command to run in the target. Raises MagCacheError before the first file is copied if the
     target is not the right checkout or a file in the way was not written by this function."""
     source, target = REPOSITORY / Path(folder).name, Path(target)
     if not (source / "install.json").is_file():
         raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
-    facts = json.loads((source / "install.json").read_text())
     if not target.is_dir():
         raise MagCacheError(f"There is no folder {target}.")
-    missing = [name for name in facts["recognised_by"] if not (target / name).exists()]
-    if missing:
-        raise MagCacheError(f"{target} is not a checkout of {facts['upstream']}: it has no {', '.join(missing)}.")
+    facts = recognised(json.loads((source / "install.json").read_text()), target)
 
-    common = [path for path in sorted((REPOSITORY / "common").rglob("*")) if path.suffix in (".py", ".json")]
-    files = {str(path.relative_to(REPOSITORY)): path for path in common}
-    files |= {name: source / name for name in facts["files"]}
+    files = {**common_files(), **{name: source / name for name in facts["files"]}}
     target = target / facts.get("into", "")
     manifest_path = target / MANIFEST
     try:
@@ -65,6 +69,19 @@ def install(folder, target):
             ) from None
     write_json(manifest_path, written | {name: digest(path) for name, path in files.items()})
     return facts["run"]
+
+
+def recognised(known, target):
+    """The first of the known checkouts (or the only one) that the folder is. Raises MagCacheError if it is none."""
+    known = known if isinstance(known, list) else [known]
+    missing = [[name for name in facts["recognised_by"] if not (target / name).exists()] for facts in known]
+    found = next((facts for facts, absent in zip(known, missing) if not absent), None)
+    if found is None:
+        names = list(dict.fromkeys(facts["upstream"] for facts in known))
+        raise MagCacheError(
+            f"{target} is not a checkout of {' or '.join(names)}: it has no {', '.join(min(missing, key=len))}."
+        )
+    return found
 
 
 def digest(path):

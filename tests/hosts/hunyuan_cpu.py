@@ -2,8 +2,8 @@
 everything of theirs is real but the text encoders, the VAE, the attention kernel, xfuser's collectives and packages
 that a test does not need.
 
-    cd /folder/with/hyvideo && python tests/hunyuan_cpu.py magcache_sample_video.py --video-size 544 960 ...
-    cd /folder/with/hyvideo && python tests/hunyuan_cpu.py --checkpoint     # writes ckpts/ with weights and FP8 weights
+    cd /folder/with/hyvideo && python tests/hosts/hunyuan_cpu.py magcache_sample_video.py --video-size 544 960 ...
+    cd /folder/with/hyvideo && python tests/hosts/hunyuan_cpu.py --checkpoint     # writes ckpts/
 
 Under WORLD_SIZE > 1 the process group is gloo's. HUNYUAN_LATE=1 puts the patch on after parallelize_transformer.
 """

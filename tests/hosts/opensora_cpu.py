@@ -2,8 +2,8 @@
 and models and the configurations too, but the text encoders, the VAEs, the attention kernels, ColossalAI and the
 packages that they import and a test does not need.
 
-    cd /checkout && python tests/opensora_cpu.py magcache_inference.py configs/diffusion/inference/256px.py --prompt cat
-    ... cd /checkout && python tests/opensora_cpu.py --serve            # runs many (`wan_cpu.serve`)
+    cd /checkout && python tests/hosts/opensora_cpu.py magcache_inference.py configs/diffusion/inference/256px.py ...
+    ... cd /checkout && python tests/hosts/opensora_cpu.py --serve            # runs many (`wan_cpu.serve`)
 
 REUSE=##..#. in the environment: the transformer runs all its blocks, and where there is a dot their effect is replaced
 by that of the last #. This is the independent computation with which a cached run is compared. Under WORLD_SIZE > 1 the

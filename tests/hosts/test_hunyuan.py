@@ -1,5 +1,5 @@
 """HunyuanVideo: a transformer shaped like the checkout's, written for these tests, and diffusers' own with random
-weights. tests/test_hunyuan_upstream.py runs the same on the checkout's transformer, and its scripts."""
+weights. tests/hosts/test_hunyuan_upstream.py runs the same on the checkout's transformer, and its scripts."""
 
 import argparse
 import copy
@@ -34,7 +34,7 @@ from common.tables import RatioTable, load, read
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(REPOSITORY / "MagCache4HunyuanVideo" / "magcache_sample_video.py"))
 PUBLISHED = Settings(0.24, 6, 0.2)
-GOLDEN = json.loads((REPOSITORY / "tests" / "golden_schedules.json").read_text())["runs"]
+GOLDEN = json.loads((REPOSITORY / "tests" / "unit" / "golden_schedules.json").read_text())["runs"]
 RATIOS = RatioTable(
     name="tiny",
     origin="measured",

@@ -1,5 +1,5 @@
 """HunyuanVideo's own code: its transformer in the tests of test_hunyuan.py, and its scripts, run by
-tests/hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
+hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
 diffusers, transformers)."""
 
 import os
@@ -31,7 +31,7 @@ from common.tables import read
 CHECKOUT = os.environ.get("MAGCACHE_HUNYUANVIDEO")
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="MAGCACHE_HUNYUANVIDEO names no checkout of Tencent/HunyuanVideo")
 REPOSITORY = Path(__file__).resolve().parents[2]
-HARNESS = REPOSITORY / "tests" / "hunyuan_cpu.py"
+HARNESS = REPOSITORY / "tests" / "hosts" / "hunyuan_cpu.py"
 README = (REPOSITORY / "MagCache4HunyuanVideo" / "README.md").read_text()
 COMMANDS = [block.replace("\\\n", " ") for block in re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)]
 FP8_WEIGHTS = "ckpts/hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states_fp8.pt"

@@ -232,7 +232,7 @@ class Toy:
     def __init__(self, name, folder, monkeypatch, capsys):
         self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
         self.script = "scripts/diffusion/inference.py" if name == "open_sora_2" else "scripts/inference.py"
-        shutil.copytree(REPOSITORY / "tests" / name, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / "tests" / "hosts" / name, folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPOSITORY / "MagCache4Open-Sora" / "magcache_inference.py", folder)
         monkeypatch.setenv("MAGCACHE_HOME", str(folder / "home"))
         monkeypatch.chdir(folder)

@@ -2,7 +2,7 @@
 weights:
 
     MAGCACHE_OPENSORA=/path/to/2.0 MAGCACHE_OPENSORA_1_2=/path/to/1.2 MAGCACHE_OPENSORA_1_3=/path/to/1.3 \\
-        python -m pytest tests/test_open_sora_upstream.py
+        python -m pytest tests/hosts/test_open_sora_upstream.py
 
 Structure, not quality. Text encoders, VAEs, attention kernels and ColossalAI are replaced (opensora_cpu.py); nothing is
 written into the checkouts. Needs mmengine, pandas, av, rotary-embedding-torch, beartype and omegaconf, which they

@@ -1,6 +1,6 @@
 """The drop-ins in checkouts of Wan2.1 and Wan2.2, whose generate.py no package has, on a CPU with tiny random weights:
 
-    MAGCACHE_WAN21=/path/to/Wan2.1 MAGCACHE_WAN22=/path/to/Wan2.2 python -m pytest tests/test_wan21.py
+    MAGCACHE_WAN21=/path/to/Wan2.1 MAGCACHE_WAN22=/path/to/Wan2.2 python -m pytest tests/hosts/test_wan21.py
 
 Structure, not quality. Text encoder, VAE, CLIP, xfuser and the attention kernel are replaced (wan_cpu.py); nothing is
 written into the checkouts."""

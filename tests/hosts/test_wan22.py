@@ -30,7 +30,7 @@ TASKS = {
 }
 CHECKPOINTS = {"t2v": "t2v-experts", "i2v": "i2v-experts", "ti2v-t2v": "ti2v", "ti2v-i2v": "ti2v"}
 
-# Steps that the release skips with its published settings (tests/test_schedule.py reproduces them from its rule).
+# Steps that the release skips with its published settings (tests/unit/test_schedule.py reproduces them from its rule).
 SKIPPED = {
     "wan2.2-t2v-a14b": [10, 11, 13, 14, 16, 17, 19, 20, 22, 23, 25, 32, 34, 36],
     "wan2.2-i2v-a14b": [18, 19, 21, 22, 24, 25, 27, 29, 31, 33],

@@ -1,4 +1,4 @@
-"""What tests/test_wan21.py and tests/test_wan22.py run inside `wan_cpu.py --serve`, each case in a process of its own,
+"""What test_wan21.py and test_wan22.py run inside `wan_cpu.py --serve`, each case in a process of its own,
 on models with random weights:
 
     wan_cases.py CASE CHECKPOINTS ARGUMENT ...     # leaves what the case returns in result.json
@@ -25,7 +25,7 @@ from common.patch import magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.scripts.checkout import timesteps_noted  # noqa: E402
-from common.scripts.session import Session
+from common.scripts.session import Session  # noqa: E402
 from common.scripts.wan import add_flags, cached, experts_of, host_of, schedulers_of  # noqa: E402
 from common.tables import RatioTable, load  # noqa: E402
 

@@ -1,8 +1,8 @@
 """Run a Wan checkout's scripts on a CPU, with tiny random weights: everything of theirs is real but the text encoder,
 the VAE, CLIP, the attention kernel and the packages that they import and a test does not need.
 
-    cd /folder/with/wan && python tests/wan_cpu.py magcache_generate.py --task t2v-1.3B ...   # runs a script
-    cd /folder/with/wan && python tests/wan_cpu.py --serve                                    # runs many (`serve`)
+    cd /folder/with/wan && python tests/hosts/wan_cpu.py magcache_generate.py --task t2v-1.3B ...   # runs a script
+    cd /folder/with/wan && python tests/hosts/wan_cpu.py --serve            # runs many (`serve`)
 
 Under WORLD_SIZE > 1 the process group is gloo's.
 """

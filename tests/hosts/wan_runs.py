@@ -47,7 +47,7 @@ class WanRuns:
         self.folder, self.count = folder, 0
         self.log = folder / "server.log"
         self.server = subprocess.Popen(
-            [sys.executable, REPOSITORY / "tests" / harness, "--serve"],
+            [sys.executable, REPOSITORY / "tests" / "hosts" / harness, "--serve"],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

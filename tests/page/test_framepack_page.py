@@ -1,7 +1,7 @@
 """The real page of a FramePack checkout with tiny random weights: jobs through its own `process` and `worker`, and a
 browser.
 
-    MAGCACHE_FRAMEPACK=/path/to/FramePack python -m pytest tests/test_framepack_page.py
+    MAGCACHE_FRAMEPACK=/path/to/FramePack python -m pytest tests/page/test_framepack_page.py
 
 Needs gradio 5 as the checkout pins it; the browser also playwright and Chromium ($MAGCACHE_CHROMIUM, else the one on
 the PATH). $MAGCACHE_SCREENSHOT: file that a picture of the page goes to.

@@ -228,6 +228,22 @@ def test_install_refuses_the_wrong_checkout(tmp_path, monkeypatch):
         install("MagCache4Other", tmp_path)
 
 
+def test_install_prints_what_to_run_in_the_version_that_it_recognised(tmp_path):
+    for version, config in {
+        "2": "diffusion/inference/256px.py",
+        "1.3": "opensora-v1-3",
+        "1.2": "opensora-v1-2",
+    }.items():
+        checkout = tmp_path / version
+        for name in ("opensora/registry.py", "scripts/inference.py", f"configs/{config}"):
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).touch()
+        assert f"magcache_inference.py configs/{config}" in install("MagCache4Open-Sora", checkout)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(MagCacheError, match="is not a checkout of hpcaitech/Open-Sora: it has no opensora/registry.py"):
+        install("MagCache4Open-Sora", tmp_path / "other")
+
+
 def test_every_dropin_folder_is_complete():
     assert set(folders()) >= {"MagCache4FLUX", "MagCache4FLUX_schnell"}
     for folder in folders():
