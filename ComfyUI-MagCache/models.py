@@ -1,40 +1,8 @@
 """What MagCache has to know of ComfyUI's transformer classes, and which published ratios belong to which model."""
 
-from math import ceil, prod
+from math import prod
 
-from .common.blocks import Host
 from .common.errors import MagCacheError
-
-
-def picture_tokens(forward):
-    """The tokens of the picture itself; those of reference pictures follow them."""
-    *frames, height, width = forward["x"].shape[2:]
-    side = forward["patch_size"]
-    return prod(frames) * ceil(height / side) * ceil(width / side)
-
-
-FLUX = Host(
-    blocks=("double_blocks", "single_blocks"),
-    final_layer="final_layer",
-    image_tokens="img",
-    in_place=True,
-    noise_tokens=picture_tokens,
-)
-HUNYUAN_VIDEO = Host(
-    blocks=("double_blocks", "single_blocks"), final_layer="final_layer", image_tokens="img", in_place=True
-)
-WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
-QWEN_IMAGE = Host(blocks=("transformer_blocks",), final_layer="norm_out", noise_tokens=picture_tokens)
-
-# By exact class: a subclass may run its blocks in another way.
-HOSTS = {
-    "comfy.ldm.flux.model.Flux": FLUX,
-    "comfy.ldm.chroma.model.Chroma": FLUX,
-    "comfy.ldm.hunyuan_video.model.HunyuanVideo": HUNYUAN_VIDEO,
-    "comfy.ldm.wan.model.WanModel": WAN,
-    "comfy.ldm.wan.model.VaceWanModel": WAN,
-    "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": QWEN_IMAGE,
-}
 
 # Name in the node: (class, tables). Of several tables the one with the run's number of steps nearest to its own is
 # taken.
@@ -59,17 +27,6 @@ MODEL_TYPES = {
     "wan2.2_ti2v_5B_i2v": ("WanModel", ("wan2.2-ti2v-5b-i2v",)),
 }
 PIXELS_480P, PIXELS_720P, PIXELS_A_LATENT = 832 * 480, 1280 * 720, 8 * 8
-
-
-def host_of(model):
-    """The Host of a transformer. Raises MagCacheError for a class that MagCache does not know."""
-    known = HOSTS.get(f"{type(model).__module__}.{type(model).__qualname__}")
-    if known is None:
-        raise MagCacheError(
-            f"MagCache does not know the model class {type(model).__name__}; it knows "
-            f"{', '.join(name.rpartition('.')[2] for name in HOSTS)}."
-        )
-    return known
 
 
 def require_class(model_type, model):

@@ -20,6 +20,7 @@ from .common import tables
 from .common.blocks import BlockStack
 from .common.calibration import Statistics, fingerprint_of
 from .common.errors import MagCacheError
+from .common.hosts import host_of
 from .common.patch import REHEARSALS, inner_module
 from .common.planner import Target
 from .common.report import RunReport, plan_text
@@ -28,7 +29,7 @@ from .common.schedule import Rule, Settings, compute_all, magcache_schedule, rul
 from .common.steps import Call
 from .common.tables import calibrations_folder, load
 from .common.timing import Stopwatch
-from .models import MODEL_TYPES, host_of, recognise, require_class
+from .models import MODEL_TYPES, recognise, require_class
 
 KEY = "magcache"
 UNPUBLISHED = {

@@ -7,16 +7,16 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.blocks import Host
 from common.calibration import fingerprint
 from common.errors import MagCacheError
 from common.files import write_json
+from common.hosts import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.report import finite, plan_text
@@ -27,28 +27,6 @@ from common.steps import TRAIN_TIMESTEPS
 from common.tables import calibrations_folder, find, load
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
-
-
-def section_tokens(model, forward):
-    """How many tokens the section that is being sampled has. The packed frames around it precede them and are not
-    output."""
-    frames, height, width = forward["hidden_states"].shape[2:]
-    patch, frames_a_patch = model.config["patch_size"], model.config["patch_size_t"]
-    return frames // frames_a_patch * (height // patch) * (width // patch)
-
-
-# Of lllyasviel/FramePack and of HunyuanVideoFramepackTransformer3DModel in diffusers.
-FRAMEPACK = Host(
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    final_layer="norm_out",
-    output_tokens=section_tokens,
-    residual_shape=lambda model, forward: (
-        len(forward["hidden_states"]),
-        section_tokens(model, forward),
-        model.config["num_attention_heads"] * model.config["attention_head_dim"],
-    ),
-)
-ALL_TOKENS = replace(FRAMEPACK, output_tokens=None)  # what the published tables are a statistic of
 
 
 @dataclass(frozen=True)
@@ -104,9 +82,7 @@ class Jobs:
         self.model_name = demo.transformer.config.get("_name_or_path", "")
         self.checkpoint = fingerprint(demo.transformer)
         self.table = load(args.mag_ratios) if args.mag_ratios else find(self.model_name, self.checkpoint)
-        self.calibration_file = (
-            named_calibration(args) or calibrations_folder() / f"{published}-{self.checkpoint}.json"
-        )
+        self.calibration_file = named_calibration(args) or calibrations_folder() / f"{published}-{self.checkpoint}.json"
         self.teacache_index = demo.ips.index(demo.use_teacache)
         self.host_process, self.host_worker, self.host_sample = demo.process, demo.worker, demo.sample_hunyuan
         self.sampler = sys.modules[demo.sample_hunyuan.__module__]

@@ -14,9 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
 
-from common.blocks import Host  # noqa: E402
 from common.calibration import fingerprint  # noqa: E402
 from common.errors import MagCacheError  # noqa: E402
+from common.hosts import HUNYUANVIDEO_CHECKOUT  # noqa: E402
 from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
 from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
 from common.scripts.session import Session, volume  # noqa: E402
@@ -29,20 +29,6 @@ RETENTION_RATIO = 0.2  # the first fifth of the steps always computes
 
 # Ratio tables (common/presets) of each --model; that of the nearest picture size is taken.
 TABLES = {"HYVideo-T/2-cfgdistill": ("hunyuanvideo-t2v-544p", "hunyuanvideo-t2v-720p")}
-
-# The transformer: image and text tokens apart in double_blocks, joined in single_blocks with the image first.
-HOST = Host(
-    blocks=("double_blocks", "single_blocks"),
-    final_layer="final_layer",
-    image_tokens=0,
-    latent="x",
-    timestep="t",
-    residual_shape=lambda model, forward: (
-        len(forward["x"]),
-        math.prod(size // patch for size, patch in zip(forward["x"].shape[2:], model.patch_size)),
-        model.hidden_size,
-    ),
-)
 
 
 @one_sentence
@@ -115,7 +101,10 @@ def cached(sampler_class, session):
             pipe = super().load_diffusion_pipeline(*args, **kwargs)
             if session:  # here, since parallelize_transformer afterwards calls the forward that it finds
                 session.patch(
-                    pipe.transformer, HOST, lambda: self.pipeline.scheduler.timesteps, fingerprint(pipe.transformer)
+                    pipe.transformer,
+                    HUNYUANVIDEO_CHECKOUT,
+                    lambda: self.pipeline.scheduler.timesteps,
+                    fingerprint(pipe.transformer),
                 )
             return pipe
 

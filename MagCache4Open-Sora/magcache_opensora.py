@@ -4,7 +4,6 @@ own inference script with MagCache."""
 from __future__ import annotations
 
 import functools
-import math
 import random
 import sys
 from dataclasses import replace
@@ -13,51 +12,14 @@ from pathlib import Path
 
 import torch
 
-from common.blocks import Host
 from common.calibration import fingerprint
 from common.errors import MagCacheError
+from common.hosts import STDIT3, mmdit
 from common.ranks import is_writer
 from common.scripts.checkout import one_sentence, script_at
 from common.scripts.flags import add_opt_in_flags, check_flags, flags_taken, switched_on
 from common.scripts.session import Session
 from common.steps import TRAIN_TIMESTEPS
-
-
-def tokens_of_stdit3(model, forward):
-    ranks = torch.distributed.get_world_size() if model.enable_sequence_parallelism else 1
-    return len(forward["x"]), math.prod(model.get_dynamic_size(forward["x"])) // ranks, model.hidden_size
-
-
-# Under sequence parallelism STDiT3 gathers the tokens between its last block and its final layer. It casts to its
-# weights' type.
-STDIT3 = Host(
-    blocks=("spatial_blocks", "temporal_blocks"),
-    final_layer=None,
-    image_tokens=0,
-    latent="x",
-    residual_shape=tokens_of_stdit3,
-    residual_dtype=lambda model: model.x_embedder.proj.weight.dtype,
-)
-
-
-def mmdit(ranks):
-    """The facts of MMDiTModel, whose joint sequence of text and image is shared by `ranks` of a sequence-parallel
-    group."""
-
-    def residual_shape(model, forward):
-        batch, tokens, _ = forward["img"].shape
-        largest_share = math.ceil((forward["txt"].shape[1] + tokens) / ranks)
-        return batch, min(tokens, largest_share), model.hidden_size
-
-    return Host(
-        blocks=("double_blocks", "single_blocks"),
-        final_layer="final_layer",
-        image_tokens=0,
-        latent="img",
-        timestep="timesteps",
-        timestep_scale=1.0,
-        residual_shape=residual_shape,
-    )
 
 
 @one_sentence

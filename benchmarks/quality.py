@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_model import DEMO, PROMPTS, REPOSITORY, load_demo  # noqa: E402
-from transformer_facts import host_of  # noqa: E402
 
 from common.errors import (
     MagCacheError,  # noqa: E402
     needs,  # noqa: E402
 )
+from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.planner import Target, nearest_by_the_rule  # noqa: E402
 from common.report import memory_text  # noqa: E402

@@ -29,9 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from transformer_facts import host_of  # noqa: E402
-
 from common.errors import needs  # noqa: E402
+from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target, packed  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402

@@ -9,19 +9,13 @@ torch.set_num_threads(1)
 
 from diffusers import FluxTransformer2DModel  # noqa: E402
 
-from common.blocks import Host  # noqa: E402
+from common.hosts import FLUX  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.tables import RatioTable  # noqa: E402
 
 CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 8, 32
-FLUX = Host(
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    final_layer="norm_out",
-    timestep_scale=1.0,
-    residual_shape=lambda model, arguments: (*arguments["hidden_states"].shape[:2], model.inner_dim),
-)
 # Both branches shrink a little at each step, not equally, so that plans have runs of reuse and depend on the noise
 # levels.
 RATIOS = RatioTable(

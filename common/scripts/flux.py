@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..blocks import Host
 from ..calibration import fingerprint
 from ..errors import MagCacheError
+from ..hosts import FLUX
 from ..tables import published
 from .checkout import one_sentence
 from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken
@@ -20,15 +20,6 @@ from .install import REPOSITORY
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
 from .session import REPORT, Session, beside, check_calibration, files_of, own_place
 
-FLUX = Host(
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    final_layer="norm_out",
-    timestep_scale=1.0,  # diffusers hands sigma itself to this transformer
-    residual_shape=lambda model, forward: (*forward["hidden_states"].shape[:2], model.inner_dim),
-    noise_tokens=lambda forward: int(
-        (forward["img_ids"][..., 0] == 0).sum()
-    ),  # Kontext's reference tokens have 1 there
-)
 DEMO = REPOSITORY / "demo" / "image"
 
 
@@ -99,7 +90,7 @@ def check(args, ours):
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
     check_flags(ours, ("torchmetrics", "tabulate", "matplotlib"))
-    check_calibration(ours)
+    check_calibration(ours, args.steps)
     if args.output.suffix.lower() not in PICTURES:
         raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
     check_writable("--output", args.output)
@@ -119,7 +110,9 @@ def run(args, ours, script):
     if ours.magcache or ours.magcache_calibration is not None:
         about = {"model": args.model, "lora": args.lora or "", "seed": args.seed, "device": device}
         about["dtype"] = str(dtype).removeprefix("torch.")
-        session = session_of(args, ours, script, pipe, checkpoint, f"{width}x{height}", about)
+        session = session_of(
+            args, ours, script, pipe, checkpoint, f"{width}x{height}", {**about, "prompts": args.prompts}
+        )
         session.check(args.output)
         session.patch(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, checkpoint, min_steps=script.min_steps)
         say_what_a_lora_changes(args, session, checkpoint)
@@ -139,7 +132,7 @@ def run(args, ours, script):
             return (image.images * 255).round().astype(np.uint8)
 
         if session:
-            session.about["prompt"] = prompt
+            session.about = {**about, "prompt": prompt}
         picture = session.render(draw, args.steps) if session else draw(args.steps)
         save_frames(output, picture)
         print(f"{output}  ({prompt})")

@@ -93,7 +93,7 @@ class Session:
         if len(output.name.encode()) > NAME_BYTES:
             raise MagCacheError(f"The name of the output is longer than {NAME_BYTES} bytes: {output.name}.")
         if self.calibrating:
-            check_calibration(self.args)
+            check_calibration(self.args, self.steps)
             return
         settings = settings_of(self.args, self.script_settings)
         named = self.args.mag_ratios or self.preset
@@ -245,7 +245,9 @@ class Session:
             if self.args.magcache_calibration
             else f"runs of {self.task} with this checkpoint use it from now on."
         )
-        self.say(f"Measured in an un-cached run, saved as {self.calibration_path}; {hint}")
+        count = self.table.statistics["runs"]
+        runs = "an un-cached run" if count == 1 else f"{count} un-cached runs"
+        self.say(f"Measured in {runs}, saved as {self.calibration_path}; {hint}")
         if not self.calibrating:
             self.reports.append(self.handle.reports[-1])
 
@@ -379,9 +381,11 @@ def named_calibration(args):
     return path if path.suffix else path.with_name(f"{path.name}.json")
 
 
-def check_calibration(args):
-    """Find what makes a calibration impossible. Raises MagCacheError."""
+def check_calibration(args, steps: int):
+    """Find what makes a calibration in a run of so many steps impossible. Raises MagCacheError."""
     if args.magcache_calibration is not None:
+        if steps < 2:
+            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
         if args.compare:
             raise MagCacheError(
                 "--compare renders with MagCache, --magcache_calibration measures without: one at a time."

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..blocks import Host
 from ..errors import MagCacheError
+from ..hosts import WAN
 from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
@@ -21,14 +21,6 @@ from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on
 from .quality import PICTURES, VIDEO_SUFFIXES
 from .session import Session
 
-WAN = Host(
-    blocks=("blocks",),
-    final_layer="head",
-    image_tokens=0,
-    latent="x",
-    timestep="t",
-    residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim),
-)
 SAVERS = ("cache_video", "cache_image", "save_video")  # what one generate.py or another writes its result with
 
 
@@ -50,7 +42,7 @@ def main(*, settings: dict, tables: dict, pipelines: tuple, upstream: str, folde
     wan = importlib.import_module("wan")
     session = session_of(args, host_args, settings, tables)
     if host_args.save_file:
-        session.check(host_args.save_file, PICTURES if "t2i" in host_args.task else VIDEO_SUFFIXES)
+        session.check(host_args.save_file, (*PICTURES, ".tiff", ".gif") if "t2i" in host_args.task else VIDEO_SUFFIXES)
     else:
         session.check("output")
     for name in pipelines:

@@ -16,7 +16,9 @@ from comfyui_models import build, latent, prompt
 
 PACKAGE = next(name for name in sys.modules if name.endswith("ComfyUI-MagCache"))
 wrappers, models, package_nodes = (sys.modules[f"{PACKAGE}.{name}"] for name in ("wrappers", "models", "nodes"))
-ratios, schedules, blocks = (sys.modules[f"{PACKAGE}.common.{name}"] for name in ("ratios", "schedule", "blocks"))
+ratios, schedules, blocks, hosts = (
+    sys.modules[f"{PACKAGE}.common.{name}"] for name in ("ratios", "schedule", "blocks", "hosts")
+)
 WORK = Path(folder_paths.get_output_directory())
 # Reuses ##..#..#..#. of twelve steps, with both branches a little different.
 SETTINGS = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
@@ -87,7 +89,7 @@ class Watched:
 
     def __init__(self, patcher):
         model = transformer(patcher)
-        self.host = models.host_of(model)
+        self.host = hosts.host_of(model)
         first = next(blocks for blocks in (getattr(model, name) for name in self.host.blocks) if len(blocks))[0]
         self.before, self.ran, self.sigmas, self.branches = None, [], [], []
         self.hooks = [
@@ -560,12 +562,12 @@ def unknown_models_render_uncached():
     model.__class__ = type("Fluxus", (known,), {})
     uncached("does not know the model class Fluxus")
     model.__class__ = known
-    name = f"{known.__module__}.{known.__qualname__}"
-    models.HOSTS[name] = blocks.Host(blocks=("double_blocks", "triple_blocks"), final_layer="final_layer")
+    name = hosts.class_name(model)
+    hosts.HOSTS[name] = blocks.Host(blocks=("double_blocks", "triple_blocks"), final_layer="final_layer")
     try:
         uncached("Flux is not built as MagCache knows it")
     finally:
-        models.HOSTS[name] = models.FLUX
+        hosts.HOSTS[name] = hosts.COMFY_FLUX
     uncached("model_type wan2.1_t2v_14B is for a WanModel", model_type="wan2.1_t2v_14B")
     uncached("no magnitude ratios are known for this Flux", mag_ratios="")
 

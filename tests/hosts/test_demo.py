@@ -9,10 +9,10 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
+from common.hosts import FLUX
 from common.patch import magcache_forward
 from common.planner import Target
 from common.schedule import Rule, Settings
-from common.scripts.flux import FLUX
 from common.scripts.quality import quality
 from common.tables import load
 

@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import magcache_framepack_page as framepack_page
 import numpy as np
 import pytest
 import torch
 from framepack_cpu import IMAGE_WIDTH, TEXT_WIDTH, tiny_transformer
+from magcache_framepack import Jobs, sections, timesteps_noted
 from packages import unpacked
 
-from common import framepack_page
 from common.errors import MagCacheError
-from common.framepack import ALL_TOKENS, FRAMEPACK, Jobs, sections, timesteps_noted
+from common.hosts import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.schedule import Settings

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from common.blocks import BlockStack
 from common.errors import MagCacheError
-from common.hunyuan import HUNYUANVIDEO
+from common.hosts import HUNYUANVIDEO, HUNYUANVIDEO_CHECKOUT
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.ratios import flow_sigmas
@@ -157,7 +157,7 @@ class Subject:
 
     exact = torch.float64, 1e-9
 
-    def __init__(self, model, host=SCRIPT["HOST"], channels=4, text_width=8, pooled_width=8):
+    def __init__(self, model, host=HUNYUANVIDEO_CHECKOUT, channels=4, text_width=8, pooled_width=8):
         self.model, self.host, self.channels = model, host, channels
         self.text_width, self.pooled_width = text_width, pooled_width
 
@@ -543,7 +543,7 @@ def one_rank(rank, folder):
         Path(folder, f"late{rank}").write_text(str(error))
     sampler = Flow(shaped())
     with magcache_calibration(
-        sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", f"{folder}/two.json"
+        sampler.subject.model, HUNYUANVIDEO_CHECKOUT, lambda: sampler.timesteps, "tiny", f"{folder}/two.json"
     ):
         parallelize(sampler.subject.model)
         sampler.run()
@@ -565,7 +565,7 @@ def test_two_ranks_render_and_measure_what_one_does(tmp_path):
         assert its_strip == strip and "can only concatenate" in (tmp_path / f"late{rank}").read_text()
     sampler = Flow(shaped())
     with magcache_calibration(
-        sampler.subject.model, SCRIPT["HOST"], lambda: sampler.timesteps, "tiny", tmp_path / "one.json"
+        sampler.subject.model, HUNYUANVIDEO_CHECKOUT, lambda: sampler.timesteps, "tiny", tmp_path / "one.json"
     ):
         sampler.run()
     one, two = (read(tmp_path / f"{name}.json").mag_ratios["cond"] for name in ("one", "two"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from common.errors import MagCacheError
-from common.scripts.wan import WAN, add_flags, host_of, session_of
+from common.hosts import WAN
+from common.scripts.wan import add_flags, host_of, session_of
 from common.tables import calibrations_folder, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ import demo_model  # noqa: E402
 import experiments  # noqa: E402
 import quality as quality_benchmark  # noqa: E402
 import speed  # noqa: E402
-from transformer_facts import host_of  # noqa: E402
 
 from common.errors import MagCacheError  # noqa: E402
+from common.hosts import host_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_experiments_run(demo, monkeypatch):
 
 @pytest.mark.parametrize("name", speed.SMALL)
 def test_speed_runs_every_structure(name):
-    """Of six steps, one block a list: the facts in transformer_facts.py are the real classes', and three steps are
+    """Of six steps, one block a list: the facts in common/hosts.py are the real classes', and three steps are
     skipped."""
     make, config = speed.SMALL[name]
     shrunk = {**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}, "text": (4, 32)}
@@ -119,5 +119,5 @@ def test_the_speed_table_is_written(tmp_path, monkeypatch):
 
 
 def test_a_transformer_without_facts_gets_a_sentence():
-    with pytest.raises(MagCacheError, match="add its facts to benchmarks/transformer_facts.py"):
+    with pytest.raises(MagCacheError, match="add its facts to common/hosts.py"):
         host_of(torch.nn.Linear(1, 1))

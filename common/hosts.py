@@ -1,0 +1,225 @@
+"""What MagCache knows of transformer classes: the facts (`blocks.Host`) of each, by its package and class name.
+
+Every fact of diffusers' classes was proved on the class itself: the residual of a call, put back on the same inputs,
+made the same output with no block run (tests/hosts/test_pipelines.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, prod
+
+from .blocks import Host
+from .errors import MagCacheError
+
+
+def shared_residual(model, forward) -> tuple:
+    """The shape where the latent comes as tokens: (batch, tokens, the model's width)."""
+    return *forward["hidden_states"].shape[:2], model.inner_dim
+
+
+def patches(sizes, patch) -> int:
+    """How many tokens a latent of these sizes becomes, a patch a token."""
+    return prod(size // side for size, side in zip(sizes, patch))
+
+
+# diffusers. FLUX.1, Kontext and their fine-tunes: Kontext's reference tokens have 1 in the first of their coordinates.
+FLUX = Host(
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    final_layer="norm_out",
+    timestep_scale=1.0,
+    residual_shape=shared_residual,
+    noise_tokens=lambda forward: int((forward["img_ids"][..., 0] == 0).sum()),
+)
+
+
+def tokens_of_hunyuanvideo(model, forward):
+    config = model.config
+    sides = config["patch_size_t"], config["patch_size"], config["patch_size"]
+    return patches(forward["hidden_states"].shape[2:], sides)
+
+
+def residual_of_hunyuanvideo(model, forward):
+    width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+    return len(forward["hidden_states"]), tokens_of_hunyuanvideo(model, forward), width
+
+
+# Text-to-video, and image-to-video with the picture as further channels or as the first frame's tokens.
+HUNYUANVIDEO = Host(
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    final_layer="norm_out",
+    residual_shape=residual_of_hunyuanvideo,
+)
+
+# FramePack, of diffusers and of lllyasviel/FramePack: the packed frames around a section precede its tokens and are no
+# output. ALL_TOKENS is what the published tables are a statistic of.
+FRAMEPACK = replace(HUNYUANVIDEO, output_tokens=tokens_of_hunyuanvideo)
+ALL_TOKENS = replace(FRAMEPACK, output_tokens=None)
+
+# The checkouts of Wan2.1 and Wan2.2, and the package wan22.
+WAN = Host(
+    blocks=("blocks",),
+    final_layer="head",
+    image_tokens=0,
+    latent="x",
+    timestep="t",
+    residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim),
+)
+
+# The checkout of HunyuanVideo: image and text apart in double_blocks, joined in single_blocks with the image first.
+HUNYUANVIDEO_CHECKOUT = Host(
+    blocks=("double_blocks", "single_blocks"),
+    final_layer="final_layer",
+    image_tokens=0,
+    latent="x",
+    timestep="t",
+    residual_shape=lambda model, forward: (
+        len(forward["x"]),
+        patches(forward["x"].shape[2:], model.patch_size),
+        model.hidden_size,
+    ),
+)
+
+
+def residual_of_stdit3(model, forward):
+    ranks = 1
+    if model.enable_sequence_parallelism:
+        from torch.distributed import get_world_size
+
+        ranks = get_world_size()
+    return len(forward["x"]), prod(model.get_dynamic_size(forward["x"])) // ranks, model.hidden_size
+
+
+# Open-Sora 1.2 and 1.3. Under sequence parallelism it gathers the tokens between its last block and its final layer.
+# It casts to its weights' type.
+STDIT3 = Host(
+    blocks=("spatial_blocks", "temporal_blocks"),
+    final_layer=None,
+    image_tokens=0,
+    latent="x",
+    residual_shape=residual_of_stdit3,
+    residual_dtype=lambda model: model.x_embedder.proj.weight.dtype,
+)
+
+
+def mmdit(ranks: int = 1) -> Host:
+    """Open-Sora 2.0, whose joint sequence of text and image is shared by `ranks` of a sequence-parallel group."""
+
+    def residual_shape(model, forward):
+        batch, tokens, _ = forward["img"].shape
+        largest_share = ceil((forward["txt"].shape[1] + tokens) / ranks)
+        return batch, min(tokens, largest_share), model.hidden_size
+
+    return Host(
+        blocks=("double_blocks", "single_blocks"),
+        final_layer="final_layer",
+        image_tokens=0,
+        latent="img",
+        timestep="timesteps",
+        timestep_scale=1.0,
+        residual_shape=residual_shape,
+    )
+
+
+def pictures_own_tokens(forward):
+    """In ComfyUI, the tokens of the picture itself; those of reference pictures follow them."""
+    *frames, height, width = forward["x"].shape[2:]
+    side = forward["patch_size"]
+    return prod(frames) * ceil(height / side) * ceil(width / side)
+
+
+# ComfyUI's own classes.
+COMFY_FLUX = Host(
+    blocks=("double_blocks", "single_blocks"),
+    final_layer="final_layer",
+    image_tokens="img",
+    in_place=True,
+    noise_tokens=pictures_own_tokens,
+)
+COMFY_HUNYUANVIDEO = replace(COMFY_FLUX, noise_tokens=None)
+COMFY_WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
+COMFY_QWEN_IMAGE = Host(blocks=("transformer_blocks",), final_layer="norm_out", noise_tokens=pictures_own_tokens)
+
+JOINT = Host(blocks=("transformer_blocks", "single_transformer_blocks"), final_layer="norm_out")
+BLOCKS = Host(blocks=("blocks",), final_layer="norm_out")
+TRANSFORMER_BLOCKS = Host(blocks=("transformer_blocks",), final_layer="norm_out")
+
+# By exact class: a subclass may run its blocks in another way.
+HOSTS: dict[str, Host] = {
+    "comfy.Chroma": COMFY_FLUX,
+    "comfy.Flux": COMFY_FLUX,
+    "comfy.HunyuanVideo": COMFY_HUNYUANVIDEO,
+    "comfy.QwenImageTransformer2DModel": COMFY_QWEN_IMAGE,
+    "comfy.VaceWanModel": COMFY_WAN,
+    "comfy.WanModel": COMFY_WAN,
+    "diffusers.AllegroTransformer3DModel": TRANSFORMER_BLOCKS,
+    "diffusers.AuraFlowTransformer2DModel": Host(
+        blocks=("joint_transformer_blocks", "single_transformer_blocks"), final_layer="norm_out", timestep_scale=1.0
+    ),
+    "diffusers.BriaFiboTransformer2DModel": JOINT,
+    "diffusers.BriaTransformer2DModel": JOINT,
+    "diffusers.ChromaTransformer2DModel": replace(JOINT, timestep_scale=1.0),
+    "diffusers.ChronoEditTransformer3DModel": BLOCKS,
+    "diffusers.CogVideoXTransformer3DModel": replace(TRANSFORMER_BLOCKS, final_layer="norm_final"),
+    "diffusers.CogView3PlusTransformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.CogView4Transformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.EasyAnimateTransformer3DModel": replace(TRANSFORMER_BLOCKS, final_layer="norm_final"),
+    "diffusers.ErnieImageTransformer2DModel": Host(blocks=("layers",), final_layer="final_norm"),
+    "diffusers.Flux2Transformer2DModel": replace(JOINT, timestep_scale=1.0),
+    "diffusers.FluxTransformer2DModel": FLUX,
+    "diffusers.HeliosTransformer3DModel": BLOCKS,
+    "diffusers.HiDreamImageTransformer2DModel": Host(
+        blocks=("double_stream_blocks", "single_stream_blocks"), final_layer="final_layer", timestep="timesteps"
+    ),
+    "diffusers.HunyuanDiT2DModel": BLOCKS,
+    "diffusers.HunyuanImageTransformer2DModel": JOINT,
+    "diffusers.HunyuanVideo15Transformer3DModel": TRANSFORMER_BLOCKS,
+    "diffusers.HunyuanVideoFramepackTransformer3DModel": FRAMEPACK,
+    "diffusers.HunyuanVideoTransformer3DModel": HUNYUANVIDEO,
+    "diffusers.JoyImageEditPlusTransformer3DModel": Host(blocks=("double_blocks",), final_layer="norm_out"),
+    "diffusers.JoyImageEditTransformer3DModel": Host(blocks=("double_blocks",), final_layer="norm_out"),
+    "diffusers.Krea2Transformer2DModel": Host(
+        blocks=("transformer_blocks",), final_layer="final_layer", timestep_scale=1.0
+    ),
+    "diffusers.LTXVideoTransformer3DModel": TRANSFORMER_BLOCKS,
+    "diffusers.LatteTransformer3DModel": Host(
+        blocks=("transformer_blocks", "temporal_transformer_blocks"), final_layer="norm_out"
+    ),
+    "diffusers.LongCatImageTransformer2DModel": replace(JOINT, timestep_scale=1.0),
+    "diffusers.MiniMaxMusic3Transformer1DModel": replace(TRANSFORMER_BLOCKS, final_layer="proj_out"),
+    "diffusers.MotifVideoTransformer3DModel": JOINT,
+    "diffusers.NucleusMoEImageTransformer2DModel": replace(TRANSFORMER_BLOCKS, timestep_scale=1.0),
+    "diffusers.OvisImageTransformer2DModel": replace(JOINT, timestep_scale=1.0),
+    "diffusers.PRXTransformer2DModel": Host(blocks=("blocks",), final_layer="final_layer", timestep_scale=1.0),
+    "diffusers.PixArtTransformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.QwenImageTransformer2DModel": replace(TRANSFORMER_BLOCKS, timestep_scale=1.0),
+    "diffusers.SD3Transformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.SanaVideoTransformer3DModel": TRANSFORMER_BLOCKS,
+    "diffusers.SkyReelsV2Transformer3DModel": BLOCKS,
+    "diffusers.StableAudio3DiTModel": replace(TRANSFORMER_BLOCKS, final_layer="proj_out"),
+    "diffusers.WanAnimate2Transformer3DModel": Host(blocks=("blocks",), final_layer="head"),
+    "diffusers.WanAnimateTransformer3DModel": BLOCKS,
+    "diffusers.WanTransformer3DModel": BLOCKS,
+    "diffusers.WanVACETransformer3DModel": Host(blocks=("vace_blocks", "blocks"), final_layer="norm_out"),
+    "diffusers_helper.HunyuanVideoTransformer3DModelPacked": FRAMEPACK,
+    "hyvideo.HYVideoDiffusionTransformer": HUNYUANVIDEO_CHECKOUT,
+    "opensora.MMDiTModel": mmdit(),
+    "opensora.STDiT3": STDIT3,
+    "wan.WanModel": WAN,
+    "wan.VaceWanModel": replace(WAN, hint_methods=("forward_vace",)),
+}
+
+
+def class_name(model) -> str:
+    """A model's key in `HOSTS`: the first word of its module, a dot, and its class."""
+    return f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
+
+
+def host_of(model) -> Host:
+    """The facts of a model's class. Raises MagCacheError for a class that MagCache does not know."""
+    if class_name(model) not in HOSTS:
+        raise MagCacheError(
+            f"MagCache does not know the model class {type(model).__name__}: add its facts to common/hosts.py "
+            "(docs/design.md says what each is)."
+        )
+    return HOSTS[class_name(model)]
