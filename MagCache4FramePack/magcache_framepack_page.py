@@ -139,7 +139,7 @@ class WhenImported:
 
 
 @contextmanager
-def launch_held_back():
+def launch_held_back(package="gradio"):
     """For its duration gradio launches no page; a list of the (args, kwargs) with which it would have. gradio is left
     for the demo to import, which sets HF_HOME before."""
     launches, plain = [], []
@@ -151,9 +151,9 @@ def launch_held_back():
         plain.append((gradio.Blocks, gradio.Blocks.launch))
         gradio.Blocks.launch = launch
 
-    finder = WhenImported("gradio", hold_back)
-    if "gradio" in sys.modules:
-        hold_back(sys.modules["gradio"])
+    finder = WhenImported(package, hold_back)
+    if package in sys.modules:
+        hold_back(sys.modules[package])
     else:
         sys.meta_path.insert(0, finder)
     try:

@@ -7,6 +7,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from zlib import crc32
 
 from .errors import MagCacheError
 
@@ -22,7 +23,7 @@ def write_json(path, content):
 def write_text(path, text):
     """Write a whole file or nothing. Raises MagCacheError when the place cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{crc32(path.name.encode()):08x}.{os.getpid()}.part")  # the name may fill all 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text)

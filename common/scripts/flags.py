@@ -80,8 +80,14 @@ def add_opt_in_flags(parser):
 
 
 def flags_taken(add):
-    """Take the flags of `add(parser)` out of sys.argv and leave the rest to the host's own parser. Returns them parsed,
-    with the set of those that were `given` by name.
+    """Take the flags of `add(parser)` out of sys.argv and leave the rest to the host's own parser; returns them as
+    `parsed` does."""
+    args, sys.argv[1:] = parsed(add, sys.argv[1:])
+    return args
+
+
+def parsed(add, argv: list) -> tuple:
+    """(the flags of `add(parser)` with the set of those that were `given` by name, the rest of argv).
 
     Raises MagCacheError for a flag that looks like one of them and is none: a host may pass over it in silence.
     """
@@ -89,7 +95,7 @@ def flags_taken(add):
     add(parser)
     untouched = object()
     args = argparse.Namespace(**{action.dest: untouched for action in parser._actions})
-    args, rest = parser.parse_known_args(sys.argv[1:], args)
+    args, rest = parser.parse_known_args(argv, args)
     given = {name for name, value in vars(args).items() if value is not untouched}
     args = argparse.Namespace(
         **{name: value if name in given else parser.get_default(name) for name, value in vars(args).items()},
@@ -102,8 +108,7 @@ def flags_taken(add):
             raise MagCacheError(f"There is no flag {flag}" + (f"; {ours[near[0]]} is the nearest." if near else "."))
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())
-    sys.argv[1:] = rest
-    return args
+    return args, rest
 
 
 def switched_on(args):
