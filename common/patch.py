@@ -21,7 +21,7 @@ from .report import RunReport, plan_text
 from .residuals import Residuals
 from .schedule import compute_all, magcache_schedule, rule_of
 from .steps import TRAIN_TIMESTEPS, Call, StepTracker
-from .tables import write
+from .tables import save_calibration
 from .timing import Stopwatch
 
 REHEARSALS = 3  # of a reused step, at the end of a calibration
@@ -392,7 +392,7 @@ class Calibration(Patch):
         self.statistics.finish((run.report.typical_seconds, self.reused_seconds()))
         self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
         if self.path and is_writer():
-            write(self.path, self.mag_ratios)
+            self.path = save_calibration(self.path, self.mag_ratios)
 
     def end_run(self):
         super().end_run()

@@ -21,7 +21,7 @@ from ..planner import Target
 from ..ranks import is_writer, told_by_writer
 from ..report import write_report
 from ..schedule import rule_of
-from ..tables import calibrations_folder, load, read
+from ..tables import best, calibrations, calibrations_folder, load
 from .flags import cache_options, check_writable, settings_of
 from .plots import plot_schedule
 from .quality import quality, quality_table, side_by_side
@@ -114,30 +114,29 @@ class Session:
 
     # Which ratios, and the patch
 
-    def own_tables(self, checkpoint: str = "*"):
-        """The calibrations of this machine that are for this task, or for this checkpoint. A file that cannot be read
-        is passed over with a line."""
-        tables = []
-        for path in sorted(calibrations_folder().glob(f"*-{checkpoint}.json")):
-            try:
-                table = read(path)
-            except MagCacheError as error:
-                self.say_once(f"Passed over: {error}")
-                continue
-            if checkpoint in ("*", table.provenance.get("fingerprint")) and (
-                self.one_task or table.sampler.get("task") == self.task
-            ):
-                tables.append(table)
-        return tables
+    def own_tables(self, checkpoint: str | None = None):
+        """The calibrations of this machine that are for this task, and for this checkpoint where it is named."""
+        found = calibrations(f"*-{checkpoint}*.json" if checkpoint else "*.json", self.say_once).values()
+        return [
+            table
+            for table in found
+            if checkpoint in (None, table.provenance.get("fingerprint"))
+            and (self.one_task or table.sampler.get("task") == self.task)
+        ]
 
     def find_table(self, checkpoint: str):
-        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones; None where
-        there are none and they are to be measured."""
+        """The ratios to use: those named, else this checkpoint's own for this task and the nearest size, else the
+        published ones; None where there are none and they are to be measured."""
         if self.args.mag_ratios:
             return load(self.args.mag_ratios)
         own = self.own_tables(checkpoint)
-        if own:
-            return min(own, key=lambda table: abs(volume(table.sampler) - volume(vars(self))))
+        fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
+        for table in own:
+            if table not in fine:
+                self.say_once(f"Passed over: {table.name} has {table.steps} steps, too few for a run of {self.steps}.")
+        if fine:
+            away = [abs(volume(table.sampler) - volume(vars(self))) for table in fine]
+            return best(table for table, distance in zip(fine, away) if distance == min(away))
         if not self.preset and not self.measures:
             raise MagCacheError(self.no_table())
         return load(self.preset) if self.preset else None
@@ -186,7 +185,7 @@ class Session:
     def calibration(self, models, host, timesteps, checkpoint, boundary):
         """A patch that renders un-cached and saves the magnitude ratios, from the writing rank alone."""
         size = f"{self.size}x{self.frames}" if self.frames > 1 else self.size
-        name = f"{self.task}-{size}-{self.steps}steps"
+        name = f"{self.task}-{size}"
         self.calibration_path = named_calibration(self.args) or calibrations_folder() / f"{name}-{checkpoint}.json"
         if is_writer():
             check_writable("The calibration file", self.calibration_path)
@@ -239,7 +238,7 @@ class Session:
         return result
 
     def tell_measured(self):
-        self.table = self.handle.mag_ratios
+        self.table, self.calibration_path = self.handle.mag_ratios, self.handle.path
         hint = (
             f"use it with --mag_ratios {self.calibration_path}."
             if self.args.magcache_calibration
@@ -402,17 +401,7 @@ def check_calibration_file(args):
             "last."
         )
     if path is not None:
-        check_replaceable(path)
-
-
-def check_replaceable(path: Path):
-    """Raises MagCacheError where something lies in the way of a calibration file that is none."""
-    check_writable("The calibration file", path)
-    if path.exists():
-        try:
-            read(path)
-        except MagCacheError:
-            raise MagCacheError(f"{path} is no calibration file and is not overwritten; choose another name.") from None
+        check_writable("The calibration file", path)
 
 
 def is_report(path: Path):
