@@ -1,5 +1,8 @@
 """The trained demo video model in a Wan checkout: its weights under Wan's own names, its text encoder and VAE."""
 
+import functools
+import json
+import sys
 from pathlib import Path
 
 import torch
@@ -34,44 +37,46 @@ def wans_name(name):
 
 
 def write_checkpoint(demo, folder):
-    """The weights of the diffusers folder `demo` under Wan's names, and the arguments of WanModel that they need."""
+    """A checkpoint for WanModel.from_pretrained, of the diffusers folder `demo`."""
     from diffusers import WanTransformer3DModel
+    from wan.modules.model import WanModel
 
     trained = WanTransformer3DModel.from_pretrained(Path(demo) / "transformer", torch_dtype=torch.float32)
     config = trained.config
-    sizes = {
-        "patch_size": tuple(config.patch_size),
-        "in_dim": config.in_channels,
-        "out_dim": config.out_channels,
-        "dim": config.num_attention_heads * config.attention_head_dim,
-        "num_heads": config.num_attention_heads,
-        **{name: config[name] for name in ("ffn_dim", "freq_dim", "text_dim", "num_layers", "cross_attn_norm", "eps")},
-    }
-    weights = {wans_name(name): value for name, value in trained.state_dict().items()}
-    folder.mkdir(parents=True)
-    torch.save({"sizes": sizes, "weights": weights}, folder / "demo.pt")
+    with_sizes(WanModel, config)
+    model = WanModel(
+        in_dim=config.in_channels,
+        out_dim=config.out_channels,
+        dim=config.num_attention_heads * config.attention_head_dim,
+        num_heads=config.num_attention_heads,
+        **{name: config[name] for name in ("ffn_dim", "freq_dim", "num_layers", "eps")},
+    )
+    model.load_state_dict({wans_name(name): value for name, value in trained.state_dict().items()})
+    model.save_pretrained(folder)
 
 
-@classmethod
-def from_demo(cls, folder, **kwargs):
-    """In place of WanModel.from_pretrained, which cannot read the sizes of patches and prompts from a file."""
-    saved = torch.load(Path(folder) / "demo.pt")
-    model = cls(**saved["sizes"])
-    model.load_state_dict(saved["weights"])
-    return model.eval()
+def with_sizes(wan_model, config):
+    """Let the class make models of these sizes, which Wan neither saves to a checkpoint nor reads from one."""
+    plain = wan_model.__init__
+    sizes = {name: config[name] for name in ("text_dim", "cross_attn_norm")}
+
+    @functools.wraps(plain)
+    def init(self, *args, **kwargs):
+        plain(self, *args, **{**kwargs, **sizes, "patch_size": tuple(config["patch_size"])})
+
+    wan_model.__init__ = init
 
 
 def use(demo, decoded):
     """Let the pipelines of the imported `wan` take the text encoder, the VAE and the sizes of the demo model. `decoded`
     gets the latents of its clips."""
-    import sys
-
     from diffusers import AutoencoderKLWan
     from transformers import T5TokenizerFast, UMT5EncoderModel
     from wan.configs import SIZE_CONFIGS, WAN_CONFIGS
     from wan.modules.model import WanModel
 
-    WanModel.from_pretrained, demo = from_demo, Path(demo)
+    demo = Path(demo)
+    with_sizes(WanModel, json.loads((demo / "transformer" / "config.json").read_text()))
 
     class TextEncoder:
         def __init__(self, *args, **kwargs):
