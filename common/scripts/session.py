@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
 from contextlib import contextmanager, suppress
@@ -22,12 +21,11 @@ from ..report import write_report
 from ..schedule import rule_of
 from ..tables import best, calibrations, calibrations_folder, load
 from .flags import cache_options, check_writable, settings_of
+from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, report_place
 from .plots import plot_schedule
 from .quality import quality, quality_table, side_by_side
 
 LEAST_STEPS = 5  # that a host measures unasked; shorter runs have nothing to skip
-REPORT = ".magcache.json"
-NAME_BYTES = 255  # of a file's name, in every common file system
 
 
 class Session:
@@ -310,8 +308,7 @@ class Session:
         number, self.files_saved = self.files_saved, self.files_saved + 1
         if not self.report:
             return
-        report_path = beside(target, REPORT)
-        files = [*files_of(report_path), *self.files]
+        files = [*files_of(target), *self.files]
         if self.args.magcache_plot and not self.measuring:
             with self.bookkeeping("The plot"):
                 path = own_place(beside(target, ".schedule.png"), files)
@@ -325,7 +322,7 @@ class Session:
                 self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {path}")
         with self.bookkeeping("The report"):
             write_report(
-                own_place(report_path, [report_path.name] if is_report(report_path) else []),
+                report_place(target),
                 self.report,
                 task=self.task,
                 size=self.size,
@@ -400,43 +397,6 @@ def check_calibration_file(args):
         )
     if path is not None:
         check_writable("The calibration file", path)
-
-
-def is_report(path: Path):
-    return files_of(path, None) is not None
-
-
-def files_of(report_path: Path, otherwise=()):
-    """Names of the files that lie beside an output by an earlier report of ours."""
-    try:
-        content = json.loads(report_path.read_text())
-        return [*content["files"]] if "strip" in content else otherwise
-    except (OSError, ValueError, TypeError, KeyError):
-        return None if otherwise is None else [*otherwise]
-
-
-def own_place(path: Path, ours):
-    """The path, or one with a number where a file lies there that is not `ours` by its name."""
-    number, free = 1, path
-    while free.exists() and free.name not in ours:
-        number += 1
-        free = path.with_name(fitting(path.name.partition(".")[0], f"_{number}.{path.name.partition('.')[2]}"))
-    return free
-
-
-def beside(target: Path, ending: str):
-    """A file beside an output: "x.mp4", "_compare.mp4" -> "x_compare.mp4"."""
-    return target.with_name(fitting(target.stem, ending))
-
-
-def fitting(stem: str, ending: str):
-    """A name of at most 255 bytes. What is too long loses its middle: hosts put the prompt there, and the time or the
-    number that tells two outputs apart at the end."""
-    room = NAME_BYTES - len(ending.encode())
-    if len(stem.encode()) <= room:
-        return stem + ending
-    head, tail = stem.encode()[: room - 41], stem.encode()[-40:]
-    return f"{head.decode(errors='ignore')}_{tail.decode(errors='ignore')}{ending}"
 
 
 def volume(sampler):
