@@ -187,8 +187,9 @@ class Jobs:
 
     def calibrated(self, job):
         """Use the ratios of the job's complete sections from now on."""
-        if job.handle.table is None:
-            job.lines.append("The calibration broke off in its first section; nothing was saved.")
+        if job.handle.failure or job.handle.table is None:
+            why = job.handle.failure or "The calibration broke off in its first section."
+            job.lines.append(f"{why} Nothing was saved.")
             return
         self.own.append(job.handle.table)
         self.measured = True

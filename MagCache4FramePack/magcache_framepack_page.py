@@ -15,7 +15,7 @@ from common.scripts.checkout import checkouts_script, one_sentence
 from common.scripts.controls import SILENT, Choice, Controls, in_lines, updates
 from common.scripts.flags import flags_taken
 from common.scripts.session import check_calibration_file
-from common.tables import load
+from common.tables import load, preset_names
 
 NEEDED = (
     "block",
@@ -85,6 +85,8 @@ def check_flags(args):
     """Find what cannot work before any weights are loaded."""
     if args.mag_ratios:
         load(args.mag_ratios)
+        if args.mag_ratios in preset_names() and not args.mag_ratios.startswith("framepack"):
+            raise MagCacheError(f"{args.mag_ratios} holds the ratios of another model; take framepack or framepack-f1.")
     check_calibration_file(args)
     torchvision = needs("torchvision", "torchvision")
     if not hasattr(torchvision.io, "write_video"):

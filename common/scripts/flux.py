@@ -175,6 +175,7 @@ def session_of(args, ours, script, pipe, checkpoint, size, about):
         one_task=True,
         published_settings=args.model != script.model,
         sampler=sampler,
+        family=("flux", "demo"),
         models=() if Path(args.model).is_dir() and args.model != "demo" else (args.model,),
     )
 

@@ -560,7 +560,7 @@ def test_a_calibration_that_breaks_off_saves_what_is_complete(demo):
     jobs = jobs_of(demo)
     demo.end_at = (0, 5)
     _, lines, shown = run(jobs, CALIBRATE)
-    assert "nothing was saved" in lines[-1] and not jobs.newly_measured() and not jobs.calibration_file.exists()
+    assert "Nothing was saved" in lines[-1] and not jobs.newly_measured() and not jobs.calibration_file.exists()
     assert jobs.known_table(12).origin == "published"
     demo.end_at = (1, 5)
     _, lines, shown = run(jobs, CALIBRATE)
