@@ -124,9 +124,7 @@ def read(path):
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise MagCacheError(
-            f"There is no calibration file {path}; make it with --magcache_calibration {path}."
-        ) from None
+        raise MagCacheError(f"There is no calibration file {path}; a calibration run makes one.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MagCacheError(f"{path} cannot be read as a calibration file ({error}); calibrate again.") from None
     known = RatioTable.__dataclass_fields__

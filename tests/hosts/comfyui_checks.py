@@ -729,7 +729,7 @@ def calibration_measures(family, cfg, free):
 def calibration_with_a_sampler(sampler):
     patcher = build("flux", seed=12)
     calibration, result, said = calibrated(patcher, sampler=sampler)
-    assert torch.equal(result, sample(patcher, sampler=sampler)) and calibration.mag_ratios.steps == STEPS, said
+    assert torch.equal(result, sample(patcher, sampler=sampler)) and calibration.table.steps == STEPS, said
     calibration.path.unlink()
 
 
@@ -780,7 +780,7 @@ def planned_speedup():
     sample(patched, "wan")
     assert "computes 6 of 12" in said[0] and "6 reused" in said[1], said
     calibration, plain, _ = calibrated(patcher, "wan")
-    seconds = calibration.mag_ratios.statistics["seconds"]
+    seconds = calibration.table.statistics["seconds"]
     assert 0 < seconds["reused"] < seconds["computed"], seconds
     file = json.loads(calibration.path.read_text())
     file["statistics"]["seconds"] = {

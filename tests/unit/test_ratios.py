@@ -297,7 +297,7 @@ def test_unknown_preset_names_the_presets():
 @pytest.mark.parametrize("name", ["missing.json", "missing", "folder/missing.json"])
 def test_missing_file_names_the_calibration_flag(tmp_path, name):
     path = str(tmp_path / name)
-    assert f"--magcache_calibration {path}" in refusal(load, path)
+    assert f"no calibration file {path}; a calibration run makes one" in refusal(load, path)
 
 
 @pytest.mark.parametrize(
