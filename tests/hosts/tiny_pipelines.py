@@ -13,7 +13,9 @@ def model(name, seed=0, **config):
     torch.manual_seed(seed)
     made = getattr(diffusers, name)(**config).eval().requires_grad_(False)
     for parameter in made.parameters():  # a fresh final layer is often zero, and pads are uninitialised
-        parameter.copy_(torch.randn(parameter.shape) * (0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.2))
+        parameter.copy_(
+            torch.randn(parameter.shape) * (0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.2)
+        )
     return made
 
 
@@ -65,8 +67,11 @@ def wan_vae():
 
 
 def wan(two=False):
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     pipe = diffusers.WanPipeline(
-        None, None, wan_vae(), diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        None, None, wan_vae(), scheduler,
         wan_transformer(), wan_transformer(1) if two else None, boundary_ratio=0.7 if two else None,
     )  # fmt: skip
     return pipe, lambda seed: {
@@ -155,7 +160,9 @@ def cogvideox():
         "AutoencoderKLCogVideoX", block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1,
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, norm_num_groups=2,
     )  # fmt: skip
-    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
     pipe = diffusers.CogVideoXPipeline(None, None, vae, transformer, scheduler)
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "negative_prompt_embeds": embeds(99, 1, TEXT, WIDTH),
