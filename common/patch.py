@@ -23,7 +23,7 @@ from .residuals import Residuals
 from .run import CachedRun, MeasuredRun, Run
 from .schedule import Rule, Settings
 from .steps import TRAIN_TIMESTEPS, Part, StepTracker
-from .tables import RatioTable, write
+from .tables import RatioTable, save_calibration
 
 
 def magcache_forward(
@@ -360,7 +360,7 @@ class Calibration(Patch):
         run.complete()
         self.table = self.statistics.table(self.name, **self.description)
         if self.path and is_writer():
-            write(self.path, self.table)
+            self.path = save_calibration(self.path, self.table)
 
 
 def inner_module(model):

@@ -156,6 +156,7 @@ class Session:
         with self.handle:
             result, self.seconds = timed(draw, steps)
         if self.measuring:
+            self.path = self.handle.path  # beside the one asked for, where that covers more
             hint = (
                 f"use it with --mag_ratios {self.path}."
                 if self.args.magcache_calibration

@@ -14,6 +14,7 @@ from common.blocks import Host
 from common.calibration import Statistics
 from common.errors import MagCacheError
 from common.patch import magcache_calibration, magcache_forward
+from common.planner import Forecast, Target
 from common.report import write_report
 from common.schedule import Settings
 from common.steps import Call
@@ -342,3 +343,30 @@ def test_branches_by_number_and_steps_evaluated_twice():
     norms = {key: residual.norm(dim=-1) for key, residual in residuals.items()}
     expected = [1.0] + [float((norms[step, 0, 0] / norms[step - 1, 0, 1]).mean()) for step in (1, 2, 3)]
     assert table.mag_ratios["cond"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rule", "target"])
+def test_a_report_labels_its_errors(model, euler, ratios, host, tmp_path, kind):
+    """The rule's accumulated error and a planned run's expected relative error are two things."""
+    sampler = euler(model)
+    with magcache_calibration(model, host, lambda: sampler.timesteps, "tiny") as measured:
+        sampler.run()
+    settings = Settings(1.0, 2, 0.2) if kind == "rule" else Target(6)
+    with magcache_forward(model, host, measured.table, settings, lambda: sampler.timesteps, announce=None) as handle:
+        sampler.run()
+    report, path = handle.reports[0], tmp_path / "report.json"
+    write_report(path, report)
+    content, table, levels = json.loads(path.read_text()), measured.table, np.array(report.levels)
+    if kind == "rule":
+        steps = [step for step in range(12) if report.schedule.reuse[step]]
+        ratio, sums = table.at(levels), {}
+        for step in steps:  # by hand: from the computed step before it on
+            start = max(other for other in range(step) if not report.schedule.reuse[other])
+            products = np.cumprod(ratio[:, start + 1 : step + 1], axis=1)
+            sums[step] = np.abs(1 - products).sum(axis=1).max()
+        assert [content["accumulated_error"][step] for step in steps] == pytest.approx(list(sums.values()), abs=1e-6)
+        assert content["expected_error"] is None and len(steps) == 7
+    else:
+        expected = Forecast.of_table(table, levels).error_of(report.schedule.reuse)
+        assert content["expected_error"] == pytest.approx(expected.tolist(), abs=1e-6) and max(expected) > 0
+        assert content["accumulated_error"] is None
