@@ -223,3 +223,12 @@ def host_of(model) -> Host:
             "(docs/design.md says what each is)."
         )
     return HOSTS[class_name(model)]
+
+
+TIMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma", "vision_timesteps")
+
+
+def output_host(names: list[str], why: str = "its class is not described") -> Host:
+    """Facts enough to predict a model's output. names: of the arguments of its forward, the latent first."""
+    timestep = next((name for name in names if name in TIMES), names[-1])
+    return Host(blocks=(), latent=names[0], timestep=timestep, why_output=why)

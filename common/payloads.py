@@ -77,8 +77,8 @@ class Residual:
 
     def __init__(self, model: torch.nn.Module, host: Host) -> None:
         self.name = type(model).__name__
-        self.used: Payload = BlockStack(model, host)
-        self.proved, self.wrong = False, ""
+        self.used: Payload = BlockStack(model, host) if host.blocks else ModelOutput()
+        self.proved, self.wrong = not host.blocks, ""
 
     @property
     def kind(self) -> str:
