@@ -19,7 +19,7 @@ from .blocks import BlockStack, Host
 from .errors import MagCacheError
 from .hosts import class_name, output_host
 from .patch import argument_names
-from .payloads import disproof
+from .payloads import MISFITS, disproof
 
 LEAST_SHARE = 0.5  # of the forward's time in all block lists that a stack has to take
 
@@ -149,7 +149,9 @@ def wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable
             stack.restore()
             raise
         residual = stack.finish()
-    except Exception as error:  # whatever a forward says that does not suit these facts
+    except torch.OutOfMemoryError:
+        raise
+    except MISFITS as error:
         return f"{type(error).__name__}: {error}"
     if not residual.any():
         return "no residual"

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .blocks import BlockStack, Host
+from .errors import MagCacheError
 
 
 class Payload(Protocol):
@@ -71,6 +72,10 @@ class ModelOutput:
         pass
 
 
+# What a forward raises that does not suit the facts by which its blocks were taken away.
+MISFITS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
 class Residual:
     """The residual of the block stack. A reused step runs everything but the blocks. Where the facts of the class turn
     out to be wrong on this model, the model's output instead: never a wrong picture."""
@@ -91,7 +96,7 @@ class Residual:
     def finish(self, output=None):
         try:
             return self.used.finish(output)
-        except Exception as error:  # the first call: tokens of other sizes, or none at all
+        except (MagCacheError, *MISFITS) as error:  # the first call: tokens of other sizes, or none at all
             if self.proved:
                 raise
             self.wrong, self.used = str(error).rstrip("."), ModelOutput()
@@ -128,7 +133,9 @@ def disproof(stack: BlockStack, residual: torch.Tensor, output: Any, again: Call
     stack.replace(residual)
     try:
         remade = again()
-    except Exception as error:  # whatever a forward says that finds its blocks gone
+    except torch.OutOfMemoryError:
+        raise
+    except MISFITS as error:
         return f"without its blocks: {type(error).__name__}: {error}"
     finally:
         stack.restore()
