@@ -111,7 +111,7 @@ def discover(model: torch.nn.Module, args: tuple, kwargs: dict, most: int = 24) 
 
     arguments = {**dict(zip(argument_names(model), args)), **kwargs}
     trace, tried, why = Trace(model, forward), 0, "it has no block lists that its forward runs"
-    for host in proposals(trace, output_host(argument_names(model))):
+    for host in proposals(trace, output_host(type(model).__name__, argument_names(model))):
         if trace.share(host.blocks) < LEAST_SHARE:
             continue
         tried += 1
@@ -121,7 +121,10 @@ def discover(model: torch.nn.Module, args: tuple, kwargs: dict, most: int = 24) 
         if tried == most:
             break
     return Found(
-        replace(output_host(argument_names(model)), why_output="none of its block lists could be proved"),
+        replace(
+            output_host(type(model).__name__, argument_names(model)),
+            why_output="none of its block lists could be proved",
+        ),
         0.0,
         tried,
         why,

@@ -83,7 +83,8 @@ class Residual:
     def __init__(self, model: torch.nn.Module, host: Host) -> None:
         self.name = type(model).__name__
         self.used: Payload = BlockStack(model, host) if host.blocks else ModelOutput()
-        self.proved, self.wrong = not host.blocks, ""
+        self.proved: set = set()  # kinds of calls, by their arguments
+        self.calls, self.wrong = (), ""
 
     @property
     def kind(self) -> str:
@@ -91,13 +92,18 @@ class Residual:
         return "output" if isinstance(self.used, ModelOutput) else "residual"
 
     def record(self, arguments=None):
+        self.calls = tuple(
+            (name, tuple(value.shape) if torch.is_tensor(value) else None)
+            for name, value in (arguments or {}).items()
+            if value is not None
+        )
         self.used.record(arguments)
 
     def finish(self, output=None):
         try:
             return self.used.finish(output)
         except (MagCacheError, *MISFITS) as error:  # the first call: tokens of other sizes, or none at all
-            if self.proved:
+            if self.calls in self.proved:
                 raise
             self.wrong, self.used = str(error).rstrip("."), ModelOutput()
             return self.used.finish(output)
@@ -112,20 +118,20 @@ class Residual:
         return self.used.size(arguments, latent)
 
     def prove(self, made: torch.Tensor, output: Any, again: Callable[[], Any]) -> tuple[torch.Tensor, Any, str]:
-        """After the first computed call: does the residual, put back, make the same output? again: makes the call once
-        more. Returns (what to keep, the output, "" or a sentence on what is kept instead)."""
-        if self.proved:
-            return made, output, ""
-        if not self.wrong:
+        """After the first computed call with arguments of these names and shapes: does the residual, put back, make the
+        same output? again: makes the call once more. Returns (what to keep, the output, "" or a sentence on what is
+        kept instead)."""
+        if self.kind == "residual" and self.calls not in self.proved:
             # A graph on a GPU may make its next output in the memory of this one.
             output = pytree.tree_map_only(torch.Tensor, torch.clone, output)
             self.wrong = disproof(self.used, made, output, again)
+            self.proved.add(self.calls)
             if self.wrong:
                 self.used = ModelOutput()
                 made = self.used.finish(output)
-        self.proved = True
         told = f"The facts of {self.name} do not hold for this model ({self.wrong}): its output is predicted instead."
-        return made, output, told if self.wrong else ""
+        wrong, self.wrong = self.wrong, ""
+        return made, output, told if wrong else ""
 
 
 def disproof(stack: BlockStack, residual: torch.Tensor, output: Any, again: Callable[[], Any]) -> str:

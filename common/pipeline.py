@@ -219,7 +219,7 @@ def described(group: Denoisers, payload: str, patch: Callable[[Host], Patch]) ->
     model = inner_module(group.models[0])
     host = HOSTS.get(class_name(model))
     if payload == "output":
-        return patch(host or output_host(argument_names(model)))
+        return patch(host or output_host(type(model).__name__, argument_names(model)))
     return Undescribed(model, patch) if host is None else patch(host)
 
 

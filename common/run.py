@@ -148,6 +148,7 @@ class CachedRun(Run):
 
     def facts_are_wrong(self, told):
         super().facts_are_wrong(told)
+        self.residuals.clear()  # residuals are no outputs
         if self.fall_back:
             self.fall_back(self, told)
 
