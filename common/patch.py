@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .blocks import BlockStack, Host
+from .blocks import Host
 from .calibration import Statistics
 from .errors import MagCacheError
 from .guard import Guard
-from .payloads import PAYLOADS
+from .payloads import PAYLOADS, Residual
 from .planner import Target
 from .ranks import is_writer
 from .report import plan_text
@@ -61,9 +61,10 @@ def magcache_forward(
         plain Euler loop without one (None: not known, nothing is corrected). corrector: whether that is done.
     """
 
-    def plan(levels):
+    def plan(levels, payload):
         switch_step = None if boundary is None else int((levels >= boundary).sum())
-        return settings.plan(table, levels, switch_step, rule, interpolation)
+        asked = settings if payload == settings.payload or isinstance(settings, Settings) else settings.of(payload)
+        return asked.plan(table, levels, switch_step, rule, interpolation)
 
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
@@ -126,6 +127,8 @@ class Expert:
             if not patch.active:
                 return self.original(*args, **kwargs)
             call = patch.begin_call(self, args, kwargs)
+            if call is None:
+                return self.original(*args, **kwargs)
             try:
                 output = self.original(*args, **kwargs) if call.output is None else call.output
                 output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
@@ -183,7 +186,7 @@ class Patch:
     active: whether calls are cached; reached: whether there was one; reports: one `RunReport` a run.
     """
 
-    def __init__(self, models, host, timesteps, payload=BlockStack):
+    def __init__(self, models, host, timesteps, payload=Residual):
         self.host, self.timesteps = host, timesteps
         self.active, self.reached, self.short_runs = True, False, 0
         self.reports: list = []
@@ -246,14 +249,14 @@ class Patch:
     @torch.compiler.disable
     def begin_call(self, expert, args, kwargs):
         """Find out which call of which run this is, and let the block stack run or be replaced. Returns the
-        `run.ModelCall`."""
+        `run.ModelCall`, or None for a call that is no step of the sampler."""
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
-        latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
+        if self.host.outside and self.host.outside(arguments):
+            return None
+        latent = arguments[self.host.latent]
         latent = latent[0] if isinstance(latent, (list, tuple)) else latent
-        # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
-        level = float(timestep.max() if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
-        tolerance = level_tolerance(timestep)
+        level, tolerance = noise_level(self.host, arguments)
 
         timesteps, call = self.timesteps(), None
         if self.sampling is not None and timesteps is self.sampling.timesteps:
@@ -329,7 +332,7 @@ class Patch:
 class MagCache(Patch):
     """A model that computes or reuses as its schedule says.
 
-    plan: (noise levels of a run) -> `schedule.Schedule`; new_residuals: () -> `Residuals` of a run.
+    plan: (noise levels of a run, kind of payload) -> `schedule.Schedule`; new_residuals: () -> `Residuals` of a run.
     """
 
     def __init__(
@@ -341,7 +344,7 @@ class MagCache(Patch):
         new_residuals,
         announce,
         table,
-        payload=BlockStack,
+        payload=Residual,
         guard=None,
         scheduler=None,
         corrector=True,
@@ -356,8 +359,11 @@ class MagCache(Patch):
         return self.sampling.run.residuals if self.sampling else self.new_residuals()
 
     def new_run(self, levels, expert, arguments, latent):
+        schedule = self.plan(levels, expert.payload.kind)
         scheduler = self.scheduler() if inspect.isroutine(self.scheduler) else self.scheduler
-        run = CachedRun(self.plan(levels), levels, self.new_residuals(), self.guard, scheduler, self.corrector)
+        run = CachedRun(
+            schedule, levels, self.new_residuals(), self.guard, self.facts_are_wrong, scheduler, self.corrector
+        )
         if self.announce:
             bytes_a_branch, size = None, expert.payload.size(arguments, latent)
             if size is not None:
@@ -366,24 +372,40 @@ class MagCache(Patch):
             self.announce(plan_text(run.schedule, levels, self.table, bytes_a_branch, run.why_uncorrected))
         return run
 
+    def facts_are_wrong(self, run, told):
+        """The model's output is predicted from here on, and planned for."""
+        run.schedule = run.report.schedule = self.plan(np.asarray(run.levels), "output")
+        if self.announce:
+            self.announce(told)
+
 
 class Calibration(Patch):
-    """A model that computes everything and measures. `table` holds the result of the complete runs."""
+    """A model that computes everything and measures. `table` holds the result of the complete runs; `failure` why there
+    is none, which the end of a `with` block raises: what the run has rendered is not lost for it."""
 
     def __init__(self, models, host, timesteps, name, path, description, statistics):
         self.name, self.path, self.description = name, path, description
         self.statistics = statistics
         self.table: RatioTable | None = None
+        self.failure: MagCacheError | None = None
         super().__init__(models, host, timesteps)
+
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        if kind is None and self.failure:
+            raise self.failure
 
     def new_run(self, levels, expert, arguments, latent):
         return MeasuredRun(levels, self.statistics, self.host.noise_tokens)
 
     def complete_run(self, run):
-        run.complete()
-        self.table = self.statistics.table(self.name, **self.description)
-        if self.path and is_writer():
-            self.path = save_calibration(self.path, self.table)
+        try:
+            run.complete()
+            self.table = self.statistics.table(self.name, **self.description)
+            if self.path and is_writer():
+                self.path = save_calibration(self.path, self.table)
+        except MagCacheError as error:
+            self.failure = error
 
 
 def inner_module(model):
@@ -403,8 +425,22 @@ def argument_names(model):
     return list(inspect.signature(forward).parameters)[1:]
 
 
-def level_tolerance(timestep):
+def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
+    """(noise level of a call, how far it may be off, relatively)."""
+    timestep = arguments.get(host.timestep)
+    # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
+    level = highest(timestep if host.noise_level is None else host.noise_level(arguments))
+    if host.noise_level is None:
+        return level / host.timestep_scale, level_tolerance(timestep)
+    return level, level_tolerance(timestep) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
+
+
+def level_tolerance(timestep) -> float:
     """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
     if torch.is_tensor(timestep) and timestep.is_floating_point():
         return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
     return 1e-6
+
+
+def highest(value) -> float:
+    return float(value.max() if torch.is_tensor(value) else value)

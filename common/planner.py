@@ -146,6 +146,10 @@ class Target:
             fewest_computed=computed,
         )
 
+    def of(self, payload: str) -> Target:
+        """The same for another payload."""
+        return replace(self, payload=payload)
+
     def kept(self, steps: int) -> int:
         """How many steps, from the first on, compute in any case."""
         return max(1, int(steps * (self.retention_ratio or 0)))
@@ -235,6 +239,11 @@ def table_grams(table, levels, payload="residual"):
     stored = table.statistics.get(GRAMS[payload])
     if not stored:
         raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
+    if not table.fine_enough(levels):
+        raise MagCacheError(
+            f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)} by; "
+            "calibrate again in as many steps as you run."
+        )
     try:
         grams = [unpacked(rows) for rows in stored.values()]
     except (TypeError, ValueError, IndexError, AttributeError):
