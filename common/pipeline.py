@@ -139,6 +139,7 @@ class Denoisers:
     attribute: str
     models: list[torch.nn.Module]
     boundary: float | None = None
+    leads: bool = True  # of two groups, the one with which the scheduler's steps are made again
 
 
 def denoisers(pipe) -> list[Denoisers]:
@@ -151,8 +152,9 @@ def denoisers(pipe) -> list[Denoisers]:
     boundary = pipe.config.get("boundary_ratio")
     if second is not None and boundary is not None:
         return [Denoisers(attribute, [model, second], boundary)]
-    others = [name for name in ("unconditional_transformer",) if getattr(pipe, name, None) is not None]
-    return [Denoisers(name, [getattr(pipe, name)]) for name in (attribute, *others)]
+    other = getattr(pipe, "unconditional_transformer", None)  # Ideogram 4
+    others = [] if other is None else [Denoisers("unconditional_transformer", [other], leads=False)]
+    return [Denoisers(attribute, [model]), *others]
 
 
 def checkpoint_of(pipe, group: Denoisers) -> str:
@@ -190,7 +192,14 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
 
     def patch(host):
         return magcache_forward(
-            group.models, clock.host(host), table, settings, clock.timesteps, announce=announce, boundary=group.boundary
+            group.models,
+            clock.host(host),
+            table,
+            settings,
+            clock.timesteps,
+            announce=announce,
+            boundary=group.boundary,
+            scheduler=clock.scheduler if group.leads else None,
         )
 
     return described(group, settings.payload, patch)
@@ -208,6 +217,11 @@ def calibrated(pipe, group: Denoisers, announce) -> Patch:
         announce(f"MagCache: calibrating; complete runs are saved to {path}")
 
     def patch(host):
+        if not host.blocks:
+            raise MagCacheError(
+                f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
+                "there is nothing to calibrate, and a speedup needs no calibration."
+            )
         return magcache_calibration(group.models, clock.host(host), clock.timesteps, name, path, description)
 
     return described(group, "residual", patch)
@@ -281,6 +295,10 @@ class Clock:
     def host(self, host: Host) -> Host:
         """The facts with the noise level told by the scheduler."""
         return replace(host, noise_level=lambda arguments: self.level(host, arguments))
+
+    def scheduler(self):
+        """The pipeline's at the beginning of a run: a user may have put in another."""
+        return self.pipe.scheduler
 
     def timesteps(self) -> np.ndarray:
         """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""
