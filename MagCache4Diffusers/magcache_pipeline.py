@@ -33,8 +33,8 @@ from common.report import write_report  # noqa: E402
 from common.scripts.checkout import one_sentence  # noqa: E402
 from common.scripts.flags import DTYPES, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
+from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
 from common.scripts.quality import PICTURES, VIDEO_SUFFIXES, quality, quality_table, save_frames, side_by_side  # noqa: E402
-from common.scripts.session import REPORT, beside, files_of, own_place  # noqa: E402
 
 DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
 SETTINGS = {
@@ -243,16 +243,13 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
         return
     path, frames = save(output, args, number, count)
     say(f"{path}  ({seconds:.1f} s)")
-    report, about = (
-        beside(path, REPORT),
-        {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]},
-    )
+    about = {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
     if args.compare and frames is not None:
-        sheet = beside(path, f"_compare{path.suffix}")
+        sheet = own_place(beside(path, f"_compare{path.suffix}"), files_of(path))
         about["quality"] = compare(pipe, args, call, cache.reports[-1].schedule, output, seconds, sheet)
         about["files"].append(sheet.name)
-    write_report(report, cache.reports[-1], **about)
+    write_report(report_place(path), cache.reports[-1], **about)
 
 
 def draw(pipe, args, call: dict):
@@ -281,7 +278,7 @@ def compare(pipe, args, call: dict, schedule, output, seconds: float, sheet: Pat
     spent = {"un-cached": uncached_seconds, "MagCache": seconds, "fewer steps": fewer_seconds}
     computed = {"un-cached": schedule.steps, "MagCache": schedule.computed, "fewer steps": schedule.computed}
     for title, frames in pictures.items():
-        rows[title] = {"computed": computed[title], "seconds": spent[title], **quality(reference, frames)}
+        rows[title] = {"steps": computed[title], "seconds": spent[title], **quality(reference, frames)}
     print(quality_table(rows))
     side_by_side(sheet, list(pictures.values()), None if len(reference) == 1 else args.fps)
     print(f"Side by side: {sheet}")
@@ -305,7 +302,7 @@ def save(output, args, number: int, count: int) -> tuple[Path, np.ndarray | None
     suffix = ".wav" if frames is None else ".png" if len(frames) == 1 else ".mp4"
     path = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
     path = path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
-    path = own_place(path, files_of(beside(path, REPORT)) or ())
+    path = own_place(path, files_of(path))
     if frames is None:
         save_sound(path, output)
     else:
