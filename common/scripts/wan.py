@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import MagCacheError
+from ..expert import inner_module
 from ..hosts import WAN
-from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import (
     add_flags,
