@@ -92,7 +92,7 @@ class PatchedForward:
                 return self.original(*args, **kwargs)
             try:
                 output = self.original(*args, **kwargs) if call.output is None else call.output
-                patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
+                output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
             except BaseException:
                 patch.cancel_call(call)
                 raise

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .blocks import BlockStack
+from .blocks import Host
 from .errors import MagCacheError
 from .expert import Expert
+from .payloads import Residual
 from .run import Run
 from .steps import TRAIN_TIMESTEPS, Part, StepTracker
 
@@ -54,7 +55,7 @@ class Patch:
     KEPT_REPORTS.
     """
 
-    def __init__(self, models, host, timesteps, payload=BlockStack):
+    def __init__(self, models, host, timesteps, payload=Residual):
         self.host, self.timesteps = host, timesteps
         self.active, self.reached, self.short_runs = True, False, 0
         self.reports: list = []
@@ -148,16 +149,13 @@ class Patch:
         """Find out which call of which run this is, and let the block stack run or be replaced. Returns the
         `run.ModelCall`, or None where forward is to run as it is."""
         self.reached = True
-        timesteps, sampling, call = self.timesteps(), self.sampling, None
-        if self.is_taken(timesteps):
-            return None
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
-        latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
+        timesteps, sampling, call = self.timesteps(), self.sampling, None
+        if (self.host.outside and self.host.outside(arguments)) or self.is_taken(timesteps):
+            return None
+        latent = arguments[self.host.latent]
         latent = latent[0] if isinstance(latent, (list, tuple)) else latent
-        # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
-        level = float(timestep.max() if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
-        tolerance = level_tolerance(timestep)
-
+        level, tolerance = noise_level(self.host, arguments)
         if sampling is not None and timesteps is sampling.timesteps:
             call = sampling.observe(level, latent, tolerance)
         elif sampling is not None:
@@ -181,14 +179,15 @@ class Patch:
 
     @torch.compiler.disable
     def finish_call(self, call, output, rehearse):
-        """After a call. rehearse: makes it again."""
-        call.finish(output, rehearse)
+        """After a call. rehearse: makes it again. Returns the output."""
+        output = call.finish(output, rehearse)
         sampling = self.sampling
         if sampling is None:  # ended by the call itself
-            return
+            return output
         last = sampling.last_step
         if call.parts[0].call.step == last and sampling.calls_at(last) >= max(1, sampling.calls_at(last - 1)):
             self.complete_run(sampling.run)
+        return output
 
     @torch.compiler.disable
     def cancel_call(self, call):
@@ -248,8 +247,22 @@ class Patch:
                 self.forget(sampling)
 
 
-def level_tolerance(timestep):
+def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
+    """(noise level of a call, how far it may be off, relatively)."""
+    timestep = arguments.get(host.timestep)
+    # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
+    level = highest(timestep if host.noise_level is None else host.noise_level(arguments))
+    if host.noise_level is None:
+        return level / host.timestep_scale, level_tolerance(timestep)
+    return level, level_tolerance(timestep) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
+
+
+def level_tolerance(timestep) -> float:
     """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
     if torch.is_tensor(timestep) and timestep.is_floating_point():
         return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
     return 1e-6
+
+
+def highest(value) -> float:
+    return float(value.max() if torch.is_tensor(value) else value)

@@ -6,14 +6,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from .blocks import BlockStack, Host
+from .blocks import Host
 from .calibration import Statistics
 from .guard import Guard
 from .handle import Patch
-from .payloads import PAYLOADS
+from .payloads import PAYLOADS, Residual
 from .planner import Target
 from .ranks import is_writer
 from .report import plan_text
@@ -51,9 +52,10 @@ def magcache_forward(
     boundary: with two experts, the noise level below which the second works (None: one model).
     """
 
-    def plan(levels):
+    def plan(levels, payload):
         switch_step = None if boundary is None else int((levels >= boundary).sum())
-        return settings.plan(table, levels, switch_step, rule, interpolation)
+        asked = settings if payload == settings.payload or isinstance(settings, Settings) else settings.of(payload)
+        return asked.plan(table, levels, switch_step, rule, interpolation)
 
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
@@ -84,10 +86,10 @@ def magcache_calibration(
 class MagCache(Patch):
     """A model that computes or reuses as its schedule says.
 
-    plan: (noise levels of a run) -> `schedule.Schedule`; new_residuals: () -> `Residuals` of a run.
+    plan: (noise levels of a run, kind of payload) -> `schedule.Schedule`; new_residuals: () -> `Residuals` of a run.
     """
 
-    def __init__(self, models, host, timesteps, plan, new_residuals, announce, table, payload=BlockStack, guard=None):
+    def __init__(self, models, host, timesteps, plan, new_residuals, announce, table, payload=Residual, guard=None):
         self.plan, self.new_residuals, self.announce, self.table = plan, new_residuals, announce, table
         self.guard = guard
         super().__init__(models, host, timesteps, payload)
@@ -98,7 +100,8 @@ class MagCache(Patch):
         return self.sampling.run.residuals if self.sampling else self.new_residuals()
 
     def new_run(self, levels, expert, arguments, latent):
-        run = CachedRun(self.plan(levels), levels, self.new_residuals(), self.guard)
+        schedule = self.plan(levels, expert.payload.kind)
+        run = CachedRun(schedule, levels, self.new_residuals(), self.guard, self.facts_are_wrong)
         if self.announce:
             bytes_a_branch, size = None, expert.payload.size(arguments, latent)
             if size is not None:
@@ -106,6 +109,12 @@ class MagCache(Patch):
                 bytes_a_branch = elements * (run.residuals.dtype or dtype).itemsize * run.schedule.depth
             self.announce(plan_text(run.schedule, levels, self.table, bytes_a_branch))
         return run
+
+    def facts_are_wrong(self, run, told):
+        """The model's output is predicted from here on, and planned for."""
+        run.schedule = run.report.schedule = self.plan(np.asarray(run.levels), "output")
+        if self.announce:
+            self.announce(told)
 
 
 class Calibration(Patch):
@@ -125,7 +134,7 @@ class Calibration(Patch):
             others = [sampling for sampling in self.samplings.values() if sampling is not self.sampling]
             taken = any(not sampling.run.report.complete for sampling in others)
             self.turned_away[thread] = timesteps if taken else None
-        return self.turned_away[thread] is not None
+        return self.turned_away.get(thread) is not None
 
     def new_run(self, levels, expert, arguments, latent):
         return MeasuredRun(levels, self.statistics, self.host.noise_tokens)

@@ -99,6 +99,10 @@ class Target:
             ratios=table.at(levels),
         )
 
+    def of(self, payload: str) -> Target:
+        """The same for another payload."""
+        return replace(self, payload=payload)
+
     def for_ratios(self, table):
         """This target where only ratios are known: with the published magcache_K and retention_ratio if none are asked
         for."""

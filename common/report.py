@@ -147,6 +147,7 @@ class RunReport:
     def __init__(self, schedule, levels):
         self.schedule, self.levels, self.calls = schedule, levels, []
         self.peak_bytes, self.complete = 0, False
+        self.notes: list[str] = []  # what a user should know of this run beside the figures
 
     def add(self, call, kind, seconds, why=""):
         """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not

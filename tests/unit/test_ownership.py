@@ -108,7 +108,9 @@ def test_a_server_cancels_from_another_thread(model, euler, cached, what):
 
         hook = model.norm_out.register_forward_pre_hook(inside)
 
-        def cancel(reached=reached, go_on=go_on):
+        handle = cached(sampler)
+
+        def cancel(handle=handle, reached=reached, go_on=go_on):
             reached.wait()
             if what == "paused":
                 with handle.paused():
@@ -117,7 +119,6 @@ def test_a_server_cancels_from_another_thread(model, euler, cached, what):
                 getattr(handle, what)()
             go_on.set()
 
-        handle = cached(sampler)
         latents, _ = together(lambda sampler=sampler: sampler.run(**SHORT), cancel)
         hook.remove()
         assert torch.isfinite(latents).all()
