@@ -16,7 +16,7 @@ from .errors import MagCacheError
 from .payloads import Payload
 
 if TYPE_CHECKING:
-    from .patch import Patch
+    from .handle import Patch
 
 
 class Expert:
@@ -33,11 +33,10 @@ class Expert:
 
     def put_on(self) -> None:
         """Replace the forward. Raises MagCacheError if another patch, or another cache, is on."""
-        for forward in forwards(self.model):
-            if isinstance(forward, PatchedForward) and forward.expert.patch.active and forward is not self.forward:
-                raise MagCacheError(
-                    "This model is patched already; remove the first patch (handle.remove()) before the second."
-                )
+        if patch_of(self.model) not in (None, self.patch):
+            raise MagCacheError(
+                "This model is patched already; remove the first patch (handle.remove()) before the second."
+            )
         self.refuse_other_caches()
         if self.is_on():  # another wrapper has kept it since the last time
             return
@@ -99,6 +98,10 @@ class PatchedForward:
             return output
 
     @property
+    def magcache(self) -> Patch:
+        return self.expert.patch
+
+    @property
     def __wrapped__(self):  # for inspect.signature
         return self.original
 
@@ -133,6 +136,12 @@ def forwards(model: torch.nn.Module) -> Iterator[Any]:
             seen.add(id(forward))
             yield forward
             waiting.append(getattr(forward, "__wrapped__", None))
+
+
+def patch_of(model: torch.nn.Module) -> Patch | None:
+    """The active patch that a model's forward goes through, as far as wrappers tell what they wrap."""
+    patches = (getattr(forward, "magcache", None) for forward in forwards(inner_module(model)))
+    return next((patch for patch in patches if patch is not None and patch.active), None)
 
 
 def inner_module(model: torch.nn.Module) -> torch.nn.Module:

@@ -117,8 +117,7 @@ class Patch:
     def remove(self) -> None:
         """Restore the model."""
         with self.lock:
-            for sampling in self.samplings.values():
-                self.settle(sampling)
+            self.settle()
             self.active = False
             self.end_run()
             for expert in self.experts:
@@ -207,14 +206,19 @@ class Patch:
                 "let it return the sampler's own timesteps."
             )
 
-    def settle(self, sampling):
-        """Complete a run that reached its last step with fewer branches than before: guidance ended there."""
+    def settle(self) -> None:
+        """Complete each run that reached its last step with fewer branches than before: guidance ended there."""
+        with self.lock:
+            for sampling in self.samplings.values():
+                self.settle_run(sampling)
+
+    def settle_run(self, sampling):
         if not sampling.run.report.complete and sampling.calls_at(sampling.last_step):
             self.complete_run(sampling.run)
 
     def begin_run(self, timesteps, level, tolerance, expert, arguments, latent):
         if self.sampling is not None:
-            self.settle(self.sampling)
+            self.settle_run(self.sampling)
             self.forget(self.sampling)
         self.forget_threads_that_ended()
         if timesteps is None or len(timesteps) == 0:
