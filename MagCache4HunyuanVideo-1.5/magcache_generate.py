@@ -122,6 +122,7 @@ def session_of(args, host_args, generate):
         preset,
         about,
         videos=lambda made: 2 * getattr(made, "sr_videos", made.videos) - 1,
+        family="hunyuanvideo-1.5",
     )
     session.check(host_args.output_path)
     return session

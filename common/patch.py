@@ -118,13 +118,15 @@ class MagCache(Patch):
 
 
 class Calibration(Patch):
-    """A model that computes everything and measures. `table` holds the result of the complete runs."""
+    """A model that computes everything and measures. `table` holds the result of the complete runs; `failure` why there
+    is none, which the end of a `with` block raises: what the run has rendered is not lost for it."""
 
     def __init__(self, models, host, timesteps, name, path, description, statistics):
         self.name, self.path, self.description = name, path, description
         self.statistics = statistics
         self.turned_away: dict[int, Any] = {}  # by thread, the timesteps of a run that is not measured
         self.table: RatioTable | None = None
+        self.failure: MagCacheError | None = None
         super().__init__(models, host, timesteps)
 
     def is_taken(self, timesteps):
@@ -136,11 +138,19 @@ class Calibration(Patch):
             self.turned_away[thread] = timesteps if taken else None
         return self.turned_away.get(thread) is not None
 
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        if kind is None and self.failure:
+            raise self.failure
+
     def new_run(self, levels, expert, arguments, latent):
         return MeasuredRun(levels, self.statistics, self.host.noise_tokens)
 
     def complete_run(self, run):
-        run.complete()
-        self.table = self.statistics.table(self.name, **self.description)
-        if self.path and is_writer():
-            self.path = save_calibration(self.path, self.table)
+        try:
+            run.complete()
+            self.table = self.statistics.table(self.name, **self.description)
+            if self.path and is_writer():
+                self.path = save_calibration(self.path, self.table)
+        except MagCacheError as error:
+            self.failure = error

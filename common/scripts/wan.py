@@ -90,6 +90,8 @@ def session_of(args, host_args, settings, tables):
         host_args.sample_steps,
         published(host_args, tables, task),
         about,
+        family="wan",
+        weights=host_args.ckpt_dir,
     )
 
 

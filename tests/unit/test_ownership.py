@@ -85,11 +85,11 @@ def test_threads_that_share_one_samplers_timesteps(model, euler, cached):
 def test_one_thread_measures_and_the_others_run_as_they_are(model, euler, calibrating):
     plain = [euler(model).run(**run) for run in RUNS]
     samplers = Samplers(model, euler, RUNS)
-    with calibrating(samplers) as handle:
-        try:
+    try:
+        with calibrating(samplers) as handle:
             assert all(map(torch.equal, together(*samplers.tasks()), plain))
-        except MagCacheError as error:  # a second run, of another size, came after the first was complete
-            assert "runs of one kind" in str(error)
+    except MagCacheError as error:  # a second run, of another size, began after the first was complete
+        assert "runs of one kind" in str(error)
     assert handle.table.steps == 8 and handle.table.statistics["runs"] == 1
 
 
