@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .blocks import Host
 from .calibration import Statistics
+from .errors import MagCacheError
 from .guard import Guard
 from .handle import Patch
 from .payloads import PAYLOADS, Residual
