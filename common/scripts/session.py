@@ -138,7 +138,8 @@ class Session:
         if self.family and name in preset_names() and not name.startswith(self.family):
             fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(self.family))
             raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
-        if target_of(self.args) and not table.fine_enough(table.levels(self.steps)):
+        target = target_of(self.args)
+        if target and not needs_no_table(target) and not table.fine_enough(table.levels(self.steps)):
             raise MagCacheError(
                 f"{name} was measured at {table.steps} steps, too few to predict the skipped ones of {self.steps}: "
                 "measure again with --magcache_calibration."
