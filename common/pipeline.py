@@ -104,6 +104,8 @@ class PipelineCache:
         self.pipe, self.handles = pipe, handles
 
     def __enter__(self) -> PipelineCache:
+        for handle in self.handles:
+            handle.__enter__()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -240,10 +242,13 @@ class Undescribed:
     def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch]) -> None:
         self.model, self.make_patch = model, patch
         self.patch: Patch | None = None
-        self.own_forward = model.__dict__.get("forward")
         self.active = True
-        model.forward = functools.partial(self.first_call)
-        model.forward.magcache = self
+        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+        self.own_forward = model.__dict__.get(self.place)
+        forward = functools.partial(self.first_call)
+        forward.magcache = self
+        setattr(model, self.place, forward)
 
     def first_call(self, *args, **kwargs):
         self.take_off()
@@ -253,9 +258,9 @@ class Undescribed:
 
     def take_off(self) -> None:
         if self.patch is None:
-            del self.model.forward
+            delattr(self.model, self.place)
             if self.own_forward is not None:
-                self.model.forward = self.own_forward
+                setattr(self.model, self.place, self.own_forward)
 
     @property
     def reports(self) -> list[RunReport]:
@@ -272,10 +277,15 @@ class Undescribed:
             self.take_off()
         self.active = False
 
+    def __enter__(self) -> Undescribed:
+        return self
+
     def __exit__(self, kind, error, trace) -> None:
-        if self.patch:
-            self.patch.__exit__(kind, error, trace)
         self.remove()
+        if self.patch and kind is None:
+            self.patch.require_reached()
+            if getattr(self.patch, "failure", None):
+                raise self.patch.failure
 
 
 class Clock:
