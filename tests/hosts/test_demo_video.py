@@ -73,9 +73,7 @@ def test_clips_show_what_the_prompts_say(pipe):
         object_ = np.abs(frames - ground).max(axis=3) > 48
         area = object_.sum(axis=(1, 2))
         assert 40 < area.min() and area.max() < 0.7 * clips.SIZE**2, (said, area)
-        middles = {
-            axis: [np.nonzero(one)[index].mean() for one in object_] for axis, index in (("y", 0), ("x", 1))
-        }
+        middles = {axis: [np.nonzero(one)[index].mean() for one in object_] for axis, index in (("y", 0), ("x", 1))}
         for what, change in SAID[name, motion, background].items():
             if what == "area":
                 grown = area[-3:].mean() / area[:3].mean()
@@ -100,7 +98,7 @@ def test_guidance_was_trained_with_dropped_prompts(pipe):
         assert frames[8].std(axis=(0, 1)).max() > 12
 
 
-@pytest.mark.parametrize("settings, floor", [(Settings(0.12, 4, 0.2), FLOOR_RULE), (Settings(0.12, 2, 0.2), FLOOR_K2)])
+@pytest.mark.parametrize("settings, floor", [(Settings(0.12, 4, 0.2), 20), (Settings(0.12, 2, 0.2), 20)])
 def test_cached_clips_are_close_to_uncached_ones(pipe, settings, floor):
     prompts = [clips.caption(*words) for words in list(SAID)[:4]]
     plain = draw(pipe, prompts, steps=30)
