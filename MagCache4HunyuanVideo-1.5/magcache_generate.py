@@ -6,21 +6,23 @@
 Lies beside generate.py in a HunyuanVideo-1.5 checkout, with `common/`. --no-magcache runs generate.py as it is.
 """
 
-from __future__ import annotations
-
 import functools
-import math
 import random
+import sys
 from pathlib import Path
 
-from common.blocks import Host
-from common.calibration import fingerprint
-from common.errors import MagCacheError
-from common.ranks import is_writer
-from common.scripts.checkout import checkouts_script, flags_added, run_script
-from common.scripts.flags import add_magcache_flags, check_flags
-from common.scripts.session import SETTING_FLAGS, Session
-from common.tables import load
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from common.calibration import fingerprint  # noqa: E402
+from common.errors import MagCacheError  # noqa: E402
+from common.hosts import HUNYUANVIDEO_15_CHECKOUT  # noqa: E402
+from common.ranks import is_writer  # noqa: E402
+from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
+from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
+from common.scripts.quality import VIDEO_SUFFIXES  # noqa: E402
+from common.scripts.session import Session  # noqa: E402
+from common.tables import load  # noqa: E402
 
 # Ratio tables (common/presets) of each checkpoint; the one measured at the nearest number of steps is taken, with the
 # settings published for it. The flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
@@ -34,25 +36,10 @@ PUBLISHED_FOR = ("480p_t2v", "720p_t2v")
 SQUARES = {"480p": 640, "720p": 960}  # side of the square that has as many pixels; sides go by 16
 
 
-def residual_shape(model, forward):
-    """Of one rank, where several share the tokens."""
-    from hyvideo.commons.parallel_states import get_parallel_state
-
-    latents = forward["hidden_states"]
-    tokens = math.prod(size // patch for size, patch in zip(latents.shape[2:], model.patch_size))
-    return len(latents), -(-tokens // get_parallel_state().sp), model.hidden_size
-
-
-# The transformer: image and text tokens apart in double_blocks; single_blocks, where there are any, have them joined.
-HOST = Host(
-    blocks=("double_blocks", "single_blocks"),
-    final_layer="final_layer",
-    image_tokens="img",
-    residual_shape=residual_shape,
-)
-
-
-def run(script):
+@one_sentence
+def main():
+    args = flags_taken(add_magcache_flags)
+    check_flags(args)
     generate = checkouts_script("generate", "HunyuanVideo-1.5", "MagCache4HunyuanVideo-1.5")
     if not hasattr(generate, "HunyuanVideo_1_5_Pipeline"):
         raise MagCacheError(
@@ -61,40 +48,39 @@ def run(script):
         )
     plain = generate.generate_video
 
-    def generate_video(args):
-        check_flags(args)
-        if session := session_of(args, script, generate):
+    def generate_video(host_args):
+        if session := session_of(args, host_args, generate):
             generate.HunyuanVideo_1_5_Pipeline = cached(generate.HunyuanVideo_1_5_Pipeline, session)
             generate.save_video = saving(generate.save_video, session)
-        return plain(args)
+        return plain(host_args)
 
     generate.generate_video = generate_video
-    with flags_added(generate, add_magcache_flags):
-        generate.main()
+    generate.main()
 
 
-def session_of(args, script, generate):
+def session_of(args, host_args, generate):
     """The Session of a command line; None where MagCache is off. Raises MagCacheError for what cannot work, before
     anything is loaded."""
-    calibrating = args.magcache_calibration is not None
-    if not args.magcache and not calibrating:
+    if not args.magcache and args.magcache_calibration is None:
         return None
-    if args.enable_cache:
+    if host_args.enable_cache:
         raise MagCacheError(
-            f"--enable_cache ({args.cache_type}) and MagCache both skip blocks: leave out one of them (--enable_cache "
-            "false, or --no-magcache)."
+            f"--enable_cache ({host_args.cache_type}) and MagCache both skip blocks: leave out one of them "
+            "(--enable_cache false, or --no-magcache)."
         )
-    if args.compare and args.rewrite:
+    if args.compare and host_args.rewrite:
         raise MagCacheError(
             "--compare renders three times, and --rewrite would write another prompt each time: add --rewrite false, "
             "with the rewritten prompt as --prompt."
         )
-    task = "i2v" if args.image_path else "t2v"
     version = generate.HunyuanVideo_1_5_Pipeline.get_transformer_version(
-        args.resolution, task, args.cfg_distilled, args.enable_step_distill, args.sparse_attn
+        host_args.resolution,
+        "i2v" if host_args.image_path else "t2v",
+        host_args.cfg_distilled,
+        host_args.enable_step_distill,
+        host_args.sparse_attn,
     )
-    asked = calibrating or args.compare or any(getattr(args, name) is not None for name in SETTING_FLAGS)
-    if args.enable_step_distill and not asked:
+    if host_args.enable_step_distill and not args.given:
         if is_writer():
             print(
                 "MagCache is off: the step-distilled model takes 8 or 12 steps that differ more from one to the next "
@@ -102,28 +88,22 @@ def session_of(args, script, generate):
                 "then says how many to compute."
             )
         return None
-    if args.seed in (None, -1):
-        args.seed = random.randint(100_000, 999_999)  # --compare renders it more than once
-    steps = args.num_inference_steps or steps_of(version)
-    preset = published(version, steps, script["SETTINGS"])
-    lines = dict(
-        zip(
-            ("magcache_thresh", "magcache_K", "retention_ratio"),
-            script["SETTINGS"][preset or nearest(steps, script["SETTINGS"])],
-        )
-    )
-    about = {"prompt": args.prompt, "seed": args.seed, "version": version}
+    if host_args.seed in (None, -1):
+        host_args.seed = random.randint(100_000, 999_999)  # --compare renders it more than once
+    steps = host_args.num_inference_steps or steps_of(version)
+    table = min(SETTINGS, key=lambda name: abs(load(name).steps - steps))
     session = Session(
         args,
-        lines,
+        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), SETTINGS[table])),
         f"hunyuanvideo-1.5-{version}",
-        "{}x{}".format(*size_of(args)),
-        args.video_length,
-        preset,
-        about,
+        "{}x{}".format(*size_of(host_args)),
+        host_args.video_length,
+        steps,
+        table if version in PUBLISHED_FOR else None,
+        {"prompt": host_args.prompt, "seed": host_args.seed, "version": version},
         videos=lambda made: 2 * getattr(made, "sr_videos", made.videos) - 1,
     )
-    session.check(args.output_path)
+    session.check(host_args.output_path or "outputs/output.mp4", VIDEO_SUFFIXES)
     return session
 
 
@@ -133,32 +113,23 @@ def steps_of(version):
     return PIPELINE_CONFIGS.get(version, {}).get("num_inference_steps", 50)
 
 
-def published(version, steps, tables):
-    """The name of the table that was published for a checkpoint, or None."""
-    return nearest(steps, tables) if version in PUBLISHED_FOR else None
-
-
-def nearest(steps, tables):
-    return min(tables, key=lambda name: abs(load(name).steps - steps))
-
-
-def size_of(args):
+def size_of(host_args):
     """(width, height) of the video before super-resolution, which the pipeline chooses by the aspect ratio."""
     from hyvideo.utils.data_utils import generate_crop_size_list, get_closest_ratio
 
-    if args.image_path:
+    if host_args.image_path:
         from PIL import Image
 
         try:
-            with Image.open(args.image_path) as picture:
+            with Image.open(host_args.image_path) as picture:
                 width, height = picture.size
         except OSError:
-            raise MagCacheError(f"--image_path {args.image_path} is no picture that can be read.") from None
+            raise MagCacheError(f"--image_path {host_args.image_path} is no picture that can be read.") from None
     else:
-        width, _, height = args.aspect_ratio.partition(":")
+        width, _, height = host_args.aspect_ratio.partition(":")
         if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-            raise MagCacheError(f"--aspect_ratio {args.aspect_ratio} is not like 16:9.")
-    sizes = generate_crop_size_list(SQUARES[args.resolution], 16)
+            raise MagCacheError(f"--aspect_ratio {host_args.aspect_ratio} is not like 16:9.")
+    sizes = generate_crop_size_list(SQUARES[host_args.resolution], 16)
     (height, width), _ = get_closest_ratio(
         float(height), float(width), [round(height / width, 5) for height, width in sizes], sizes
     )
@@ -170,12 +141,17 @@ def cached(pipeline_class, session):
 
     class Cached(pipeline_class):
         def __call__(self, *args, num_inference_steps=None, **kwargs):
-            plain = super().__call__
-            session.patch(self.transformer, HOST, lambda: self.scheduler.timesteps, fingerprint(self.transformer))
-            return session.render(
-                lambda steps: plain(*args, num_inference_steps=steps, **kwargs),
-                num_inference_steps or self.config.num_inference_steps,
+            steps, plain = num_inference_steps or self.config.num_inference_steps, super().__call__
+            session.patch(
+                self.transformer,
+                HUNYUANVIDEO_15_CHECKOUT,
+                lambda: self.scheduler.timesteps,
+                fingerprint(self.transformer),
             )
+            try:
+                return session.render(lambda steps: plain(*args, num_inference_steps=steps, **kwargs), steps)
+            finally:
+                session.unpatch()
 
     Cached.__name__ = pipeline_class.__name__
     return Cached
@@ -196,4 +172,4 @@ def saving(save_video, session):
 
 
 if __name__ == "__main__":
-    run_script(run, globals())
+    main()

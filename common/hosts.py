@@ -81,6 +81,24 @@ HUNYUANVIDEO_CHECKOUT = Host(
 )
 
 
+def residual_of_hunyuanvideo_15(model, forward):
+    """Of one rank, where several share the tokens."""
+    from hyvideo.commons.parallel_states import get_parallel_state  # of the checkout
+
+    latents = forward["hidden_states"]
+    tokens = patches(latents.shape[2:], model.patch_size)
+    return len(latents), ceil(tokens / get_parallel_state().sp), model.hidden_size
+
+
+# The checkout of HunyuanVideo-1.5, whose single_blocks are empty.
+HUNYUANVIDEO_15_CHECKOUT = Host(
+    blocks=("double_blocks", "single_blocks"),
+    final_layer="final_layer",
+    image_tokens="img",
+    residual_shape=residual_of_hunyuanvideo_15,
+)
+
+
 def residual_of_stdit3(model, forward):
     ranks = 1
     if model.enable_sequence_parallelism:
