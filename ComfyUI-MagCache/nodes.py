@@ -243,7 +243,7 @@ class MagCacheCalibrationResultNode(io.ComfyNode):
     def execute(cls, calibration, latent):
         if calibration.failure:
             raise RuntimeError(f"MagCache Calibration has nothing to show: {calibration.failure}.")
-        table, text = calibration.mag_ratios, ratios_text(calibration.mag_ratios)
+        table, text = calibration.table, ratios_text(calibration.table)
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / "ratios.png"
             plot_schedule(picture, schedule_of(table), np.asarray(table.sigmas), table.name)

@@ -16,19 +16,18 @@ import numpy as np
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .common import tables
+from .common import run, tables
 from .common.blocks import BlockStack
 from .common.calibration import Statistics, fingerprint_of
 from .common.errors import MagCacheError
 from .common.hosts import host_of
-from .common.patch import REHEARSALS, inner_module
+from .common.patch import inner_module
 from .common.planner import Target
-from .common.report import RunReport, plan_text
+from .common.report import plan_text
 from .common.residuals import Residuals
-from .common.schedule import Rule, Settings, compute_all, magcache_schedule, rule_of
-from .common.steps import Call
+from .common.schedule import Rule, Settings, compute_all, rule_of
+from .common.steps import Call, Part
 from .common.tables import calibrations_folder, load
-from .common.timing import Stopwatch
 from .models import MODEL_TYPES, recognise, require_class
 
 KEY = "magcache"
@@ -62,27 +61,27 @@ class Patch:
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         guider = executor.class_obj
         try:
-            run = self.begin(Circumstances.of(guider, noise, sigmas, denoise_mask))
+            sampling = self.begin(Circumstances.of(guider, noise, sigmas, denoise_mask))
         except MagCacheError as error:
             self.say(f"MagCache is off in this run: {error}")
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         plain = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(plain)
-        guider.model_options["transformer_options"][KEY] = run
+        guider.model_options["transformer_options"][KEY] = sampling
         try:
             result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-            run.report.complete = True
+            sampling.report.complete = True
             return result
         finally:
             guider.model_options = plain
-            self.end(run)
+            self.end(sampling)
 
 
 def apply_model(executor, *args, **kwargs):
     """Wrapper around BaseModel.apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)."""
     options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
-    run = options.get(KEY)
-    return executor(*args, **kwargs) if run is None else run.call(executor, args, kwargs, options)
+    sampling = options.get(KEY)
+    return executor(*args, **kwargs) if sampling is None else sampling.call(executor, args, kwargs, options)
 
 
 def calc_cond_batch(executor, model, conds, *args, **kwargs):
@@ -135,13 +134,12 @@ def file_of(patcher):
     return next((str(value) for value in arguments if isinstance(value, str)), "")
 
 
-class Run:
-    """One pass of a sampler over one model."""
+class Sampling:
+    """One pass of a sampler over one model: what tells `run.Run` which step and conditioning each call is."""
 
-    def __init__(self, circumstances, schedule):
-        self.circumstances, self.levels, self.schedule = circumstances, circumstances.levels, schedule
-        self.host, self.stacks = host_of(circumstances.model), {}
-        self.report = RunReport(schedule, self.levels.tolist())
+    def __init__(self, circumstances, run):
+        self.circumstances, self.run, self.host = circumstances, run, host_of(circumstances.model)
+        self.report, self.levels, self.stacks = run.report, circumstances.levels, {}
         self.stack_of(circumstances.model)  # raises if this version of the class is not known
 
     def stack_of(self, model):
@@ -161,60 +159,43 @@ class Run:
 
     def call(self, executor, args, kwargs, options):
         x, stack = args[0], self.stack_of(inner_module(executor.class_obj.diffusion_model))
-        sigma, branches = float(options["sigmas"].flatten()[0]), options["cond_or_uncond"]
+        branches = options["cond_or_uncond"]
+        sigma = float(options["sigmas"].flatten()[0])
         calls = [Call(self.step(sigma), branch) for branch in branches]
-        parts = list(zip(keys_of(options), calls, x.chunk(len(branches))))
-        residual, why = self.reused(parts)
-        stopwatch = Stopwatch(x.device)
-        if residual is not None:
-            output = run_with(stack, residual, executor, args, kwargs)
-            self.report.add(calls[0], "reused", stopwatch.stop())
-            return output
-        self.prepare(parts)
+        parts = [Part(*part) for part in zip(keys_of(options), calls, x.chunk(len(branches)))]
+        arguments = {
+            "x": parts[0].latent,
+            "patch_size": getattr(self.circumstances.model, "patch_size", None),
+            "sigma": sigma,
+        }
+        call = self.run.begin(parts, stack, arguments)
         try:
-            stack.record()
-            output = executor(*args, **kwargs)
-            seconds, residual = stopwatch.stop(), self.made(stack)
-        finally:
-            stack.restore()
-        if residual is None:
-            why = "another patch skipped or replaced the first block"
-        else:
-            self.keep(parts, residual, output, sigma)
-            if calls[0].step == self.schedule.steps - 1:
-                self.ending(lambda: run_with(stack, residual, executor, args, kwargs), x.device)
-        self.report.add(calls[0], "computed", seconds, why)
+            output = executor(*args, **kwargs) if call.output is None else call.output
+            call.finish(output, lambda: executor(*args, **kwargs))
+        except BaseException:
+            call.cancel()
+            raise
         return output
 
-    @staticmethod
-    def made(stack):
-        try:
-            return stack.finish()
-        except MagCacheError:
-            return None
 
-    def reused(self, parts):
-        """(residual of the whole batch, ""), or (None, why it has to be computed); parts: (key, call, latent) of each
-        part of the batch."""
-        return None, ""
+class Blockless:
+    """Where another patch skipped or replaced the first block, a call counts as computed and nothing of it is kept."""
 
-    def prepare(self, parts):
-        """Before a computed call."""
-
-    def keep(self, parts, residual, output, sigma):
-        """After a computed call. residual: (batch, tokens, width); output: the denoised latent that ComfyUI made at
-        this noise level."""
-
-    def ending(self, rehearse, device):
-        """After a computed call at the last step. rehearse: makes the same call again, without its blocks."""
+    def nothing_recorded(self, error):
+        return "another patch skipped or replaced the first block"
 
 
-def run_with(stack, residual, executor, args, kwargs):
-    try:
-        stack.replace(residual)
-        return executor(*args, **kwargs)
-    finally:
-        stack.restore()
+class CachedRun(Blockless, run.CachedRun):
+    pass
+
+
+class MeasuredRun(Blockless, run.MeasuredRun):
+    def outputs(self, call, output, noise_tokens, tokens):
+        """The velocity: what the model itself gave, of which ComfyUI made the denoised latent `output`."""
+        return [
+            ((part.latent - denoised) / call.arguments["sigma"]).reshape(1, -1, 1)
+            for part, denoised in zip(call.parts, output.chunk(len(call.parts)))
+        ]
 
 
 def keys_of(options):
@@ -226,69 +207,6 @@ def keys_of(options):
     )
     parts = options.get("uuids") or options["cond_or_uncond"]
     return [(part, None if window is None else tuple(window), tuple(replaced)) for part in parts]
-
-
-class CachedRun(Run):
-    """Reuses residuals where the schedule says so, and only those of this run, conditioning, window, shape and
-    dtype."""
-
-    def __init__(self, circumstances, schedule, device):
-        super().__init__(circumstances, schedule)
-        self.device, self.residuals = device, {}
-
-    def reused(self, parts):
-        if not self.schedule.reuse[parts[0][1].step]:
-            return None, ""
-        predicted = []
-        for key, call, latent in parts:
-            residual, why = self.of(key).predict(call, latent, self.schedule)
-            if residual is None:
-                return None, why
-            predicted.append(residual)
-        return predicted[0] if len(predicted) == 1 else torch.cat(predicted), ""
-
-    def prepare(self, parts):
-        for key, call, _ in parts:
-            self.of(key).drop_unneeded(call, self.schedule)
-
-    def keep(self, parts, residual, output, sigma):
-        for (key, call, latent), part in zip(parts, residual.chunk(len(parts))):
-            if self.of(key).needed_by(self.schedule, call.step):
-                self.of(key).keep(call, latent, part)
-        self.report.peak_bytes = max(self.report.peak_bytes, sum(kept.bytes for kept in self.residuals.values()))
-
-    def of(self, key):
-        return self.residuals.setdefault(key, Residuals(self.device))
-
-
-class MeasuredRun(Run):
-    """Computes everything and measures the residuals of the first conditioning of each branch."""
-
-    def __init__(self, circumstances):
-        super().__init__(circumstances, compute_all(len(circumstances.levels)))
-        self.statistics, self.first, self.reused_seconds = Statistics(), {}, None
-        self.statistics.begin(self.levels)
-
-    def keep(self, parts, residual, output, sigma):
-        count = len(parts)
-        for (key, call, latent), part, denoised in zip(parts, residual.chunk(count), output.chunk(count)):
-            if self.first.setdefault(call.branch, key) == key:
-                forward = {"x": latent, "patch_size": self.circumstances.model.patch_size}
-                tokens = self.host.noise_tokens(forward) if self.host.noise_tokens else None
-                velocity = (latent - denoised) / sigma  # what the model itself gave
-                self.statistics.add(call, part[:, :tokens], velocity.reshape(1, -1, 1))
-
-    def ending(self, rehearse, device):
-        if self.reused_seconds is None:
-            seconds = []
-            for _ in range(REHEARSALS):
-                stopwatch = Stopwatch(device)
-                rehearse()
-                seconds.append(stopwatch.stop())
-            self.reused_seconds = min(read() for read in seconds)
-
-    def finish(self):
-        self.statistics.finish((self.report.typical_seconds, self.reused_seconds))
 
 
 class MagCache(Patch):
@@ -315,10 +233,9 @@ class MagCache(Patch):
 
     def begin(self, circumstances):
         schedule, table = self.plan(circumstances)
-        run = CachedRun(circumstances, schedule, self.device)
-        text = plan_text(schedule, circumstances.levels, table).splitlines()
-        self.say("\n".join(line for line in text if "--" not in line))  # which names a flag of the scripts
-        return run
+        cached = CachedRun(schedule, circumstances.levels, Residuals(self.device))
+        self.say(plan_text(schedule, circumstances.levels, table))
+        return Sampling(circumstances, cached)
 
     def plan(self, circumstances):
         host_of(circumstances.model)
@@ -342,7 +259,7 @@ class MagCache(Patch):
             return replace(
                 compute_all(steps), settings=settings, why_none="the high-noise expert of this model is not cached"
             ), table
-        return magcache_schedule(table.at(circumstances.levels), settings, self.windowed(rule, steps)), table
+        return settings.plan(table, circumstances.levels, rule=self.windowed(rule, steps)), table
 
     def windowed(self, rule, steps):
         """The rule, with the steps outside of start_step .. end_step computed."""
@@ -350,10 +267,10 @@ class MagCache(Patch):
         outside = tuple((step, steps) for step in range(steps) if not first <= step <= last)
         return replace(rule, never_reuse=(*rule.never_reuse, *outside))
 
-    def end(self, run):
-        run.residuals.clear()
-        if run.report.calls:
-            self.say(run.report.line())
+    def end(self, sampling):
+        sampling.run.end()
+        if sampling.report.calls:
+            self.say(sampling.report.line())
 
 
 def named_table(name):
@@ -415,42 +332,41 @@ def tensors_in(patch):
 
 
 class Calibration(Patch):
-    """Measures a model in an ordinary un-cached run. `mag_ratios` and `path` are those of the last complete run."""
+    """Measures a model in an ordinary un-cached run. `table` and `path` are those of the last complete run."""
 
     def __init__(self, say):
         super().__init__(say)
-        self.mag_ratios = self.path = self.failure = None
+        self.table = self.path = self.failure = None
 
     def begin(self, circumstances):
-        self.mag_ratios = self.path = None
+        self.table = self.path = None
         self.failure = "no complete run has been measured yet"
         try:
-            if len(circumstances.levels) < 2:
-                raise MagCacheError("calibration compares neighbouring steps: sample at least 2.")
-            return MeasuredRun(circumstances)
+            noise_tokens = host_of(circumstances.model).noise_tokens
+            return Sampling(circumstances, MeasuredRun(circumstances.levels, Statistics(), noise_tokens))
         except MagCacheError as error:
             self.failure = str(error)
             raise
 
-    def end(self, run):
-        if not run.report.complete:
+    def end(self, sampling):
+        if not sampling.report.complete:
             self.failure = "the run broke off"
             self.say("MagCache Calibration: the run broke off, nothing was written.")
             return
         try:
-            run.finish()
-            self.write(run)
+            sampling.run.complete()
+            self.write(sampling)
         except MagCacheError as error:
             self.failure = str(error)
             self.say(f"MagCache Calibration: {error}")
 
-    def write(self, run):
-        about = run.circumstances
+    def write(self, sampling):
+        about = sampling.circumstances
         model_type = about.recognised
         _, patched = fingerprints(about.patcher, about.model)
         name = f"{model_type or type(about.model).__name__.lower()}-{patched}"
-        published = published_table(model_type, len(run.levels))
-        self.mag_ratios = run.statistics.mag_ratios(
+        published = published_table(model_type, len(sampling.levels))
+        self.table = sampling.run.statistics.table(
             name,
             settings=published.settings if published else {},
             sampler={"guidance_scale": float(about.cfg)},
@@ -465,21 +381,19 @@ class Calibration(Patch):
             },
         )
         self.path = calibrations_folder() / f"{name}.json"
-        tables.write(self.path, self.mag_ratios)
+        tables.write(self.path, self.table)
         self.failure = None
         self.say(
-            f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n"
-            f"{ratios_text(self.mag_ratios)}"
+            f"MagCache Calibration: {self.path} written; MagCache nodes take it from now on.\n{ratios_text(self.table)}"
         )
 
 
-def ratios_text(mag_ratios):
+def ratios_text(table):
     return "\n".join(
-        f"{branch}: {', '.join(f'{ratio:.5f}' for ratio in ratios)}" for branch, ratios in mag_ratios.mag_ratios.items()
+        f"{branch}: {', '.join(f'{ratio:.5f}' for ratio in ratios)}" for branch, ratios in table.mag_ratios.items()
     )
 
 
-def schedule_of(mag_ratios):
+def schedule_of(table):
     """What the paper's rule would make of a calibration at its own steps, for the plot."""
-    settings = Settings(**(mag_ratios.settings or UNPUBLISHED))
-    return magcache_schedule(mag_ratios.at(mag_ratios.sigmas), settings, Rule())
+    return Settings(**(table.settings or UNPUBLISHED)).plan(table, table.sigmas, rule=Rule())

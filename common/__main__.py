@@ -18,9 +18,7 @@ from . import __version__
 from .errors import MagCacheError, needs
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from .schedule import Schedule, Settings
+    from .schedule import Settings
     from .tables import RatioTable
 
 # Each command imports what it uses: `install` needs the standard library only, `plan` no torch.
@@ -37,7 +35,8 @@ def presets(arguments: list[str]) -> None:
     own = {str(path): table for path, table in calibrations().items()}
     rows = []
     for name, table in [(table.name, table) for table in tables] + list(own.items()):
-        schedule = planned(table, table.levels(table.steps), Settings(**table.settings)) if table.settings else None
+        levels = table.levels(table.steps)
+        schedule = Settings(**table.settings).plan(table, levels, table.switch_step(levels)) if table.settings else None
         rows.append(
             [
                 name,
@@ -79,26 +78,14 @@ def plan(arguments: list[str]) -> None:
 
     table = load(args.preset)
     levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
-    target = target_of(args)
-    schedule = (
-        planned(table, levels, thresholds(args, table), args.magcache_interp)
-        if target is None
-        else target.plan(table, levels, table.switch_step(levels))
-    )
+    settings = target_of(args) or thresholds(args, table)
+    schedule = settings.plan(table, levels, table.switch_step(levels), interpolation=args.magcache_interp)
     print(plan_text(schedule, levels, table))
     if args.plot:
         from .scripts.plots import plot_schedule
 
         plot_schedule(args.plot, schedule, levels, table.name)
         print(f"  picture: {args.plot}")
-
-
-def planned(table: RatioTable, levels: np.ndarray, settings: Settings, interpolation: str = "sigma") -> Schedule:
-    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary
-    lies."""
-    from .schedule import magcache_schedule, rule_of
-
-    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
 
 
 def thresholds(args: argparse.Namespace, table: RatioTable) -> Settings:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 from torch.nn import functional
 
@@ -63,19 +64,29 @@ class BlockStack:
         if missing:
             raise MagCacheError(
                 f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
-                "of the model; run it with --no-magcache."
+                "of the model; run it without MagCache."
             )
         self.model, self.host = model, host
         self.first = FirstBlock(host.image_tokens, host.in_place)
         self.final = FinalLayer() if host.final_layer else LastBlock(self.first.passed_on)
         self.shadows, self.shadowed = {}, {}
 
+    def size(self, arguments, latent):
+        """(elements, dtype) of a residual, or None where the host does not say its shape."""
+        if self.host.residual_shape is None:
+            return None
+        dtype = self.host.residual_dtype(self.model) if self.host.residual_dtype else latent.dtype
+        return prod(self.host.residual_shape(self.model, arguments)), dtype
+
     def record(self, arguments=None):
         """From here to `finish`, forward runs every block and the image tokens before and after them are remembered.
         arguments: of forward, by name, for the host's `output_tokens`."""
         self.last = self.host.output_tokens(self.model, arguments) if self.host.output_tokens else 0
         lists = {name: list(getattr(self.model, name)) for name in self.host.blocks}
-        start, *_, end = 2 * [name for name, blocks in lists.items() if blocks]
+        filled = [name for name, blocks in lists.items() if blocks]
+        if not filled:
+            raise MagCacheError(f"{type(self.model).__name__} has no blocks, so there is nothing to skip.")
+        start, end = filled[0], filled[-1]
         self.first.block, lists[start][0] = lists[start][0], self.first
         if self.host.final_layer:
             self.final.layer = getattr(self.model, self.host.final_layer)
@@ -112,7 +123,7 @@ class BlockStack:
         if before is None or after is None:
             raise MagCacheError(
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
-                f"{self.host.final_layer}; run it with --no-magcache."
+                f"{self.host.final_layer}; run it without MagCache."
             )
         after = after[:, -self.last :]
         return after - before[:, -after.shape[1] :]

@@ -139,7 +139,7 @@ class Statistics:
         self.seconds.append(summed_over_ranks(torch.tensor([*seconds, 1.0], dtype=torch.float64), self.device))
         self.samples = {}
 
-    def mag_ratios(self, name, sampler=(), **description):
+    def table(self, name, sampler=(), **description):
         """RatioTable of the counted runs, rounded to six decimals."""
         runs = {
             branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from ..calibration import Statistics
 from ..errors import MagCacheError
 from ..patch import magcache_calibration, magcache_forward
-from ..planner import Target
 from ..ranks import is_writer, told_by_writer
 from ..report import write_report
 from ..schedule import rule_of
@@ -102,8 +101,7 @@ class Session:
             raise MagCacheError(self.no_table())
         if named and not own:  # else only the weights tell which
             table = load(named)
-            if isinstance(settings, Target):
-                settings.plan(table, table.levels(self.steps))
+            settings.plan(table, table.levels(self.steps))
 
     def no_table(self):
         return (
@@ -238,7 +236,7 @@ class Session:
         return result
 
     def tell_measured(self):
-        self.table, self.calibration_path = self.handle.mag_ratios, self.handle.path
+        self.table, self.calibration_path = self.handle.table, self.handle.path
         hint = (
             f"use it with --mag_ratios {self.calibration_path}."
             if self.args.magcache_calibration

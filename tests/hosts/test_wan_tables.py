@@ -99,7 +99,7 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
                     "origin": "measured",
                     "sigmas": list(table.sigmas),
                     "mag_ratios": table.mag_ratios,
-                    "sampler": {"task": "t2v-1.3B", "size": size, "frames": frames},
+                    "sampler": {**table.sampler, "task": "t2v-1.3B", "size": size, "frames": frames},
                     "provenance": {"fingerprint": fingerprint},
                 }
             )
