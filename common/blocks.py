@@ -37,6 +37,8 @@ class Host:
     output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
     output,
         where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
+    on_the_way: (model, image tokens before the first block) -> those of them that the final layer would get, where
+        forward takes others away after the blocks or gathers what ranks share. None: the last, as many as it gets.
     hint_methods: methods whose product goes into the blocks and nowhere else (the branch of a control net that forward
         runs first); they return an empty list on a reused step.
     """
@@ -52,6 +54,7 @@ class Host:
     noise_tokens: Callable | None = None
     in_place: bool = False
     output_tokens: Callable | None = None
+    on_the_way: Callable | None = None
     hint_methods: tuple = ()
 
 
@@ -125,6 +128,8 @@ class BlockStack:
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                 f"{self.host.final_layer}; run it without MagCache."
             )
+        if self.host.on_the_way:
+            before = self.host.on_the_way(self.model, before)
         after = after[:, -self.last :]
         return after - before[:, -after.shape[1] :]
 
