@@ -2,13 +2,13 @@
 
 import copy
 import json
-import multiprocessing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from ranks import two_ranks
 
 from common.errors import MagCacheError
 from common.guard import Guard
@@ -192,22 +192,14 @@ def test_a_guard_needs_a_planned_run(model, euler, ratios, host):
 
 
 def judged(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     made, predicted = torch.ones(1, 8, 4), torch.ones(1, 8, 4)
     if rank == 1:
         predicted = predicted - 0.5  # half the tokens of the video, and only they go astray
     why = Guard(2.0).judge(5, made, predicted, expected=0.1)
     (folder / f"{rank}.json").write_text(json.dumps(why))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_ranks_decide_alike(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=judged, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    two_ranks(judged, tmp_path)
     whys = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert whys == ["the guard saw step 5 predicted 3.5 times worse than calibrated"] * 2
