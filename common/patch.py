@@ -231,7 +231,7 @@ class Patch:
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
         latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
-        latent = latent[0] if isinstance(latent, (list, tuple)) else latent
+        latent = latent if torch.is_tensor(latent) else latent[0]  # a list, or what the host made of one
         # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
         level = float(timestep.max() if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
         tolerance = level_tolerance(timestep)
