@@ -17,8 +17,8 @@ import torch
 
 from .blocks import BlockStack, Host
 from .errors import MagCacheError
+from .expert import argument_names
 from .hosts import class_name, output_host
-from .patch import argument_names
 from .payloads import MISFITS, disproof
 
 LEAST_SHARE = 0.5  # of the forward's time in all block lists that a stack has to take

@@ -5,6 +5,7 @@ A new kind is a class with the methods of `Payload` and an entry in PAYLOADS.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -40,8 +41,7 @@ class ModelOutput:
     kind = "output"
 
     def __init__(self, model: torch.nn.Module | None = None, host: Host | None = None) -> None:
-        self.leaves: list = []
-        self.form: Any = None
+        self.forms = threading.local()  # of the newest output, in each thread that runs the model
 
     def record(self, arguments=None):
         pass
@@ -51,22 +51,23 @@ class ModelOutput:
 
     def finish(self, output=None):
         """A copy of the output's tensors as (1, elements, 1): samplers may write into what they are given."""
-        self.leaves, self.form = pytree.tree_flatten(output)
-        tensors = [leaf.flatten() for leaf in self.leaves if torch.is_tensor(leaf)]
-        self.leaves = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in self.leaves]
+        leaves, form = pytree.tree_flatten(output)
+        tensors = [leaf.flatten() for leaf in leaves if torch.is_tensor(leaf)]
+        self.forms.newest = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves], form
         return torch.cat(tensors)[None, :, None]
 
     def replace(self, tensor):
         """The output of the last computed call, a tuple, list, dictionary or dataclass of tensors, with these
         values."""
         values, leaves = tensor.flatten(), []
-        for leaf in self.leaves:
+        shapes, form = self.forms.newest
+        for leaf in shapes:
             if isinstance(leaf, torch.Size):
                 leaves.append(values[: leaf.numel()].clone().reshape(leaf))
                 values = values[leaf.numel() :]
             else:
                 leaves.append(leaf)
-        return pytree.tree_unflatten(leaves, self.form)
+        return pytree.tree_unflatten(leaves, form)
 
     def restore(self):
         pass

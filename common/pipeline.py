@@ -23,8 +23,10 @@ from .blocks import Host
 from .calibration import fingerprint
 from .discover import discover
 from .errors import MagCacheError
+from .expert import argument_names, inner_module, patch_of
+from .handle import Patch
 from .hosts import HOSTS, class_name, output_host
-from .patch import Patch, argument_names, inner_module, magcache_calibration, magcache_forward
+from .patch import magcache_calibration, magcache_forward
 from .planner import Target
 from .report import RunReport
 from .schedule import Settings
@@ -88,17 +90,11 @@ def enable(
 def disable(pipe) -> None:
     """Let the pipeline run as it did before `enable`."""
     pipe = getattr(pipe, "decoder_pipe", pipe)
-    patches = {id(patch): patch for group in denoisers(pipe) for model in group.models if (patch := patch_on(model))}
+    patches = {id(patch): patch for group in denoisers(pipe) for model in group.models if (patch := patch_of(model))}
     if not patches:
         raise MagCacheError(f"MagCache is not enabled on this {type(pipe).__name__}.")
     for patch in patches.values():
         patch.remove()
-
-
-def patch_on(model: torch.nn.Module) -> Patch | None:
-    """The patch that a model's forward goes through, if it is active."""
-    patch = getattr(inner_module(model).forward, "magcache", None)
-    return patch if patch is not None and patch.active else None
 
 
 class PipelineCache:

@@ -167,6 +167,11 @@ def table_grams(table, levels, payload="residual"):
     stored = table.statistics.get(GRAMS[payload])
     if not stored:
         raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
+    if not table.fine_enough(levels):
+        raise MagCacheError(
+            f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)} by; "
+            "calibrate again in as many steps as you run."
+        )
     try:
         grams = [unpacked(rows) for rows in stored.values()]
     except (TypeError, ValueError, IndexError, AttributeError):

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import MagCacheError
+from ..expert import inner_module
 from ..hosts import WAN
-from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
 from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on
