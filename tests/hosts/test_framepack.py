@@ -124,15 +124,13 @@ def sample(package, model, steps=12, cfg=1.0, frames=2, seed=0, history=None, ca
 def entered(model):
     """One letter a call of the model, # where every block ran and . where none did; filled as it runs."""
     calls, blocks = [], [*model.transformer_blocks, *model.single_transformer_blocks]
-    model.norm_out.register_forward_pre_hook(lambda module, args: calls.append(0))
-    model.context_embedder.register_forward_pre_hook(lambda module, args: calls.append(0))
+    model.register_forward_pre_hook(lambda module, args: calls.append(0))
     for block in blocks:
         block.register_forward_pre_hook(lambda module, args: calls.__setitem__(-1, calls[-1] + 1))
 
     def strip():
-        ran = calls[::2]  # the context embedder comes before the blocks, norm_out after them
-        assert set(ran) <= {0, len(blocks)}
-        return "".join(".#"[count > 0] for count in ran)
+        assert set(calls) <= {0, len(blocks)}
+        return "".join(".#"[count > 0] for count in calls)
 
     return strip
 
@@ -757,8 +755,11 @@ def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
 def test_install_knows_the_checkout(tmp_path):
     with pytest.raises(MagCacheError, match="demo_gradio.py"):
         install("MagCache4FramePack", tmp_path)
-    for name in json.loads((REPOSITORY / "MagCache4FramePack" / "install.json").read_text())["recognised_by"]:
+    known, windows = json.loads((REPOSITORY / "MagCache4FramePack" / "install.json").read_text())
+    for name in known["recognised_by"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert install("MagCache4FramePack", tmp_path) == "python magcache_demo_gradio.py"
     assert (tmp_path / "magcache_demo_gradio_f1.py").is_file() and (tmp_path / "magcache_framepack.py").is_file()
+    (tmp_path / "demo_gradio_f1.py").unlink()
+    assert install("MagCache4FramePack", tmp_path) == windows["run"] and "f1" not in str(windows["files"])
