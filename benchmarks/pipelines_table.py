@@ -43,16 +43,17 @@ PUBLISHED = {  # how the names of a class's tables begin
 HEAD = """# Pipelines
 
 Every pipeline of diffusers {version} that calls a transformer or U-Net step by step, and what
-`magcache.enable(pipe, ...)` does for it. `python benchmarks/pipelines_table.py --diffusers CHECKOUT` makes this page with
-the tiny models of diffusers' own tests. Whole pipelines of ten families are run by `tests/hosts/test_pipelines.py`.
+`magcache.enable(pipe, ...)` does for it. `python benchmarks/pipelines_table.py --diffusers CHECKOUT` makes this page
+with the tiny models of diffusers' own tests. Whole pipelines of ten families are run by
+`tests/hosts/test_pipelines.py`.
 
 * **A speed-up** (`speedup=`, `steps=`) needs no facts and no calibration, for it predicts the model's output: every row
   but those that say `none`. A pipeline whose loop does not go by `pipe.scheduler` computes everything.
 * **Paper's rule** (`thresh=`, `K=`, `retention_ratio=`) reuses the residual of the blocks.
   `proved`: a residual put back on its own inputs made the same output, to rounding. `found`: the same, with facts that
-  MagCache found. `described`: the facts are written down, and no tiny model proves them here. `output`: only the model's
-  output can be reused. MagCache repeats the proof on your model at its first computed call, and goes over to the output,
-  with a sentence, where it fails.
+  MagCache found. `described`: the facts are written down, and no tiny model proves them here. `output`: only the
+  model's output can be reused. MagCache repeats the proof on your model at its first computed call, and goes over to
+  the output, with a sentence, where it fails.
 * **Ratios** are for the paper's rule alone: the tables that come with MagCache for checkpoints of this class; elsewhere
   `enable(pipe, calibrate=True)` measures them in one ordinary run.
 
