@@ -20,8 +20,8 @@ from .common import run, tables
 from .common.blocks import BlockStack
 from .common.calibration import Statistics, fingerprint_of
 from .common.errors import MagCacheError
+from .common.expert import inner_module
 from .common.hosts import host_of
-from .common.patch import inner_module
 from .common.planner import Target
 from .common.report import plan_text
 from .common.residuals import Residuals

@@ -102,6 +102,7 @@ def session_of(args, host_args, generate):
         table if version in PUBLISHED_FOR else None,
         {"prompt": host_args.prompt, "seed": host_args.seed, "version": version},
         videos=lambda made: 2 * getattr(made, "sr_videos", made.videos) - 1,
+        family="hunyuanvideo-1.5",
     )
     session.check(host_args.output_path or "outputs/output.mp4", VIDEO_SUFFIXES)
     return session
@@ -147,6 +148,7 @@ def cached(pipeline_class, session):
                 HUNYUANVIDEO_15_CHECKOUT,
                 lambda: self.scheduler.timesteps,
                 fingerprint(self.transformer),
+                scheduler=lambda: self.scheduler,
             )
             try:
                 return session.render(lambda steps: plain(*args, num_inference_steps=steps, **kwargs), steps)

@@ -30,9 +30,10 @@ from tqdm import tqdm
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common.errors import needs  # noqa: E402
+from common.gram import packed  # noqa: E402
 from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
-from common.planner import Target, packed  # noqa: E402
+from common.planner import Target  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402
@@ -195,8 +196,8 @@ def methods(sampler, steps):
         "un-cached": nullcontext,
         "skipping off": patched(Settings(1e9, 0, 0.0)),
         "paper's rule": patched(Settings(1e9, 1, 0.0)),
-        "planned, linear": patched(Target(half)),
-        "planned, linear, output": patched(Target(half, payload="output")),
+        "planned, linear": patched(Target(half, predictor="linear")),
+        "planned, linear, output": patched(Target(half, predictor="linear", payload="output")),
         HOOK: hook,
     }
 
@@ -270,7 +271,7 @@ def planner_text():
     parts = []
     for steps in (28, 50, 100):
         table, begin = table_of(steps), time.process_time()
-        Target(steps // 2).plan(table, table.sigmas)
+        Target(steps // 2, predictor="linear").plan(table, table.sigmas)
         parts.append(f"{time.process_time() - begin:.2f} s for {steps} steps")
     return f"Planning takes {', '.join(parts)}."
 

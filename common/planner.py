@@ -1,43 +1,25 @@
-"""Schedules for a number of computed steps, a speed-up or an error, from the Gram matrix of one calibration run.
+"""Schedules for a number of computed steps, a speed-up or an error: without a calibration, or from one.
 
-G[i, j] = <r_i, r_j>, for the block-stack residuals of a run or for the model's outputs. From it follows the exact
-squared error, on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least.
-So the schedule whose relative errors, each to the fourth power so that peaks count, add up to the least is a shortest
-path over pairs of neighbouring computed steps. Where only ratios are known, their changes stand in for the errors
-(`ratio_errors`): weaker, and named so. numpy only.
+Without one the computed steps are spread evenly (`spread_steps`), and a skipped output is predicted along the line
+through the two newest (`corrector.Trajectory`). With one, `gram` tells what every prediction would miss. numpy only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import MagCacheError
-from .schedule import Schedule, Settings, magcache_schedule
+from .gram import PREDICTORS, Forecast, has_gram, plan_steps
+from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
 
-RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
-POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves
-TURN = 0.05  # how much a residual is taken to change a step besides its magnitude, where only ratios are known
-GRAMS = {
-    "residual": "gram",
-    "output": "gram_of_outputs",
-}  # payload: where a calibration's statistics have its Gram matrices
+if TYPE_CHECKING:
+    from .tables import RatioTable
 
-
-def least_squares(anchors, products):
-    """The weights that predict best. anchors: Gram matrices (..., 2, 2) of the newest two; products: theirs with what
-    is to be predicted, (..., 2, steps). Returns weights (..., 2, steps), as every predictor."""
-    return np.linalg.solve(anchors, products)
-
-
-def newest(anchors, products):
-    """The newest as it is, as the paper has it."""
-    return np.zeros(products.shape) + np.array([[1.0], [0.0]])
-
-
-PREDICTORS = {"linear": least_squares, "reuse": newest}
+INDEX_SHARE = 0.75  # of the step's index in the measure that computed steps are spread evenly in; the rest: noise level
 
 
 @dataclass(frozen=True)
@@ -46,21 +28,25 @@ class Target:
     `magcache_speedup`, by the calibration's step times where it has some, else by the bound steps / computed; the
     fewest with no expected relative error above `magcache_max_error`.
 
-    predictor: "linear" weighs the two newest, "reuse" takes the newest as it is (None: linear, or reuse where the table
-    has ratios only). payload: what is kept and predicted, the block stack's "residual" or the model's "output".
+    predictor: "line" needs no calibration and no facts of the model: computed steps spread evenly, outputs predicted
+        along the line through the two newest. "linear" and "reuse" plan from a calibration and weigh the two newest or
+        take the newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload
+        residual are asked for.
+    payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: what line takes,
+        the output, else the residual).
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
     first on, that compute (None: the first).
     magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
     """
 
-    magcache_steps: int = None
-    magcache_speedup: float = None
-    predictor: str = None
-    magcache_K: int = None
-    retention_ratio: float = None
-    magcache_max_error: float = None
-    payload: str = "residual"
-    magcache_guard: float = None
+    magcache_steps: int | None = None
+    magcache_speedup: float | None = None
+    predictor: str | None = None
+    magcache_K: int | None = None
+    retention_ratio: float | None = None
+    magcache_max_error: float | None = None
+    payload: str | None = None
+    magcache_guard: float | None = None
 
     def __post_init__(self):
         asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
@@ -87,44 +73,115 @@ class Target:
                 f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}."
             )
 
-    def plan(self, table, levels, switch_step=None, rule=None, interpolation="sigma"):
+        if self.predictor not in (None, "line", *PREDICTORS):
+            known = ", ".join(["line", *PREDICTORS])
+            raise MagCacheError(f"There is no predictor {self.predictor}; there are {known}.")
+        measured = self.magcache_max_error is not None or self.magcache_guard is not None
+        predictor = self.predictor or ("linear" if measured or self.payload == "residual" else "line")
+        object.__setattr__(self, "predictor", predictor)
+        object.__setattr__(self, "payload", self.payload or ("output" if predictor == "line" else "residual"))
+        if predictor == "line" and (measured or self.payload != "output"):
+            raise MagCacheError(
+                "The predictor line needs no calibration and predicts the model's output: for magcache_max_error, "
+                "magcache_guard or the payload residual ask for the predictor linear."
+            )
+
+    def plan(
+        self,
+        table: RatioTable | None,
+        levels: np.ndarray,
+        switch_step: int | None = None,
+        rule: object = None,
+        interpolation: str = "sigma",
+    ) -> Schedule:
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
-        rule, interpolation: of `Settings.plan`, and no part of this plan.
+        table: None will do for the predictor line. rule: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
-        target = replace(self, predictor=self.predictor or "linear") if has_gram(table) else self.for_ratios(table)
-        forecast = Forecast.of_table(table, levels, target.predictor, self.payload, switch_step)
-        return replace(
-            target.place(forecast, reused_share(table, self.payload), switch_step),
-            settings=target,
-            ratios=table.at(levels),
+        ratios = None if table is None else table.at(levels, interpolation)
+        if self.predictor == "line":
+            return replace(self.spread(levels, switch_step), settings=self, ratios=ratios)
+        if table is None or not has_gram(table):
+            has = "There is no calibration" if table is None else f"{table.name} has magnitude ratios only"
+            raise MagCacheError(
+                f"{has}; the predictors linear and reuse, magcache_max_error and the guard need the Gram matrix that a "
+                "calibration measures."
+            )
+        forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
+        share = reused_share(table, self.payload)
+        return replace(self.place(forecast, share, switch_step), settings=self, ratios=ratios)
+
+    def spread(self, levels: np.ndarray, switch_step: int | None = None) -> Schedule:
+        """The Schedule whose computed steps, the first and the last among them, are spread evenly."""
+        steps, few = len(levels), Rule().min_steps
+        if steps < few:
+            return compute_all(steps, f"a run of {steps} steps has nothing to gain (MagCache starts at {few})")
+        kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step)
+        reuse = np.ones(steps, dtype=bool)
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step)] = False
+        return Schedule(
+            reuse,
+            np.arange(steps) < kept,
+            why_none="" if reuse.any() else "every step was asked to compute",
+            fewest_computed=computed,
         )
 
-    def for_ratios(self, table):
-        """This target where only ratios are known: with the published magcache_K and retention_ratio if none are asked
-        for."""
-        if self.predictor == "linear" or self.payload == "output" or self.magcache_guard is not None:
-            raise MagCacheError(
-                f"{table.name} has magnitude ratios only; the linear predictor, the payload output and the guard "
-                "need the Gram matrix that a calibration measures."
-            )
-        given = {name: getattr(self, name) for name in ("magcache_K", "retention_ratio")}
-        caps = {name: table.settings.get(name) if value is None else value for name, value in given.items()}
-        return replace(self, predictor="reuse", **caps)
+    def of(self, payload: str) -> Target:
+        """The same for another payload."""
+        return replace(self, payload=payload)
+
+    def kept(self, steps: int) -> int:
+        """How many steps, from the first on, compute in any case."""
+        return max(1, int(steps * (self.retention_ratio or 0)))
 
     def place(self, forecast, share=0.0, switch_step=None):
         """The Schedule that these errors ask for; share: cost of a reused step, in computed ones."""
-        steps = forecast.steps
-        kept = max(1, int(steps * (self.retention_ratio or 0)))
-        least = fewest_computed(steps, self.magcache_K, kept, switch_step)
-        computed = self.magcache_steps
+        computed = self.computed_of(forecast.steps, share, switch_step)
+        return plan_steps(forecast, computed, self.magcache_K, self.kept(forecast.steps), self.magcache_max_error)
+
+    def computed_of(self, steps: int, share: float = 0.0, switch_step: int | None = None) -> int | None:
+        """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones."""
+        least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step)
+        if self.predictor == "line":
+            least = min(steps, max(2, least))  # the first and the last
         if self.magcache_speedup is not None:
             counts = np.arange(least, steps + 1)
-            computed = int(counts[np.abs(speedup(steps, counts, share) - self.magcache_speedup).argmin()])
-        elif computed is not None:
-            computed = steps if self.magcache_K == 0 else min(computed, steps)
-            if computed < least:
-                raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
-        return plan_steps(forecast, computed, self.magcache_K, kept, self.magcache_max_error)
+            return int(counts[np.abs(speedup(steps, counts, share) - self.magcache_speedup).argmin()])
+        if self.magcache_steps is None:
+            return None
+        computed = steps if self.magcache_K == 0 else min(self.magcache_steps, steps)
+        if computed < least:
+            raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
+        return computed
+
+
+def spread_steps(
+    levels: np.ndarray,
+    computed: int,
+    magcache_K: int | None = None,
+    kept: int = 1,
+    switch_step: int | None = None,
+) -> list[int]:
+    """Indices of `computed` steps, spread evenly in INDEX_SHARE of the index and the rest of the noise level, both from
+    0 to 1. The first and the last compute, since only what lies between two is corrected; so do the first and the last
+    of each expert where there are enough. magcache_K: most between two; kept: how many compute from the first on."""
+    levels, steps = np.asarray(levels, dtype=float), len(levels)
+    if switch_step is not None and 0 < switch_step < steps:
+        # Each expert's share, and no less than its own cap needs.
+        least = [fewest_computed(switch_step, magcache_K, min(kept, switch_step)), 0]
+        least[1] = fewest_computed(steps - switch_step, magcache_K)
+        first = int(np.clip(round(computed * switch_step / steps), least[0], computed - least[1]))
+        late = spread_steps(levels[switch_step:], computed - first, magcache_K)
+        return spread_steps(levels[:switch_step], first, magcache_K, kept) + [switch_step + step for step in late]
+    fall = (levels[0] - levels) / max(levels[0] - levels[-1], 1e-9)
+    place = INDEX_SHARE * np.arange(steps) / max(1, steps - 1) + (1 - INDEX_SHARE) * fall
+    apart = steps if magcache_K is None else magcache_K + 1
+    chosen = list(range(min(kept, computed)))
+    last = min(steps - 1, chosen[-1] + (computed - len(chosen)) * apart)
+    wanted = np.linspace(place[chosen[-1]], place[-1], computed - len(chosen) + 1)[1:]
+    for left, where in zip(range(len(wanted) - 1, -1, -1), wanted):
+        possible = np.arange(max(chosen[-1] + 1, last - left * apart), min(steps - 1 - left, chosen[-1] + apart) + 1)
+        chosen.append(int(possible[np.abs(place[possible] - where).argmin()]))
+    return chosen
 
 
 def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None):
@@ -154,210 +211,6 @@ def reused_share(table, payload="residual"):
         raise MagCacheError(f"{table.name}: its step times cannot be read; calibrate again.") from None
 
 
-def has_gram(table):
-    return bool(table.statistics.get("gram"))
-
-
-def table_grams(table, levels, payload="residual"):
-    """The Gram matrices (branches, steps, steps) of a `RatioTable` at the noise levels of a run."""
-    stored = table.statistics.get(GRAMS[payload])
-    if not stored:
-        raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
-    try:
-        grams = [unpacked(rows) for rows in stored.values()]
-    except (TypeError, ValueError, IndexError, AttributeError):
-        grams = []
-    if not grams or any(gram.shape != (table.steps, table.steps) for gram in grams):
-        raise MagCacheError(f"{table.name}: its Gram matrix cannot be read; calibrate again.")
-    return np.stack(grams if table.fits(levels) else [resample_gram(gram, table.sigmas, levels) for gram in grams])
-
-
-def packed(gram):
-    """A symmetric matrix as the rows of its upper triangle, ten digits each."""
-    return [[float(f"{value:.10g}") for value in row[index:]] for index, row in enumerate(np.asarray(gram))]
-
-
-def unpacked(rows):
-    gram = np.zeros((len(rows),) * 2)
-    for index, row in enumerate(rows):
-        gram[index, index:] = gram[index:, index] = row
-    return gram
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before
-    it, k < j < i; k = j where there is only one. What cannot be is infinite.
-
-    errors: squared and relative, |r_i - prediction|^2 / |r_i|^2, the mean over the branches.
-    weights: (branches, steps, steps, steps, 2); None: the newest as it is.
-    """
-
-    errors: np.ndarray
-    weights: np.ndarray = None
-
-    @property
-    def steps(self):
-        return len(self.errors)
-
-    @classmethod
-    def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
-        """Of a `RatioTable` at the noise levels of a run."""
-        forecast = (
-            cls.of_ratios(table.at(levels))
-            if not has_gram(table)
-            else cls.of_grams(table_grams(table, levels, payload), predictor)
-        )
-        return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
-
-    @classmethod
-    def of_grams(cls, grams, predictor="linear"):
-        """grams: (branches, steps, steps)."""
-        by_branch = [pair_errors(np.asarray(gram, dtype=float), predictor) for gram in grams]
-        return cls(
-            np.mean([errors for errors, _ in by_branch], axis=0),
-            None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]),
-        )
-
-    @classmethod
-    def of_ratios(cls, ratios):
-        """ratios: (branches, steps)."""
-        return cls(np.mean([ratio_errors(row) for row in ratios], axis=0))
-
-    def of_experts(self, second):
-        """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's
-        steps."""
-        lone, other = np.arange(self.steps), second[:, None] != second
-        errors = np.where(other, self.errors[:, lone, lone][:, :, None], self.errors)
-        weights = (
-            None
-            if self.weights is None
-            else np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
-        )
-        return Forecast(np.where(other[:, :, None], np.inf, errors), weights)
-
-    def anchors_of(self, reuse):
-        """(i, j, k) of every step but the first, where `reuse` (steps,) says which steps do not compute."""
-        computed, steps = np.flatnonzero(~reuse), np.arange(1, len(reuse))
-        newest = np.searchsorted(computed, steps) - 1
-        return steps, computed[newest], computed[np.maximum(newest - 1, 0)]
-
-    def error_of(self, reuse):
-        """Expected relative error (steps,) of predicting each step; that of a computed step is what it saved."""
-        error = np.sqrt(self.errors[self.anchors_of(reuse)])
-        return np.append(0.0, np.where(np.isfinite(error), error, 0))
-
-    def weights_of(self, reuse):
-        """(branches, steps, 2), or None"""
-        if self.weights is None:
-            return None
-        weights = np.zeros((len(self.weights), len(reuse), 2))
-        weights[:, 1:] = self.weights[(slice(None), *self.anchors_of(reuse))]
-        return weights
-
-
-def pair_errors(gram, predictor="linear"):
-    """Errors (steps, steps, steps) and weights (steps, steps, steps, 2) of one branch, as in `Forecast`.
-
-    gram: (steps, steps). Where there is one anchor it is taken as it is.
-    """
-    steps, energy = len(gram), np.diag(gram)
-    anchors, products = np.empty((steps, steps, 2, 2)), np.empty((steps, steps, 2, steps))  # [j, k, ...]
-    anchors[..., 0, 0], anchors[..., 1, 1], anchors[..., 0, 1], anchors[..., 1, 0] = energy[:, None], energy, gram, gram
-    products[..., 0, :], products[..., 1, :] = gram[:, None], gram
-    weights = PREDICTORS[predictor](anchors + RIDGE * energy.mean() * np.eye(2), products)
-    weights[np.arange(steps), np.arange(steps)] = [[1.0], [0.0]]
-    missed = energy - 2 * (weights * products).sum(2) + np.einsum("jkai,jkab,jkbi->jki", weights, anchors, weights)
-    i, j, k = np.indices((steps,) * 3)
-    errors = np.where((k <= j) & (j < i), (np.maximum(missed, 0) / energy).transpose(2, 0, 1), np.inf)
-    return errors, weights.transpose(3, 0, 1, 2)
-
-
-def ratio_errors(ratios):
-    """Errors, as in `Forecast`, of taking the newest as it is, guessed from one branch's ratios (steps,).
-
-    Every change of the magnitude counts, up or down, so that ratios above and below 1 do not cancel (FLUX, Qwen-Image);
-    and TURN a step for the change of direction, which ratios do not show.
-    """
-    way = np.cumsum(np.abs(np.log(ratios)) + TURN)
-    i, j, k = np.indices((len(ratios),) * 3)
-    return np.where((k <= j) & (j < i), np.expm1(way[i] - way[j]) ** 2, np.inf)
-
-
-def fourth_powers(errors):
-    return errors**POWER
-
-
-def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None, cost=fourth_powers):
-    """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of
-    costs.
-
-    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on
-    the expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic
-    programming over (anchor, the one before). Returns a Schedule with each step's expected relative
-    error; with the linear predictor it has `weights`.
-    """
-    steps = forecast.steps
-    i, j, _ = np.indices((steps,) * 3)
-    possible = np.isfinite(forecast.errors) & (i >= kept) & (i - j <= (steps if magcache_K is None else magcache_K))
-    if max_error is not None:
-        possible &= forecast.errors <= max_error**2
-
-    until = sum_until(cost(np.where(possible, forecast.errors, 0)))
-    until[sum_until((i > j) & ~possible) > 0] = np.inf
-
-    return scheduled(cheapest_path(until, computed), forecast, kept)
-
-
-def cheapest_path(until, computed=None):
-    """The `computed` anchors (None: as few as can be) whose costs add up to the least, the first of them step 0.
-
-    until: (steps + 1, steps, steps), the cost at [m, j, k] of reusing the steps j+1 .. m-1 from the anchors j and k.
-    """
-    steps = until.shape[1]
-    # through[j, k]: least cost so far with newest anchor j and the one before it k; k = j while there is only one.
-    through, choices = np.full((steps, steps), np.inf), []
-    through[0, 0] = 0
-    while len(choices) + 1 < (computed or steps) and (computed or not np.isfinite(through + until[steps]).any()):
-        following, choice = np.full((steps, steps), np.inf), np.zeros((steps, steps), dtype=int)
-        for m in range(1, steps):
-            # Newest anchor m, before it j; the best anchor before that one is choice[m, j].
-            costs = through[:m] + until[m, :m]
-            choice[m, :m] = costs.argmin(axis=1)
-            following[m, :m] = costs.min(axis=1)
-        through = following
-        choices.append(choice)
-    ends = through + until[steps]
-    newest, before = np.unravel_index(ends.argmin(), ends.shape)
-    anchors = [int(newest)]
-    for choice in reversed(choices):
-        anchors.append(int(before))
-        newest, before = before, choice[newest, before]
-    return sorted(set(anchors))
-
-
-def sum_until(values):
-    """(steps + 1, steps, steps): the sum of values[j+1 .. m-1, j, k] at [m, j, k]."""
-    steps = len(values)
-    total = np.concatenate([np.zeros((1, steps, steps)), np.cumsum(values, axis=0)])
-    return total - total[np.arange(1, steps + 1), np.arange(steps)][None]
-
-
-def scheduled(anchors, forecast, kept=1):
-    """The Schedule that computes at `anchors` (which begin with 0)."""
-    reuse = np.ones(forecast.steps, dtype=bool)
-    reuse[anchors] = False
-    why_none = "" if reuse.any() else "every step was asked to compute"
-    return Schedule(
-        reuse,
-        np.arange(forecast.steps) < kept,
-        expected_error=forecast.error_of(reuse),
-        why_none=why_none,
-        fewest_computed=len(anchors),
-        weights=forecast.weights_of(reuse),
-    )
-
-
 def error_by_gram(schedule, levels, table):
     """Expected relative error of every step that a schedule of the paper's rule reuses."""
     forecast = Forecast.of_table(table, levels, "reuse", "residual", table.switch_step(levels))
@@ -372,31 +225,3 @@ def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
         schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
         found[schedule.strip] = replace(schedule, expected_error=forecast.error_of(schedule.reuse))
     return min(found.values(), key=lambda one: (abs(one.computed - computed), one.expected_error[one.reuse].sum()))
-
-
-def resample_gram(gram, sigmas, new_sigmas):
-    """The Gram matrix of a run at other noise levels: residuals interpolated in sigma by cubics through four levels.
-
-    G' = W G W^T, with the rows of W the Lagrange weights of the nearest calibrated levels; beyond the ends the
-    outermost straight line goes on.
-    """
-    gram, sigmas = np.asarray(gram, dtype=float), np.asarray(sigmas, dtype=float)
-    weights = np.zeros((len(new_sigmas), len(sigmas)))
-    for row, sigma in zip(weights, np.asarray(new_sigmas, dtype=float)):
-        nodes = nearest_levels(sigmas, sigma)
-        for node in nodes:
-            others = [other for other in nodes if other != node]
-            row[node] = np.prod([(sigma - sigmas[other]) / (sigmas[node] - sigmas[other]) for other in others])
-    return weights @ gram @ weights.T
-
-
-def nearest_levels(sigmas, sigma):
-    """Indices of the calibrated levels that a new one is interpolated from: two on each side, or the outermost two."""
-    above = int((sigmas > sigma).sum())
-    if len(sigmas) < 2:
-        return [0]
-    if above == 0:
-        return [0, 1]
-    if above == len(sigmas):
-        return [above - 2, above - 1]
-    return list(range(max(0, above - 2), min(len(sigmas), above + 2)))

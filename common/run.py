@@ -6,7 +6,7 @@ and which conditioning each part of a call's batch is (`steps.Part`), and runs t
     call = run.begin(parts, payload, arguments)
     try:
         output = forward() if call.output is None else call.output
-        call.finish(output)
+        output = call.finish(output)
     except BaseException:
         call.cancel()
         raise
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from .calibration import Statistics
+from .corrector import follower_of
 from .errors import MagCacheError
 from .guard import Guard
-from .payloads import ModelOutput, Payload, leading_tokens
+from .payloads import ModelOutput, Payload, Residual, leading_tokens
 from .report import RunReport
 from .residuals import Residuals
 from .schedule import Schedule, compute_all
@@ -50,8 +51,9 @@ class ModelCall:
         else:
             self.output = payload.replace(predicted)
 
-    def finish(self, output: Any, rehearse: Callable[[], Any] | None = None) -> None:
-        """After the call. rehearse: makes it again, for a measurement without its blocks."""
+    def finish(self, output: Any, rehearse: Callable[[], Any] | None = None) -> Any:
+        """After the call. rehearse: makes it again, for a proof of the facts and a measurement without its blocks.
+        Returns the output that the sampler is to get."""
         run, seconds = self.run, self.stopwatch.stop()
         if self.reused:
             self.payload.restore()
@@ -61,10 +63,15 @@ class ModelCall:
             except MagCacheError as error:
                 made, self.why = None, run.nothing_recorded(error)
             if made is not None:
+                if rehearse is not None and isinstance(self.payload, Residual):
+                    made, output, told = self.payload.prove(made, output, rehearse)
+                    if told:
+                        run.facts_are_wrong(told)
                 run.computed(self, made, output, rehearse)
         run.report.add(self.parts[0].call, "reused" if self.reused else "computed", seconds, self.why)
         for observe in run.observers:
             observe(self, output)
+        return run.followed(self, output)
 
     def cancel(self) -> None:
         """After an exception: leave nothing on the model."""
@@ -102,9 +109,17 @@ class Run:
     def computed(self, call: ModelCall, made: torch.Tensor, output: Any, rehearse: Callable[[], Any] | None) -> None:
         """After a computed call. made: what the payload recorded, (batch, tokens, width)."""
 
+    def facts_are_wrong(self, told: str) -> None:
+        """The payload turned from the residual to the output. told: a sentence that says why."""
+        self.report.notes.append(told)
+
     def nothing_recorded(self, error: MagCacheError) -> str:
         """A computed call came past no block. Returns the reason with which it is counted, or raises."""
         raise error
+
+    def followed(self, call: ModelCall, output: Any) -> Any:
+        """After a call: the output that the sampler is to get."""
+        return output
 
     def expert_changed(self) -> None:
         """Another model than in the call before: its residuals have nothing to do with those kept so far."""
@@ -121,14 +136,33 @@ class CachedRun(Run):
     """Computes or reuses as its schedule says; reuses only what was kept in this run under the same key, for the same
     shape and device.
 
-    guard: stops the skipping; stopped: why it did.
+    guard: stops the skipping; stopped: why it did. fall_back: called with this run and a sentence where the facts of
+        the class turn out to be wrong; plans for the output. scheduler, corrector: the sampler's
+        (`corrector.follower_of`), and whether skipped steps are made again; why_uncorrected: why they are not.
     """
 
     def __init__(
-        self, schedule: Schedule, levels: Sequence[float], residuals: Residuals, guard: Guard | None = None
+        self,
+        schedule: Schedule,
+        levels: Sequence[float],
+        residuals: Residuals,
+        guard: Guard | None = None,
+        fall_back: Callable[[CachedRun, str], None] | None = None,
+        scheduler: Any = None,
+        corrector: bool = True,
     ) -> None:
         super().__init__(schedule, levels)
-        self.residuals, self.guard, self.stopped = residuals, guard, ""
+        self.residuals, self.guard, self.fall_back, self.stopped = residuals, guard, fall_back, ""
+        self.follower, self.why_uncorrected = None, ""
+        if schedule.reuse.any():  # else nothing of the sampler is touched
+            predicts = schedule.predictor == "line"
+            self.follower, self.why_uncorrected = follower_of(scheduler, self.levels, predicts, corrector)
+
+    def facts_are_wrong(self, told):
+        super().facts_are_wrong(told)
+        self.residuals.clear()  # residuals are no outputs
+        if self.fall_back:
+            self.fall_back(self, told)
 
     def predict(self, parts):
         if not self.schedule.reuse[parts[0].call.step]:
@@ -161,7 +195,7 @@ class CachedRun(Run):
         for part, residual in zip(call.parts, made.chunk(len(call.parts))):
             if self.residuals.needed_by(self.schedule, part.call.step):
                 self.residuals.keep(part, residual)
-        self.report.peak_bytes = self.residuals.peak_bytes
+        self.report.peak_bytes = max(self.report.peak_bytes, self.residuals.peak_bytes)
 
     def watch(self, parts: Sequence[Part], made: torch.Tensor) -> None:
         """Skip nothing more in this run if the guard says so."""
@@ -171,8 +205,17 @@ class CachedRun(Run):
             self.stopped = self.guard.judge(step, made, predicted, self.schedule.expected_error[step])
         self.drop_unneeded(parts)
 
+    def followed(self, call, output):
+        if self.follower:
+            output = self.follower.follow(call, output)
+            kept = self.residuals.bytes + self.follower.bytes
+            self.report.peak_bytes = max(self.report.peak_bytes, kept)
+        return output
+
     def expert_changed(self):
         self.residuals.clear()
+        if self.follower:
+            self.follower.clear()
 
     def complete(self):
         super().complete()
@@ -180,6 +223,8 @@ class CachedRun(Run):
 
     def end(self):
         self.residuals.clear()
+        if self.follower:
+            self.follower.detach()
 
 
 class MeasuredRun(Run):
@@ -208,6 +253,12 @@ class MeasuredRun(Run):
         last = call.parts[0].call.step == self.schedule.steps - 1
         if last and rehearse is not None and self.reused_seconds is None:
             self.reused_seconds = self.time_reuse(call, made, rehearse)
+
+    def facts_are_wrong(self, told):
+        raise MagCacheError(
+            f"{told.partition(': its output')[0]}, so its residuals cannot be measured: ask for a speed-up, which "
+            "needs no calibration, and let its output be predicted."
+        )
 
     def outputs(self, call: ModelCall, output: Any, noise_tokens: int | None, tokens: int) -> list[torch.Tensor]:
         """What the model made of the tokens being denoised, for each part of the batch, (1, elements, 1). noise_tokens:

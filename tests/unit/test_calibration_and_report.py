@@ -10,11 +10,13 @@ import torch
 from ranks import two_ranks
 from test_patch import BASE, RUNS, Tokens
 
+from common import __version__
 from common.blocks import Host
 from common.calibration import Statistics
 from common.errors import MagCacheError
+from common.gram import Forecast
 from common.patch import magcache_calibration, magcache_forward
-from common.planner import Forecast, Target
+from common.planner import Target
 from common.report import write_report
 from common.schedule import Settings
 from common.steps import Call
@@ -249,6 +251,7 @@ def test_report_of_a_cached_run(model, euler, cached, tmp_path):
     write_report(tmp_path / "report.json", report, prompt="a cat")
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["prompt"] == "a cat" and written["by_call"] == entries["by_call"]
+    assert written["format"] == 1 and written["magcache_version"] == __version__
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_a_report_labels_its_errors(model, euler, ratios, host, tmp_path, kind):
     sampler = euler(model)
     with magcache_calibration(model, host, lambda: sampler.timesteps, "tiny") as measured:
         sampler.run()
-    settings = Settings(1.0, 2, 0.2) if kind == "rule" else Target(6)
+    settings = Settings(1.0, 2, 0.2) if kind == "rule" else Target(6, predictor="linear")
     with magcache_forward(model, host, measured.table, settings, lambda: sampler.timesteps, announce=None) as handle:
         sampler.run()
     report, path = handle.reports[0], tmp_path / "report.json"
