@@ -66,6 +66,11 @@ class Expert:
                 f"A cache of diffusers is on in this {type(self.model).__name__}, and two caches do not go together: "
                 "call its disable_cache() first."
             )
+        if self.model.__dict__.get("_is_cached"):
+            raise MagCacheError(
+                f"cache-dit is on in this {type(self.model).__name__}, and two caches do not go together: call "
+                "cache_dit.disable_cache(pipe) first."
+            )
 
 
 class PatchedForward:
