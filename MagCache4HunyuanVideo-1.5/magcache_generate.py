@@ -172,7 +172,14 @@ def cached(pipeline_class, session):
     class Cached(pipeline_class):
         def __call__(self, *args, num_inference_steps=None, **kwargs):
             plain = super().__call__
-            session.patch(self.transformer, HOST, lambda: self.scheduler.timesteps, fingerprint(self.transformer))
+            checkpoint = fingerprint(self.transformer)
+            session.patch(
+                self.transformer,
+                HOST,
+                lambda: self.scheduler.timesteps,
+                checkpoint,
+                scheduler=lambda: self.scheduler,
+            )
             return session.render(
                 lambda steps: plain(*args, num_inference_steps=steps, **kwargs),
                 num_inference_steps or self.config.num_inference_steps,

@@ -106,6 +106,7 @@ def cached(sampler_class, session):
                     HUNYUANVIDEO_CHECKOUT,
                     lambda: self.pipeline.scheduler.timesteps,
                     fingerprint(pipe.transformer),
+                    scheduler=lambda: self.pipeline.scheduler,
                 )
             return pipe
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from common.calibration import fingerprint
+from common.corrector import EULER
 from common.errors import MagCacheError
 from common.hosts import STDIT3, mmdit
 from common.ranks import is_writer
@@ -81,14 +82,14 @@ class OpenSora:
         session.check(Path(cfg.save_dir) / ("video.mp4" if frames > 1 else "picture.png"))
         return session
 
-    def render(self, transformer, host, checkpoint, draw, steps):
+    def render(self, transformer, host, checkpoint, draw, steps, scheduler=EULER):
         """What `draw(steps)` returns, with MagCache."""
         draw = repeatable(draw)
-        self.session.patch(transformer, host, lambda: self.timesteps, checkpoint)
+        self.session.patch(transformer, host, lambda: self.timesteps, checkpoint, scheduler=scheduler)
         result = self.session.render(draw, steps)
         if self.session.measuring and self.args.compare:  # now that there are ratios
             self.session.reports.clear()
-            self.session.patch(transformer, host, lambda: self.timesteps, checkpoint)
+            self.session.patch(transformer, host, lambda: self.timesteps, checkpoint, scheduler=scheduler)
             result = self.session.render(draw, steps)
         return result
 
@@ -152,6 +153,8 @@ class OpenSora2(OpenSora):
 
         def api_fn(opt, cond_type="t2v", seed=None, **batch):
             given = cond_type if "ref" in batch else "t2v"
+            # What one step missed cannot be made up for in another where the guidance differs from step to step.
+            oscillates = any(getattr(opt, f"{what}_osci", False) for what in ("text", "image", "scale_temporal"))
             self.session.task = f"open-sora-2.0-{given if opt.num_frames > 1 else 't2i'}"
             self.session.about |= {"prompt": batch["text"], "seed": seed, "cond_type": given}
             return self.render(
@@ -160,6 +163,7 @@ class OpenSora2(OpenSora):
                 self.checkpoint,
                 lambda steps: plain(replace(opt, num_steps=steps), cond_type, seed=seed, **batch),
                 opt.num_steps,
+                None if oscillates else EULER,
             )
 
         return api_fn

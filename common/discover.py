@@ -2,12 +2,11 @@
 back.
 
 A proposal counts as proved when its own residual, put back on the same inputs, makes the same output with none of its
-blocks run (`payloads.disproof`). Of several the one whose blocks take the largest share of the time is taken.
+blocks run (`payloads.disproof`). Of several the one whose blocks do the largest share of the work is taken.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -21,12 +20,12 @@ from .expert import argument_names
 from .hosts import class_name, output_host
 from .payloads import MISFITS, disproof
 
-LEAST_SHARE = 0.5  # of the forward's time in all block lists that a stack has to take
+LEAST_SHARE = 0.25  # of the work in all block lists that a stack has to take
 
 
 @dataclass(frozen=True)
 class Found:
-    """host: proved facts, or those of output prediction; share: of the time in block lists; tries: proposals looked at;
+    """host: proved facts, or those of output prediction; share: of the work in block lists; tries: proposals looked at;
     why: none was proved."""
 
     host: Host
@@ -36,22 +35,20 @@ class Found:
 
 
 class Trace:
-    """What one forward ran, in order: (time, name of the list or module, arguments) at each start, and seconds."""
+    """What one forward ran: in order the name of each block list or module, and its arguments.
+
+    work: of each block list, weights times tokens, which its seconds go with, and no clock has to be read for it.
+    """
 
     def __init__(self, model: torch.nn.Module, forward: Callable[[], Any]) -> None:
         self.starts: list[tuple[str, tuple, dict]] = []
-        self.seconds: dict[str, float] = {}
+        self.work: dict[str, int] = {}
         self.lists = [name for name, child in model.named_children() if isinstance(child, torch.nn.ModuleList)]
         hooks = []
         for name, child in model.named_children():
             for module in child if name in self.lists else [child]:
-                hooks += [
-                    module.register_forward_pre_hook(self.entering(name), with_kwargs=True),
-                    module.register_forward_hook(self.leaving(name)),
-                ]
+                hooks.append(module.register_forward_pre_hook(self.entering(name), with_kwargs=True))
         try:
-            forward()  # warms up
-            self.starts, self.seconds = [], {}
             forward()
         finally:
             for hook in hooks:
@@ -60,18 +57,14 @@ class Trace:
     def entering(self, name):
         def hook(module, args, kwargs):
             self.starts.append((name, args, kwargs))
-            self.began = time.perf_counter()
-
-        return hook
-
-    def leaving(self, name):
-        def hook(module, args, output):
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - self.began
+            tokens = [value[..., 0].numel() for value in (*args, *kwargs.values()) if is_tokens(value)]
+            weights = sum(parameter.numel() for parameter in module.parameters())
+            self.work[name] = self.work.get(name, 0) + weights * max(tokens, default=0)
 
         return hook
 
     def stacks(self) -> list[tuple[str, ...]]:
-        """Block lists that may form the stack, most of the time first: one list, or all that run between the first and
+        """Block lists that may form the stack, most of the work first: one list, or all that run between the first and
         the last call of one and another."""
         order = list(dict.fromkeys(name for name, *_ in self.starts if name in self.lists))
         runs = {
@@ -82,8 +75,8 @@ class Trace:
         return sorted(runs, key=lambda names: (-round(self.share(names), 1), len(names)))
 
     def share(self, names) -> float:
-        total = sum(self.seconds.get(name, 0.0) for name in self.lists)
-        return sum(self.seconds.get(name, 0.0) for name in names) / total if total else 0.0
+        total = sum(self.work.get(name, 0) for name in self.lists)
+        return sum(self.work.get(name, 0) for name in names) / total if total else 0.0
 
     def final_layers(self, stack) -> list[str | None]:
         """Modules that run after the last block of a stack, the nearest first; then none."""
@@ -94,12 +87,13 @@ class Trace:
         """Tensor arguments of the first block with tokens and a width, those of usual names first."""
         _, args, kwargs = next(start for start in self.starts if start[0] in stack)
         named = {**dict(enumerate(args)), **kwargs}
-        keys = [
-            key
-            for key, value in named.items()
-            if torch.is_tensor(value) and value.ndim in (2, 3) and value.is_floating_point()
-        ]
+        keys = [key for key, value in named.items() if is_tokens(value)]
         return sorted(keys, key=lambda key: key not in ("hidden_states", "x", "img", 0))
+
+
+def is_tokens(value) -> bool:
+    """Whether a block's argument may be tokens: (batch, tokens, width), or packed."""
+    return torch.is_tensor(value) and value.ndim in (2, 3) and value.is_floating_point()
 
 
 def discover(model: torch.nn.Module, args: tuple, kwargs: dict, most: int = 24) -> Found:
@@ -167,7 +161,7 @@ def describe(model: torch.nn.Module, found: Found) -> str:
     facts = [f"{name}={value!r}" for name, value in vars(found.host).items() if value != default[name]]
     said = f'"{class_name(model)}": Host({", ".join(facts)}),'
     if found.host.blocks:
-        return f"{said}\n# proved on this model, try {found.tries}; {found.share:.0%} of the time in its block lists"
+        return f"{said}\n# proved on this model, try {found.tries}; {found.share:.0%} of the work in its block lists"
     return f"{said}\n# {found.why} ({found.tries} proposals)"
 
 

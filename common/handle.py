@@ -287,10 +287,11 @@ def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
     """(noise level of a call, how far it may be off, relatively)."""
     timestep = arguments.get(host.timestep)
     # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
-    level = highest(timestep if host.noise_level is None else host.noise_level(arguments))
     if host.noise_level is None:
-        return level / host.timestep_scale, level_tolerance(timestep)
-    return level, level_tolerance(timestep) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
+        return highest(timestep) / host.timestep_scale, level_tolerance(timestep)
+    told = host.noise_level(arguments)
+    level = highest(told)
+    return level, level_tolerance(told) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
 
 
 def level_tolerance(timestep) -> float:

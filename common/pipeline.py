@@ -104,6 +104,8 @@ class PipelineCache:
         self.pipe, self.handles = pipe, handles
 
     def __enter__(self) -> PipelineCache:
+        for handle in self.handles:
+            handle.__enter__()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -135,6 +137,7 @@ class Denoisers:
     attribute: str
     models: list[torch.nn.Module]
     boundary: float | None = None
+    leads: bool = True  # of two groups, the one with which the scheduler's steps are made again
 
 
 def denoisers(pipe) -> list[Denoisers]:
@@ -147,8 +150,9 @@ def denoisers(pipe) -> list[Denoisers]:
     boundary = pipe.config.get("boundary_ratio")
     if second is not None and boundary is not None:
         return [Denoisers(attribute, [model, second], boundary)]
-    others = [name for name in ("unconditional_transformer",) if getattr(pipe, name, None) is not None]
-    return [Denoisers(name, [getattr(pipe, name)]) for name in (attribute, *others)]
+    other = getattr(pipe, "unconditional_transformer", None)  # Ideogram 4
+    others = [] if other is None else [Denoisers("unconditional_transformer", [other], leads=False)]
+    return [Denoisers(attribute, [model]), *others]
 
 
 def checkpoint_of(pipe, group: Denoisers) -> str:
@@ -186,7 +190,14 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
 
     def patch(host):
         return magcache_forward(
-            group.models, clock.host(host), table, settings, clock.timesteps, announce=announce, boundary=group.boundary
+            group.models,
+            clock.host(host),
+            table,
+            settings,
+            clock.timesteps,
+            announce=announce,
+            boundary=group.boundary,
+            scheduler=clock.scheduler if group.leads else None,
         )
 
     return described(group, settings.payload, patch)
@@ -204,6 +215,11 @@ def calibrated(pipe, group: Denoisers, announce) -> Patch:
         announce(f"MagCache: calibrating; complete runs are saved to {path}")
 
     def patch(host):
+        if not host.blocks:
+            raise MagCacheError(
+                f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
+                "there is nothing to calibrate, and a speedup needs no calibration."
+            )
         return magcache_calibration(group.models, clock.host(host), clock.timesteps, name, path, description)
 
     return described(group, "residual", patch)
@@ -226,10 +242,13 @@ class Undescribed:
     def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch]) -> None:
         self.model, self.make_patch = model, patch
         self.patch: Patch | None = None
-        self.own_forward = model.__dict__.get("forward")
         self.active = True
-        model.forward = functools.partial(self.first_call)
-        model.forward.magcache = self
+        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+        self.own_forward = model.__dict__.get(self.place)
+        forward = functools.partial(self.first_call)
+        forward.magcache = self
+        setattr(model, self.place, forward)
 
     def first_call(self, *args, **kwargs):
         self.take_off()
@@ -239,9 +258,9 @@ class Undescribed:
 
     def take_off(self) -> None:
         if self.patch is None:
-            del self.model.forward
+            delattr(self.model, self.place)
             if self.own_forward is not None:
-                self.model.forward = self.own_forward
+                setattr(self.model, self.place, self.own_forward)
 
     @property
     def reports(self) -> list[RunReport]:
@@ -258,10 +277,15 @@ class Undescribed:
             self.take_off()
         self.active = False
 
+    def __enter__(self) -> Undescribed:
+        return self
+
     def __exit__(self, kind, error, trace) -> None:
-        if self.patch:
-            self.patch.__exit__(kind, error, trace)
         self.remove()
+        if self.patch and kind is None:
+            self.patch.require_reached()
+            if getattr(self.patch, "failure", None):
+                raise self.patch.failure
 
 
 class Clock:
@@ -277,6 +301,10 @@ class Clock:
     def host(self, host: Host) -> Host:
         """The facts with the noise level told by the scheduler."""
         return replace(host, noise_level=lambda arguments: self.level(host, arguments))
+
+    def scheduler(self):
+        """The pipeline's at the beginning of a run: a user may have put in another."""
+        return self.pipe.scheduler
 
     def timesteps(self) -> np.ndarray:
         """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""

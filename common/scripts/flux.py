@@ -115,7 +115,14 @@ def run(args, ours, script):
             args, ours, script, pipe, checkpoint, f"{width}x{height}", {**about, "prompts": args.prompts}
         )
         session.check(args.output)
-        session.patch(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, checkpoint, min_steps=script.min_steps)
+        session.patch(
+            pipe.transformer,
+            FLUX,
+            lambda: pipe.scheduler.timesteps,
+            checkpoint,
+            min_steps=script.min_steps,
+            scheduler=lambda: pipe.scheduler,
+        )
         say_what_a_lora_changes(args, session, checkpoint)
     # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
     place(pipe, args, device)

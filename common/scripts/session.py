@@ -16,9 +16,10 @@ from tqdm import tqdm
 from ..calibration import Statistics
 from ..errors import MagCacheError
 from ..patch import magcache_calibration, magcache_forward
+from ..planner import Target
 from ..ranks import is_writer, told_by_writer
 from ..report import write_report
-from ..schedule import rule_of
+from ..schedule import Rule, rule_of
 from ..tables import best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
 from .flags import cache_options, check_writable, settings_of, target_of
 from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, report_place
@@ -98,6 +99,9 @@ class Session:
             check_calibration(self.args, self.steps)
             return
         settings = settings_of(self.args, self.script_settings)
+        if needs_no_table(settings) and not self.args.mag_ratios:
+            settings.plan(None, np.linspace(1, 0, self.steps, endpoint=False))
+            return
         own = [] if self.args.mag_ratios else self.own_tables()
         if not self.args.mag_ratios and not self.preset and not own and not self.measures:
             raise MagCacheError(self.no_table())
@@ -107,9 +111,9 @@ class Session:
 
     def no_table(self):
         return (
-            f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same "
-            "command with --magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with "
-            "--no-magcache."
+            f"No magnitude ratios are known for {self.task} with this checkpoint, and the paper's rule needs them: "
+            "name a speed-up, as --magcache_speedup 2, which needs none; or measure them once by the same command with "
+            "--magcache_calibration; or name a table with --mag_ratios PRESET|FILE; or run with --no-magcache."
         )
 
     # Which ratios, and the patch
@@ -134,7 +138,8 @@ class Session:
         if self.family and name in preset_names() and not name.startswith(self.family):
             fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(self.family))
             raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
-        if target_of(self.args) and not table.fine_enough(table.levels(self.steps)):
+        target = target_of(self.args)
+        if target and not needs_no_table(target) and not table.fine_enough(table.levels(self.steps)):
             raise MagCacheError(
                 f"{name} was measured at {table.steps} steps, too few to predict the skipped ones of {self.steps}: "
                 "measure again with --magcache_calibration."
@@ -146,6 +151,8 @@ class Session:
         published ones; None where there are none and they are to be measured."""
         if self.args.mag_ratios:
             return self.named_table()
+        if needs_no_table(self.settings()):
+            return None
         own = self.own_tables(checkpoint)
         fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
         for table in own:
@@ -158,16 +165,26 @@ class Session:
             raise MagCacheError(self.no_table())
         return load(self.preset) if self.preset else None
 
-    def patch(self, models, host, timesteps, checkpoint: str, boundary: float | None = None, min_steps=None):
+    def patch(
+        self,
+        models,
+        host,
+        timesteps,
+        checkpoint: str,
+        boundary: float | None = None,
+        min_steps: int | None = None,
+        scheduler=None,
+    ):
         """Put MagCache, or the calibration, on the pipeline's transformer or its experts, in the place of an earlier
         patch: beneath whatever takes hold of their forward afterwards. checkpoint: fingerprint of the weights;
-        min_steps: runs with fewer compute every step."""
+        min_steps: runs with fewer compute every step; scheduler: of `magcache_forward`."""
         self.unpatch()
         self.table = None if self.calibrating else told_by_writer(lambda: self.find_table(checkpoint))
-        self.measuring = self.table is None
+        self.measuring = self.table is None and (self.calibrating or not needs_no_table(self.settings()))
         if not self.measuring:
-            self.say_whose_ratios()
-            rule = rule_of(self.table)
+            if self.table:
+                self.say_whose_ratios()
+            rule = rule_of(self.table) if self.table else Rule()
             self.handle = magcache_forward(
                 models,
                 host,
@@ -177,6 +194,8 @@ class Session:
                 rule if min_steps is None else replace(rule, min_steps=min_steps),
                 announce=self.say_once,
                 boundary=boundary,
+                scheduler=scheduler,
+                corrector=self.args.magcache_corrector == "on",
                 **cache_options(self.args),
             )
         elif self.calibrating or self.steps >= LEAST_STEPS:
@@ -196,9 +215,13 @@ class Session:
             self.handle.remove()
         self.handle = None
 
+    @property
+    def table_name(self):
+        return self.table.name if self.table else "no ratios"
+
     def settings(self):
         """Of a run with `self.table`."""
-        published = self.table.settings if self.published_settings else {}
+        published = self.table.settings if self.table and self.published_settings else {}
         return settings_of(self.args, {**self.script_settings, **published})
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
@@ -236,7 +259,7 @@ class Session:
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
         if self.handle is None:
             return draw(steps)
-        if not self.measuring:
+        if not self.measuring and self.table:
             self.say_what_differs()
         try:
             result, self.seconds = timed(draw, steps)
@@ -337,7 +360,7 @@ class Session:
         if self.args.magcache_plot and not self.measuring:
             with self.bookkeeping("The plot"):
                 path = own_place(beside(target, ".schedule.png"), files)
-                plot_schedule(path, self.report.schedule, self.report.levels, self.table.name)
+                plot_schedule(path, self.report.schedule, self.report.levels, self.table_name)
                 files.append(path.name)
         if self.frames_rendered and sheet:
             with self.bookkeeping("The side-by-side video" if fps else "The side-by-side picture"):
@@ -353,7 +376,7 @@ class Session:
                 size=self.size,
                 frames=self.frames,
                 **self.about,
-                mag_ratios_of=self.table.name,
+                mag_ratios_of=self.table_name,
                 seconds_whole_pipeline=round(self.seconds, 4),
                 quality=self.comparison,
                 files=sorted(set(files)),
@@ -399,6 +422,10 @@ class Session:
     def say(self, text: str):
         if is_writer():
             tqdm.write(text)
+
+
+def needs_no_table(settings):
+    return isinstance(settings, Target) and settings.predictor == "line"
 
 
 def named_calibration(args):

@@ -142,7 +142,14 @@ def cached(pipeline_class, session):
             host = host_of(self, inner_module(models[0]))
             plain = super().generate
             with timesteps_noted(schedulers_of(pipeline_class)) as timesteps:
-                session.patch(models, host, timesteps, checkpoint, self.boundary if len(models) == 2 else None)
+                session.patch(
+                    models,
+                    host,
+                    timesteps,
+                    checkpoint,
+                    self.boundary if len(models) == 2 else None,
+                    scheduler=timesteps.scheduler,
+                )
                 try:
                     return session.render(lambda steps: plain(*args, sampling_steps=steps, **kwargs), sampling_steps)
                 finally:

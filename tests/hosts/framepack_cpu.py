@@ -23,27 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from stand_ins import stand_in
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 
 TEXT_WIDTH, IMAGE_WIDTH = 32, 24
-
-
-class Anything(types.ModuleType):
-    """A package that is imported and not used."""
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-def stand_in(name, **content):
-    module = Anything(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    vars(module).update(content)
-    sys.modules[name] = module
 
 
 def write_video(path, frames, fps, video_codec, options):

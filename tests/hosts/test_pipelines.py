@@ -88,7 +88,7 @@ def test_calibrated_and_by_the_papers_rule(family):
     pipe, arguments, plain = family
     model = denoiser(pipe)
     if not HOSTS[class_name(model)].blocks:
-        with pytest.raises(MagCacheError, match="only the output .* can be predicted"):
+        with pytest.raises(MagCacheError, match="only the output can be predicted"):
             enable(pipe, calibrate=True)
         return
     with pytest.raises(MagCacheError, match="calibrate=True"):

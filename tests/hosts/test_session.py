@@ -188,29 +188,31 @@ def test_the_advice_after_a_measurement_works(command):
 
 def test_a_short_run_does_not_poison_later_ones(command, model):
     """Open-Sora measures unasked."""
-    one = session("--magcache_steps", "3", steps=4, measures=True)
+    one = session("--magcache_steps", "3", "--magcache_predictor", "linear", steps=4, measures=True)
     said, _ = command(one)
     assert "A run of 4 steps has nothing to skip" in said and not calibrations_folder().exists()
-    command(session("--magcache_steps", "3", steps=6, measures=True))
-    said, _ = command(session("--magcache_steps", "20", steps=50, measures=True))
+    command(session("--magcache_steps", "3", "--magcache_predictor", "linear", steps=6, measures=True))
+    said, _ = command(session("--magcache_steps", "20", "--magcache_predictor", "linear", steps=50, measures=True))
     assert "has 6 steps, too few for a run of 50" in said and "computed in full to measure them" in said
-    said, _ = command(session("--magcache_steps", "20", steps=50, measures=True))
+    said, _ = command(session("--magcache_steps", "20", "--magcache_predictor", "linear", steps=50, measures=True))
     assert json.loads(Path("out.magcache.json").read_text())["computed"] == 20
     assert [read(path).steps for path in calibrations_folder().iterdir()] == [50]
     command(session("--magcache_calibration", steps=6))
     assert sorted(read(path).steps for path in calibrations_folder().iterdir()) == [6, 50]
-    said, _ = command(session("--magcache_steps", "20", steps=50, measures=True))
+    said, _ = command(session("--magcache_steps", "20", "--magcache_predictor", "linear", steps=50, measures=True))
     assert "measure them" not in said
     coarse = str(next(path for path in calibrations_folder().iterdir() if read(path).steps == 6))
     with pytest.raises(MagCacheError, match="was measured at 6 steps, too few to predict the skipped ones of 50"):
-        session("--mag_ratios", coarse, "--magcache_steps", "20", steps=50).check("out.png")
+        session("--mag_ratios", coarse, "--magcache_steps", "20", "--magcache_predictor", "linear", steps=50).check(
+            "out.png"
+        )
 
 
 def test_a_broken_calibration_is_passed_over_with_a_line(command, capsys):
     command(session("--magcache_calibration"))
     (good,) = calibrations_folder().iterdir()
     (calibrations_folder() / f"broken-{good.stem[-12:]}.json").write_text("{")
-    said, _ = command(session("--magcache_steps", "6"))
+    said, _ = command(session("--magcache_steps", "6", "--magcache_predictor", "linear"))
     assert said.count("cannot be read as a calibration file") == 1
     assert json.loads(Path("out.magcache.json").read_text())["computed"] == 6
 
@@ -248,7 +250,7 @@ def test_only_the_first_rank_decides(monkeypatch):
         ["--magcache_cache_dtype", "bfloat16"],
         ["--magcache_plot"],
         ["--compare"],
-        ["--magcache_steps", "5"],
+        ["--magcache_steps", "5", "--magcache_predictor", "linear"],
         ["--use_magcache"],
     ],
     ids=" ".join,

@@ -61,7 +61,7 @@ def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, exe
     sampler, oracle = euler(copy.deepcopy(model)), euler(model)
     entered = []
     sampler.model.x_embedder.register_forward_hook(lambda *_: entered.append(None))
-    with planned(sampler, Target(5, payload="output")) as handle:
+    with planned(sampler, Target(5, predictor="linear", payload="output")) as handle:
         result = sampler.run(**run)
     report = handle.reports[0]
     branches = 2 if run.get("cfg") else 1
@@ -75,7 +75,7 @@ def test_plan_states_the_memory_of_the_payload(model, euler, planned, host):
     plans = []
     for payload, width in (("residual", 32), ("output", 16)):
         sampler = euler(copy.deepcopy(model))
-        with planned(sampler, Target(5, payload=payload), plans.append):
+        with planned(sampler, Target(5, predictor="linear", payload=payload), plans.append):
             sampler.run()
         assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
 
@@ -142,7 +142,7 @@ def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
 
 def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned):
     plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
-    with planned(plain, Target(6)):
+    with planned(plain, Target(6, predictor="linear")):
         result = plain.run(cfg=True, prompt=7)
     with planned(guarded, Target(6, magcache_guard=3)) as handle:
         assert torch.equal(guarded.run(cfg=True, prompt=7), result)
