@@ -97,7 +97,8 @@ class Conditionings:
         changes = self.changes(likely[0], inputs) if likely else []
         why = f"{CHANGED} ({', '.join(changes)})" if changes else ""
         self.changed[place] = set(changes)
-        again = self.changed_before.get(place, set()) & self.changed[place]
+        # At two steps in a row, or from the very first to the next.
+        again = self.changed[place] if self.step == 1 else self.changed_before.get(place, set()) & self.changed[place]
         self.varying |= {name for name in again if not any(part in name for part in CONDITIONING)}
         if changes and not self.changes(likely[0], inputs):  # each step has others, as is seen now
             likely[0].inputs = inputs

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
 POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves
 INDEX_SHARE = 0.75  # of the step's index in the measure that computed steps are spread evenly in; the rest: noise level
+EXACT_STEPS = 100  # of longer runs not every schedule is weighed (`long_runs`): time and memory grow with their cube
 GRAMS = {
     "residual": "gram",
     "output": "gram_of_outputs",
@@ -127,6 +128,10 @@ class Target:
                 f"{has}; the predictors linear and reuse, magcache_max_error and the guard need the Gram matrix that a "
                 "calibration measures."
             )
+        if len(levels) > EXACT_STEPS:
+            from .long_runs import plan_long_run  # which is made of what is here
+
+            return plan_long_run(self, table, levels, switch_step)
         forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
         share = reused_share(table, self.payload)
         return replace(self.place(forecast, share, switch_step), settings=self, ratios=ratios)
@@ -419,12 +424,6 @@ def scheduled(anchors, forecast, kept=1):
         fewest_computed=len(anchors),
         weights=forecast.weights_of(reuse),
     )
-
-
-def error_by_gram(schedule, levels, table):
-    """Expected relative error of every step that a schedule of the paper's rule reuses."""
-    forecast = Forecast.of_table(table, levels, "reuse", "residual", table.switch_step(levels))
-    return forecast.error_of(schedule.reuse)[schedule.reuse]
 
 
 def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):

@@ -40,9 +40,7 @@ class ModelCall:
     output: of the model, where it is predicted as a whole and no forward is needed; else None.
     """
 
-    def __init__(
-        self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None, compute: str = ""
-    ) -> None:
+    def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None, compute: str) -> None:
         self.run, self.parts, self.payload, self.arguments = run, parts, payload, arguments
         self.stopwatch = Stopwatch(parts[0].latent.device)
         predicted, self.why = run.predict(parts, compute)
