@@ -16,8 +16,9 @@ from comfyui_models import build, latent, prompt
 
 PACKAGE = next(name for name in sys.modules if name.endswith("ComfyUI-MagCache"))
 wrappers, models, package_nodes = (sys.modules[f"{PACKAGE}.{name}"] for name in ("wrappers", "models", "nodes"))
-ratios, schedules, blocks, hosts = (
-    sys.modules[f"{PACKAGE}.common.{name}"] for name in ("ratios", "schedule", "blocks", "hosts")
+ratios, tables, schedules, blocks, hosts, errors = (
+    sys.modules[f"{PACKAGE}.common.{name}"]
+    for name in ("ratios", "tables", "schedule", "blocks", "hosts", "errors")
 )
 WORK = Path(folder_paths.get_output_directory())
 # Reuses ##..#..#..#. of twelve steps, with both branches a little different.
@@ -26,7 +27,7 @@ STEPS = 12
 
 
 def table(steps=28, name="tiny", **more):
-    made = ratios.RatioTable(
+    made = tables.RatioTable(
         name=name,
         origin="measured",
         sigmas=tuple(ratios.flow_sigmas(steps, 3.0)),
@@ -34,7 +35,7 @@ def table(steps=28, name="tiny", **more):
         **more,
     )
     path = WORK / f"{name}.json"
-    ratios.write(path, made)
+    tables.write(path, made)
     return str(path)
 
 
@@ -168,7 +169,7 @@ def expected_of(patcher, family="flux", **options):
 
 
 def plan(levels, settings=SETTINGS):
-    return schedules.magcache_schedule(ratios.load(table()).at(levels), schedules.Settings(**settings))
+    return schedules.magcache_schedule(tables.load(table()).at(levels), schedules.Settings(**settings))
 
 
 def untouched(model, state):
@@ -272,7 +273,7 @@ def image_to_image(denoise):
     patcher = build("flux")
     expected, schedule = expected_of(patcher, denoise=denoise)
     levels = levels_of(patcher, denoise=denoise)
-    assert levels[0] < 0.95 and np.allclose(schedule.ratios, ratios.load(table()).at(levels))
+    assert levels[0] < 0.95 and np.allclose(schedule.ratios, tables.load(table()).at(levels))
     patched, said = cached(patcher)
     assert torch.equal(sample(patched, denoise=denoise), expected)
     assert schedule.strip in said[0]
@@ -590,7 +591,7 @@ def mistakes_are_refused_by_the_node():
     ):
         try:
             node.execute(**{**defaults, **mistake})
-        except ratios.MagCacheError as error:
+        except errors.MagCacheError as error:
             assert sentence in str(error), error
         else:
             raise AssertionError(f"{mistake} was taken")
@@ -654,7 +655,7 @@ def wan22_in_two_samplers():
             )
             strips.append(watched.strip)
             watched.remove()
-        table_ = ratios.load(models.MODEL_TYPES[model_type][1][0])
+        table_ = tables.load(models.MODEL_TYPES[model_type][1][0])
         assert ("." in strips[0]) == high_is_cached and "." in strips[1], (model_type, strips)
         share = table_.settings["retention_ratio"]
         assert strips[0].index(".") >= 26 * share - 1 if high_is_cached else "high-noise expert" in said[0]
@@ -708,7 +709,7 @@ def calibration_measures(family, cfg, free):
     finally:
         type(patcher).get_free_memory = roomy
     assert torch.equal(result, plain) and calibration.failure is None, said
-    file = ratios.read(calibration.path)
+    file = tables.read(calibration.path)
     assert list(file.mag_ratios) == (["cond", "uncond"] if cfg > 1 else ["cond"])
     for branch, values in zip(file.mag_ratios, measured.ratios.values()):
         assert np.allclose(file.mag_ratios[branch], values, rtol=2e-4, atol=2e-6), (file.mag_ratios[branch], values)
@@ -741,7 +742,7 @@ def interrupted_calibration_writes_nothing():
         if next(calls) == STEPS - 1:
             raise comfy.model_management.InterruptProcessingException
 
-    before = set(ratios.calibrations_folder().glob("*"))
+    before = set(tables.calibrations_folder().glob("*"))
     said = Said()
     calibration = wrappers.Calibration(said)
     hook = transformer(patcher).final_layer.register_forward_pre_hook(interrupt)
@@ -750,7 +751,7 @@ def interrupted_calibration_writes_nothing():
         raise AssertionError("was to be interrupted")
     except comfy.model_management.InterruptProcessingException:
         hook.remove()
-    assert set(ratios.calibrations_folder().glob("*")) == before and calibration.failure == "the run broke off", said
+    assert set(tables.calibrations_folder().glob("*")) == before and calibration.failure == "the run broke off", said
     for mistake, sentence in (
         ({"steps": 1}, "sample at least 2"),
         (
@@ -769,7 +770,7 @@ def interrupted_calibration_writes_nothing():
             raise AssertionError("there was nothing to show")
         except RuntimeError as error:
             assert sentence in str(error)
-    assert set(ratios.calibrations_folder().glob("*")) == before
+    assert set(tables.calibrations_folder().glob("*")) == before
 
 
 def planned_speedup():

@@ -1,0 +1,160 @@
+"""One pass of a sampler, call by call: ComfyUI's arguments in, `common.run`'s parts out."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from .circumstances import Circumstances
+from .common.blocks import BlockStack, TokensChanged
+from .common.errors import MagCacheError
+from .common.hosts import host_of
+from .common.patch import inner_module
+from .common.run import CachedRun, MeasuredRun, Run
+from .common.steps import Call, Part
+from .controls import Hints
+
+LIMIT = 4 * 2**30  # bytes of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.2e9
+
+
+class Prediction:
+    """The payload of models whose blocks are not known: what the model makes of a latent x at noise level sigma, as the
+    direction (x - denoised) / sigma in which samplers go. A reused step runs nothing of the model."""
+
+    def __init__(self, x, sigma):
+        self.x, self.sigma = x, sigma
+
+    def record(self, arguments=None):
+        pass
+
+    def finish(self, output=None):
+        return (self.x - output) / self.sigma
+
+    def replace(self, direction):
+        return self.x - self.sigma * direction
+
+    def restore(self):
+        pass
+
+
+class Pass:
+    """What ComfyUI calls during one run. payload: "residual" or "output"; corrector: None, or what puts right the
+    outputs that were predicted (`corrector.Corrector`)."""
+
+    def __init__(self, about: Circumstances, run: Run, payload: str, corrector=None):
+        self.about, self.run, self.payload, self.corrector = about, run, payload, corrector
+        self.host = host_of(about.model) if payload == "residual" else None
+        self.stacks, self.controls = {}, {}
+        if self.host:
+            self.stack_of(about.model)  # raises if this version of the class is not known
+
+    def stack_of(self, model):
+        """The block stack of a model; with several GPUs each has a model of its own."""
+        if id(model) not in self.stacks:
+            try:
+                self.stacks[id(model)] = BlockStack(model, self.host)
+            except MagCacheError:
+                name = type(model).__name__
+                raise MagCacheError(f"in this version of ComfyUI {name} is not built as MagCache knows it.") from None
+        return self.stacks[id(model)]
+
+    def call(self, executor, args, kwargs, options):
+        """In the place of BaseModel.apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)."""
+        x, control, sigma = args[0], args[4], float(options["sigmas"].flatten()[0])
+        if sigma <= 0:
+            return executor(*args, **kwargs)
+        parts = self.parts(x, control, sigma, options)
+        forward = {"x": x, "sigma": sigma, "patch_size": getattr(self.about.model, "patch_size", 1)}
+        payload = (
+            self.stack_of(inner_module(executor.class_obj.diffusion_model)) if self.host else Prediction(x, sigma)
+        )
+
+        def model(*control):
+            return executor(*args[:4], *control, *args[5:], **kwargs)
+
+        call = self.run.begin(parts, payload, forward)
+        try:
+            if not call.reused:
+                output = model(control.make() if isinstance(control, Hints) else control)
+            else:
+                output = model(None) if call.output is None else call.output
+            call.finish(output, rehearse=lambda: model(None))
+        except TokensChanged as changed:
+            call.cancel()
+            self.run.forget(parts, str(changed))
+            return self.call(executor, args, kwargs, options)
+        except BaseException:
+            call.cancel()
+            raise
+        return self.corrector.corrected(call, output, sigma) if self.corrector else output
+
+    def parts(self, x, control, sigma, options) -> list[Part]:
+        """A Part for each conditioning of a call's batch. What tells one residual from another: the conditioning, the
+        context window, which blocks are replaced (skip-layer guidance calls the model again with the same
+        conditioning), and which control nets act."""
+        window = getattr(options.get("context_window"), "index_list", None)
+        replaced = sorted(
+            str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches
+        )
+        circumstances = (
+            None if window is None else tuple(window),
+            tuple(replaced),
+            control.state(sigma) if isinstance(control, Hints) else (),
+        )
+        branches, step, seen = options["cond_or_uncond"], self.about.step(sigma), Counter()
+        parts = []
+        for name, branch, latent in zip(options.get("uuids") or branches, branches, x.chunk(len(branches))):
+            parts.append(Part((name, seen[name], *circumstances), Call(step, branch), latent))
+            seen[name] += 1
+        return parts
+
+
+class BoundedRun(CachedRun):
+    """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past."""
+
+    def __init__(self, schedule, levels, residuals, limit=LIMIT):
+        super().__init__(schedule, levels, residuals)
+        self.limit, self.refused = limit, {}
+
+    def predict(self, parts):
+        self.drop_stale(parts[0].call.step)
+        residual, why = super().predict(parts)
+        return residual, why and next((self.refused[part.key] for part in parts if part.key in self.refused), why)
+
+    def drop_stale(self, step):
+        """Residuals that were not made again at the newest planned step serve no later one."""
+        for newest in self.schedule.anchors(step)[:1]:
+            kept = self.residuals.kept
+            for key in [key for key, residuals in kept.items() if not residuals or residuals[0].step < newest]:
+                del kept[key]
+
+    def computed(self, call, made, output, rehearse):
+        size = made[: len(made) // len(call.parts)].numel() * (self.residuals.dtype or made.dtype).itemsize
+        for part in call.parts:
+            if self.residuals.bytes + size * len(call.parts) > self.limit:
+                self.refused[part.key] = f"more than {self.limit / 2**30:.1f} GiB would be kept"
+            else:
+                self.refused.pop(part.key, None)
+        if not any(part.key in self.refused for part in call.parts):
+            super().computed(call, made, output, rehearse)
+
+    def nothing_recorded(self, error):
+        return "another patch skipped or replaced the first block"
+
+    def forget(self, parts, why):
+        """The residuals of these parts do not fit."""
+        for part in parts:
+            self.residuals.kept.pop(part.key, None)
+            self.refused[part.key] = why
+
+
+class MeasuringRun(MeasuredRun):
+    """A measured run of ComfyUI's outputs, which are denoised latents."""
+
+    def outputs(self, call, output, noise_tokens, tokens):
+        x, sigma = call.arguments["x"], call.arguments["sigma"]
+        return [part.reshape(1, -1, 1) for part in ((x - output) / sigma).chunk(len(call.parts))]
+
+    def nothing_recorded(self, error):
+        return "another patch skipped or replaced the first block"
