@@ -91,4 +91,4 @@ def calibrated(pipe, prompts, steps, seed=0):
     with magcache_calibration(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, "measured") as handle:
         for prompt in prompts:
             render(pipe, prompt, steps, seed)
-    return handle.mag_ratios
+    return handle.table

@@ -62,9 +62,9 @@ class Grouped(Residuals):
         super().__init__()
         self.fitted = fitted
 
-    def predict(self, call, latent, schedule):
-        kept = self.kept[call.branch]
-        return sum(weight * one.residual for weight, one in zip(self.fitted[call.step], kept)), ""
+    def predict(self, part, schedule):
+        kept = self.kept[part.key]
+        return sum(weight * one.residual for weight, one in zip(self.fitted[part.call.step], kept)), ""
 
 
 def residuals_of(pipe, prompts, steps):
@@ -271,7 +271,7 @@ def measure(pipe, table, trial, steps, computed, reference):
     with patched(pipe, table, Target(computed, payload=trial.payload), Rule()) as handle:
         handle.plan = lambda levels: schedule
         if trial.residuals:
-            handle.residuals = trial.residuals()
+            handle.new_residuals = trial.residuals
         psnr = [
             quality(picture[None], render(pipe, prompt, steps, SEED)[0][None])["psnr"]
             for prompt, picture in reference.items()

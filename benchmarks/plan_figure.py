@@ -31,9 +31,9 @@ def main(table="demo", computed=11, path=REPOSITORY / "docs" / "beyond-the-paper
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True)
     for axes, (name, schedule) in zip(panels, rows.items()):
         steps = np.arange(schedule.steps)
-        axes.bar(steps, np.where(schedule.reuse, schedule.error, 0), color="tab:orange")
+        axes.bar(steps, np.where(schedule.reuse, schedule.expected_error, 0), color="tab:orange")
         axes.plot(steps[~schedule.reuse], np.zeros(schedule.computed), "s", color="tab:blue", clip_on=False)
-        error = schedule.error[schedule.reuse]
+        error = schedule.expected_error[schedule.reuse]
         axes.set_title(
             f"{name}: {schedule.computed} of {schedule.steps} computed, expected relative error {error.mean():.3f} in "
             f"the mean, {error.max():.3f} at most",

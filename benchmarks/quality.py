@@ -105,7 +105,7 @@ class Subject:
         with magcache_calibration(self.pipe.transformer, self.host, self.timesteps, "measured") as handle:
             for job in tqdm(jobs, desc=f"calibrating, {steps} steps"):
                 self.render(job, steps)
-        return handle.mag_ratios
+        return handle.table
 
     def timesteps(self):
         return self.pipe.scheduler.timesteps

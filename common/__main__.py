@@ -4,6 +4,7 @@
 {prog} plan flux-dev --steps 28
 {prog} compare uncached.png cached.png
 {prog} install MagCache4FLUX /path/to/checkout
+{prog} import ratios.json --steps 28 --shift 3
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from . import __version__
 from .errors import MagCacheError, needs
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from .schedule import Schedule, Settings
+    from .schedule import Settings
     from .tables import RatioTable
 
 # Each command imports what it uses: `install` needs the standard library only, `plan` no torch.
@@ -29,19 +28,15 @@ PROG = "python -m common" if __package__ == "common" else "magcache"
 def presets(arguments: list[str]) -> None:
     """List the ratio tables: those of the repository, then those measured on this machine."""
     from .schedule import Settings
-    from .tables import calibrations_folder, load, preset_names, read
+    from .tables import calibrations, load, preset_names
 
-    parser_of(presets).parse_args(arguments)
+    parser_of("presets").parse_args(arguments)
     tables = [load(name) for name in preset_names()]
-    own = []
-    for path in sorted(calibrations_folder().glob("*.json")):
-        try:
-            own.append((path, read(path)))
-        except MagCacheError as error:
-            print(error)
+    own = {str(path): table for path, table in calibrations().items()}
     rows = []
-    for name, table in [(table.name, table) for table in tables] + [(str(path), table) for path, table in own]:
-        schedule = planned(table, table.levels(table.steps), Settings(**table.settings)) if table.settings else None
+    for name, table in [(table.name, table) for table in tables] + list(own.items()):
+        levels = table.levels(table.steps)
+        schedule = Settings(**table.settings).plan(table, levels, table.switch_step(levels)) if table.settings else None
         rows.append(
             [
                 name,
@@ -69,7 +64,7 @@ def plan(arguments: list[str]) -> None:
     from .scripts.flags import add_target_flags, target_of
     from .tables import load
 
-    parser = parser_of(plan)
+    parser = parser_of("plan")
     parser.add_argument("preset", metavar="PRESET|FILE")
     parser.add_argument("--steps", type=int, help="default: as calibrated")
     parser.add_argument("--shift", type=float, help="shift of the sampler; default: as calibrated")
@@ -83,26 +78,14 @@ def plan(arguments: list[str]) -> None:
 
     table = load(args.preset)
     levels = table.levels(table.steps if args.steps is None else args.steps, args.shift)
-    target = target_of(args)
-    schedule = (
-        planned(table, levels, thresholds(args, table), args.magcache_interp)
-        if target is None
-        else target.plan(table, levels, table.switch_step(levels))
-    )
+    settings = target_of(args) or thresholds(args, table)
+    schedule = settings.plan(table, levels, table.switch_step(levels), interpolation=args.magcache_interp)
     print(plan_text(schedule, levels, table))
     if args.plot:
         from .scripts.plots import plot_schedule
 
         plot_schedule(args.plot, schedule, levels, table.name)
         print(f"  picture: {args.plot}")
-
-
-def planned(table: RatioTable, levels: np.ndarray, settings: Settings, interpolation: str = "sigma") -> Schedule:
-    """The paper's rule at these noise levels; with two experts, the second takes over where the sampler's boundary
-    lies."""
-    from .schedule import magcache_schedule, rule_of
-
-    return magcache_schedule(table.at(levels, interpolation), settings, rule_of(table), table.switch_step(levels))
 
 
 def thresholds(args: argparse.Namespace, table: RatioTable) -> Settings:
@@ -121,7 +104,7 @@ def compare(arguments: list[str]) -> None:
     """PSNR, SSIM and MS-SSIM of B against A, and both side by side."""
     from .scripts.quality import quality, quality_text, read_frames, side_by_side
 
-    parser = parser_of(compare)
+    parser = parser_of("compare")
     parser.add_argument("a", metavar="A", help="un-cached picture or video")
     parser.add_argument("b", metavar="B", help="cached picture or video")
     parser.add_argument("--out", type=Path, help="where the side-by-side picture or video goes")
@@ -138,7 +121,7 @@ def install(arguments: list[str]) -> None:
     """Copy a drop-in and `common/` into an upstream checkout."""
     from .scripts.install import install as copy
 
-    parser = parser_of(install)
+    parser = parser_of("install")
     parser.add_argument("folder", metavar="FOLDER", help="MagCache4...")
     parser.add_argument("path", type=Path, help="the upstream checkout")
     args = parser.parse_args(arguments)
@@ -147,11 +130,34 @@ def install(arguments: list[str]) -> None:
     print(f"Installed. Run it there:\n  cd {args.path}\n  {command}")
 
 
-COMMANDS = {command.__name__: command for command in (presets, plan, compare, install)}
+def import_(arguments: list[str]) -> None:
+    """Make a table of magnitude ratios that another program keeps usable here."""
+    from .tables import import_table, write
+
+    parser = parser_of("import")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.json", help="of diffusers, LightX2V, TeleFuser, Kandinsky-5 ..."
+    )
+    parser.add_argument("--steps", type=int, help="steps of the run that it was measured in, where FILE does not say")
+    parser.add_argument("--shift", type=float, help="shift of the sampler of that run, where FILE does not say")
+    parser.add_argument("--entry", default="", help="which of several tables, as in 512/25")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: in this folder, under its name")
+    args = parser.parse_args(arguments)
+
+    table = import_table(args.file, args.steps, args.shift, args.entry)
+    out = args.out or Path(f"{table.name}.magcache.json")
+    if out.exists():
+        raise MagCacheError(f"{out} is there already; name another file with --out.")
+    write(out, table)
+    print(f"Ratios of {table.steps} steps; noise levels assumed from shift {table.sampler['shift']:g}. Saved as {out}:")
+    print(f"use them with --mag_ratios {out}.")
 
 
-def parser_of(command) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"{PROG} {command.__name__}", description=command.__doc__)
+COMMANDS = {"presets": presets, "plan": plan, "compare": compare, "install": install, "import": import_}
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"{PROG} {name}", description=COMMANDS[name].__doc__)
 
 
 def main(arguments: list[str] | None = None) -> None:

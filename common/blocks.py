@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 
 from torch.nn import functional
 
@@ -63,19 +64,30 @@ class BlockStack:
         if missing:
             raise MagCacheError(
                 f"{type(model).__name__} has no {', '.join(missing)}: MagCache does not know this version "
-                "of the model; run it with --no-magcache."
+                "of the model; run it without MagCache."
             )
         self.model, self.host = model, host
         self.first = FirstBlock(host.image_tokens, host.in_place)
-        self.final = FinalLayer() if host.final_layer else LastBlock(self.first.passed_on)
+        partial = host.output_tokens is not None
+        self.final = FinalLayer(partial) if host.final_layer else LastBlock(partial, self.first.passed_on)
         self.shadows, self.shadowed = {}, {}
+
+    def size(self, arguments, latent):
+        """(elements, dtype) of a residual, or None where the host does not say its shape."""
+        if self.host.residual_shape is None:
+            return None
+        dtype = self.host.residual_dtype(self.model) if self.host.residual_dtype else latent.dtype
+        return prod(self.host.residual_shape(self.model, arguments)), dtype
 
     def record(self, arguments=None):
         """From here to `finish`, forward runs every block and the image tokens before and after them are remembered.
         arguments: of forward, by name, for the host's `output_tokens`."""
         self.last = self.host.output_tokens(self.model, arguments) if self.host.output_tokens else 0
         lists = {name: list(getattr(self.model, name)) for name in self.host.blocks}
-        start, *_, end = 2 * [name for name, blocks in lists.items() if blocks]
+        filled = [name for name, blocks in lists.items() if blocks]
+        if not filled:
+            raise MagCacheError(f"{type(self.model).__name__} has no blocks, so there is nothing to skip.")
+        start, end = filled[0], filled[-1]
         self.first.block, lists[start][0] = lists[start][0], self.first
         if self.host.final_layer:
             self.final.layer = getattr(self.model, self.host.final_layer)
@@ -112,7 +124,7 @@ class BlockStack:
         if before is None or after is None:
             raise MagCacheError(
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
-                f"{self.host.final_layer}; run it with --no-magcache."
+                f"{self.host.final_layer}; run it without MagCache."
             )
         after = after[:, -self.last :]
         return after - before[:, -after.shape[1] :]
@@ -159,35 +171,42 @@ class FirstBlock:
 class FinalLayer:
     """Stands in for the final layer: remembers the image tokens that come in, or adds the residual to them."""
 
-    __slots__ = ("layer", "tokens", "residual")
+    __slots__ = ("partial", "layer", "tokens", "residual")
 
-    def __init__(self):
-        self.tokens = self.residual = None
+    def __init__(self, partial):
+        self.partial, self.tokens, self.residual = partial, None, None
 
     def __call__(self, tokens, *args, **kwargs):
         if self.residual is None:
             self.tokens = tokens
             return self.layer(tokens, *args, **kwargs)
-        return self.layer(added(tokens, self.residual), *args, **kwargs)
+        return self.layer(added(tokens, self.residual, self.partial), *args, **kwargs)
 
 
 class LastBlock:
     """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in
     with the residual."""
 
-    __slots__ = ("passed_on", "layer", "tokens", "residual")
+    __slots__ = ("partial", "passed_on", "layer", "tokens", "residual")
 
-    def __init__(self, passed_on):
-        self.passed_on, self.tokens, self.residual = passed_on, None, None
+    def __init__(self, partial, passed_on):
+        self.partial, self.passed_on, self.tokens, self.residual = partial, passed_on, None, None
 
     def __call__(self, *args, **kwargs):
         if self.residual is None:
             self.tokens = self.layer(*args, **kwargs)
             return self.tokens
-        return added(self.passed_on(*args, **kwargs), self.residual)
+        return added(self.passed_on(*args, **kwargs), self.residual, self.partial)
 
 
-def added(tokens, residual):
-    """The residual added to the last of the tokens; those before it do not reach the output."""
+class TokensChanged(MagCacheError):
+    """A residual was made of another number of tokens than it is added to: reference pictures came or went."""
+
+
+def added(tokens, residual, partial=False):
+    """The residual added to the last of the tokens. partial: there may be others before them, which do not reach the
+    output. Raises TokensChanged where the numbers do not fit."""
     before = tokens.shape[1] - residual.shape[1]
+    if before < 0 or (before and not partial):
+        raise TokensChanged("the number of image tokens changed")
     return tokens + (functional.pad(residual, (0, 0, before, 0)) if before else residual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
 import torch
 
 from .errors import MagCacheError
@@ -138,7 +139,7 @@ class Statistics:
         self.seconds.append(summed_over_ranks(torch.tensor([*seconds, 1.0], dtype=torch.float64), self.device))
         self.samples = {}
 
-    def mag_ratios(self, name, sampler=(), **description):
+    def table(self, name, sampler=(), **description):
         """RatioTable of the counted runs, rounded to six decimals."""
         runs = {
             branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)
@@ -196,6 +197,19 @@ def fingerprint_of(named_parameters):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
     for parameter in parameters.values():
         if parameter.ndim > 1:  # what a fine-tune changes; biases and norms often stay
-            values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4)][:4]
-            digest.update(values.to(torch.bfloat16).float().cpu().numpy().tobytes())
+            digest.update(few_values(parameter))
     return digest.hexdigest()[:12]
+
+
+def few_values(tensor: torch.Tensor) -> bytes:
+    """Four rounded values, evenly spread, of a tensor or of the storage into which it was quantised, which is not
+    unpacked for them. None where they cannot be had (meta tensors, storage of an unknown kind): a fingerprint never
+    stops a run, and names and shapes still count."""
+    while hasattr(tensor, "__tensor_flatten__"):  # torchao's and other subclasses
+        tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
+    places = range(0, tensor.numel(), max(1, tensor.numel() // 4))[:4]
+    try:
+        index = [torch.as_tensor(axis) for axis in np.unravel_index(list(places), tuple(tensor.shape))]
+        return tensor.detach()[tuple(index)].to(torch.bfloat16).float().cpu().numpy().tobytes()
+    except (RuntimeError, ValueError, IndexError, TypeError):  # NotImplementedError is a RuntimeError
+        return b""

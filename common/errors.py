@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 
 class MagCacheError(Exception):
     """A mistake that the user can mend; its text is one sentence that says how."""
 
 
-def needs(module, package):
+def needs(module: str, package: str) -> ModuleType:
     """Import a module of a package that only some commands use; a sentence names the package when it is missing."""
     from importlib import import_module
 

@@ -7,19 +7,20 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import MagCacheError
 
 
-def write_json(path, content):
-    """JSON with one line a list of numbers."""
-    text = json.dumps(content, indent=1)
+def write_json(path: str | Path, content: Any) -> None:
+    """JSON with one line a list of numbers. Raises MagCacheError when the place cannot be written."""
+    text = json.dumps(plain(content), indent=1)
     write_text(
         path, re.sub(r"\[\n\s+([-+.\deE,\s]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
     )
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing. Raises MagCacheError when the place cannot be written."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -32,3 +33,12 @@ def write_text(path, text):
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def plain(value: Any) -> Any:
+    """The same in lists, numbers and strings, where arrays and numbers of numpy may be in it."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -20,7 +20,7 @@ from .hosts import ALL_TOKENS, FRAMEPACK
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
 from .report import finite, plan_text
-from .schedule import Settings, magcache_schedule, rule_of
+from .schedule import Settings
 from .scripts.flags import check_writable
 from .steps import TRAIN_TIMESTEPS
 from .tables import calibrations_folder, find, load
@@ -108,12 +108,7 @@ class Jobs:
             return ["MagCache is off: every step computes."]
         table = self.known_table()
         levels = table.levels(int(steps))
-        settings = choice.settings
-        schedule = (
-            settings.plan(table, levels)
-            if isinstance(settings, Target)
-            else magcache_schedule(table.at(levels), settings, rule_of(table))
-        )
+        schedule = choice.settings.plan(table, levels)
         return [
             *plan_text(schedule, levels, table).splitlines(),
             f"{counted(count)}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute",
@@ -150,7 +145,7 @@ class Jobs:
             yield shown, job.lines, False
         if job.calibrate:
             self.idle.wait()
-            yield None, job.lines, job.handle.mag_ratios is not None
+            yield None, job.lines, job.handle.table is not None
 
     def work(self, job, *inputs):
         """The demo's `worker`, in its own thread."""
@@ -199,10 +194,10 @@ class Jobs:
 
     def calibrated(self, job):
         """Use the ratios of the job's complete sections from now on."""
-        if job.handle.mag_ratios is None:
+        if job.handle.table is None:
             job.lines.append("The calibration broke off in its first section; nothing was saved.")
             return
-        self.table = job.handle.mag_ratios
+        self.table = job.handle.table
         count = self.table.statistics["runs"]
         job.lines.append(
             f"Measured in {counted(count)}, saved as {self.calibration_file}; jobs of this page use it from now on."
@@ -232,7 +227,7 @@ class Jobs:
             Path(video).with_suffix(".json"),
             finite(
                 {
-                    "mag_ratios_of": job.handle.mag_ratios.name,
+                    "mag_ratios_of": job.handle.table.name,
                     "sections": [report.to_dict() for report in job.handle.reports],
                 }
             ),

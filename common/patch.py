@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .blocks import BlockStack
+from .blocks import BlockStack, Host
 from .calibration import Statistics
 from .errors import MagCacheError
 from .guard import Guard
-from .payloads import PAYLOADS, ModelOutput, leading_tokens
+from .payloads import PAYLOADS
 from .planner import Target
 from .ranks import is_writer
-from .report import RunReport, plan_text
+from .report import plan_text
 from .residuals import Residuals
-from .schedule import compute_all, magcache_schedule, rule_of
-from .steps import TRAIN_TIMESTEPS, Call, StepTracker
-from .tables import write
-from .timing import Stopwatch
-
-REHEARSALS = 3  # of a reused step, at the end of a calibration
+from .run import CachedRun, MeasuredRun, Run
+from .schedule import Rule, Settings
+from .steps import TRAIN_TIMESTEPS, Part, StepTracker
+from .tables import RatioTable, save_calibration
 
 
 def magcache_forward(
-    model,
-    host,
-    mag_ratios,
-    settings,
-    timesteps,
-    rule=None,
-    interpolation="sigma",
-    device=None,
-    dtype=None,
-    announce=tqdm.write,
-    boundary=None,
-):
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    host: Host,
+    table: RatioTable,
+    settings: Settings | Target,
+    timesteps: Callable[[], Sequence[float]],
+    rule: Rule | None = None,
+    interpolation: str = "sigma",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    announce: Callable[[str], None] | None = tqdm.write,
+    boundary: float | None = None,
+) -> MagCache:
     """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
 
     model: the transformer, also compiled, offloaded or sharded, or a list of those among which the sampler divides its
         steps (a high-noise and a low-noise expert); host: `blocks.Host`, the facts of its class.
-    mag_ratios: `ratios.RatioTable`; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a
-    planned schedule; rule: `schedule.Rule` of the settings (None: the preset's own).
+    table: of its magnitude ratios; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a
+    planned schedule; rule: `schedule.Rule` of the settings (None: the table's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
         being 1000, as one object that lasts as long as the run. A diffusers pipeline: `lambda:
         pipe.scheduler.timesteps`.
@@ -54,29 +53,28 @@ def magcache_forward(
     announce: gets the plan as text at the start of each run.
     boundary: with two experts, the noise level below which the second works (None: one model).
     """
-    rule = rule or rule_of(mag_ratios)
 
     def plan(levels):
         switch_step = None if boundary is None else int((levels >= boundary).sum())
-        if isinstance(settings, Target):
-            return settings.plan(mag_ratios, levels, switch_step)
-        return magcache_schedule(mag_ratios.at(levels, interpolation), settings, rule, switch_step)
+        return settings.plan(table, levels, switch_step, rule, interpolation)
 
-    factor = getattr(settings, "magcache_guard", None)
-    return MagCache(
-        model,
-        host,
-        timesteps,
-        plan,
-        Residuals(device, dtype, for_all=factor is not None),
-        announce,
-        mag_ratios,
-        PAYLOADS[getattr(settings, "payload", "residual")],
-        factor and Guard(factor),
-    )
+    guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
+
+    def residuals():
+        return Residuals(device, dtype, for_all=guard is not None)
+
+    return MagCache(model, host, timesteps, plan, residuals, announce, table, PAYLOADS[settings.payload], guard)
 
 
-def magcache_calibration(model, host, timesteps, name, path=None, description=None, statistics=None):
+def magcache_calibration(
+    model: torch.nn.Module | Sequence[torch.nn.Module],
+    host: Host,
+    timesteps: Callable[[], Sequence[float]],
+    name: str,
+    path=None,
+    description: dict | None = None,
+    statistics: Statistics | None = None,
+) -> Calibration:
     """Measure the magnitude ratios of a model, or of experts, in ordinary un-cached runs. Returns a handle.
 
     After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
@@ -84,14 +82,6 @@ def magcache_calibration(model, host, timesteps, name, path=None, description=No
     statistics: those of an earlier handle, to go on averaging.
     """
     return Calibration(model, host, timesteps, name, path, description or {}, statistics or Statistics())
-
-
-class Run:
-    """One pass of the sampler: its tracker, its schedule and what it keeps."""
-
-    def __init__(self, timesteps, tracker, schedule, report):
-        self.timesteps, self.tracker, self.schedule, self.report = timesteps, tracker, schedule, report
-        self.branches, self.stopped = {}, ""
 
 
 class Expert:
@@ -116,13 +106,12 @@ class Expert:
         def forward(*args, **kwargs):
             if not patch.active:
                 return self.original(*args, **kwargs)
+            call = patch.begin_call(self, args, kwargs)
             try:
-                output = patch.before(self, args, kwargs)
-                if output is None:
-                    output = self.original(*args, **kwargs)
-                patch.after(output)
+                output = self.original(*args, **kwargs) if call.output is None else call.output
+                patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
             except BaseException:
-                patch.abort()
+                patch.cancel_call(call)
                 raise
             return output
 
@@ -142,18 +131,61 @@ class Expert:
                 del self.model.forward
 
 
+class Sampling:
+    """A sampler on its way through its noise levels: the run that it makes, and how far it is.
+
+    timesteps: the sampler's, whose identity tells one run from the next; branches: calls at each step so far; call: the
+    `run.ModelCall` under way or made last.
+    """
+
+    def __init__(self, timesteps, tracker, run):
+        self.timesteps, self.tracker, self.run = timesteps, tracker, run
+        self.branches: dict[int, int] = {}
+        self.expert = self.call = None
+
+    def observe(self, level, latent, tolerance):
+        """The Call that this is, or None if it belongs to another run."""
+        call = self.tracker.observe(level, latent, tolerance)
+        if call is not None:
+            self.branches[call.step] = max(self.branches.get(call.step, 0), call.branch + 1)
+        return call
+
+    def calls_at(self, step):
+        return self.branches.get(step, 0)
+
+    @property
+    def last_step(self):
+        return self.run.schedule.steps - 1
+
+
 class Patch:
-    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores
-    it."""
+    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores it.
+
+    active: whether calls are cached; reached: whether there was one; reports: one `RunReport` a run.
+    """
 
     def __init__(self, models, host, timesteps, payload=BlockStack):
         self.host, self.timesteps = host, timesteps
-        self.active, self.reached, self.run, self.reports, self.short_runs = True, False, None, [], 0
-        self.expert = None
+        self.active, self.reached, self.short_runs = True, False, 0
+        self.reports: list = []
+        self.sampling: Sampling | None = None
         models = models if isinstance(models, (list, tuple)) else [models]
         self.experts = [Expert(model, host, self, payload) for model in models]
         for expert in self.experts:
             expert.put_on()
+
+    @property
+    def run(self) -> Run | None:
+        """The run in progress."""
+        return self.sampling.run if self.sampling else None
+
+    def new_run(self, levels, expert, arguments, latent):
+        """The `run.Run` of a sampler that begins at the first of these noise levels. arguments: of forward, by name."""
+        raise NotImplementedError
+
+    def complete_run(self, run):
+        """The sampler made every step of a run."""
+        run.complete()
 
     def __enter__(self):
         return self
@@ -165,7 +197,7 @@ class Patch:
         if kind is None:
             self.require_reached()
 
-    def remove(self):
+    def remove(self) -> None:
         """Restore the model."""
         self.settle()
         self.active = False
@@ -183,7 +215,8 @@ class Patch:
         finally:
             self.active = True
 
-    def require_reached(self):
+    def require_reached(self) -> None:
+        """Raises MagCacheError if no call came through the patch."""
         if not self.reached:
             name = type(self.experts[0].model).__name__
             raise MagCacheError(
@@ -192,9 +225,9 @@ class Patch:
             )
 
     @torch.compiler.disable
-    def before(self, expert, args, kwargs):
-        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the output
-        where it is predicted as a whole, so that no forward is needed, else None."""
+    def begin_call(self, expert, args, kwargs):
+        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the
+        `run.ModelCall`."""
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
         latent, timestep = arguments[self.host.latent], arguments[self.host.timestep]
@@ -203,44 +236,43 @@ class Patch:
         level = float(timestep.max() if torch.is_tensor(timestep) else timestep) / self.host.timestep_scale
         tolerance = level_tolerance(timestep)
 
-        timesteps = self.timesteps()
-        call = None
-        if self.run is not None and timesteps is self.run.timesteps:
-            call = self.run.tracker.observe(level, latent, tolerance)
-        elif self.run is not None:
+        timesteps, call = self.timesteps(), None
+        if self.sampling is not None and timesteps is self.sampling.timesteps:
+            call = self.sampling.observe(level, latent, tolerance)
+        elif self.sampling is not None:
             self.expect_lasting_timesteps(level)
         if call is None:
-            self.begin_run(timesteps, level, tolerance, expert.model, arguments)
-            call = self.run.tracker.observe(level, latent, tolerance)
-        if expert is not self.expert:
-            self.expert = expert
-            self.expert_changed()
-        self.run.branches[call.step] = max(self.run.branches.get(call.step, 0), call.branch + 1)
-        self.call, self.latent, self.arguments, self.inputs = call, latent, arguments, (args, kwargs)
-        self.stopwatch = Stopwatch(latent.device)
-        return self.prepare(self.run, call)
+            self.begin_run(timesteps, level, tolerance, expert, arguments, latent)
+            call = self.sampling.observe(level, latent, tolerance)
+        if expert is not self.sampling.expert:
+            self.sampling.expert = expert
+            self.sampling.run.expert_changed()
+        try:
+            self.sampling.call = self.sampling.run.begin([Part(call.branch, call, latent)], expert.payload, arguments)
+            return self.sampling.call
+        except BaseException:
+            self.end_run()
+            raise
 
     @torch.compiler.disable
-    def after(self, output):
-        run, call, seconds = self.run, self.call, self.stopwatch.stop()
-        self.served(run, call, seconds, output)
-        self.latent = self.arguments = self.inputs = None
-        last = run.schedule.steps - 1
-        if call.step == last and run.branches[last] >= run.branches.get(last - 1, 1):
-            self.complete_run(run)
+    def finish_call(self, call, output, rehearse):
+        """After a call. rehearse: makes it again."""
+        call.finish(output, rehearse)
+        sampling = self.sampling
+        last = sampling.last_step
+        if call.parts[0].call.step == last and sampling.calls_at(last) >= max(1, sampling.calls_at(last - 1)):
+            self.complete_run(sampling.run)
 
     @torch.compiler.disable
-    def abort(self):
+    def cancel_call(self, call):
         """An exception or a cancel leaves nothing behind."""
-        for expert in self.experts:
-            expert.payload.restore()
-        self.latent = self.arguments = self.inputs = None
+        call.cancel()
         self.end_run()
 
     def expect_lasting_timesteps(self, level):
         """New timesteps mean a new run. Raises MagCacheError if every call has new ones, so that no run gets beyond one
         call."""
-        goes_on = len(self.run.report.calls) == 1 and level < self.run.tracker.level
+        goes_on = len(self.sampling.run.report.calls) == 1 and level < self.sampling.tracker.level
         self.short_runs = self.short_runs + 1 if goes_on else 0
         if self.short_runs == 3:
             raise MagCacheError(
@@ -250,153 +282,74 @@ class Patch:
 
     def settle(self):
         """Complete a run that reached its last step with fewer branches than before: guidance ended there."""
-        if self.run and not self.run.report.complete and self.run.branches.get(self.run.schedule.steps - 1):
-            self.complete_run(self.run)
+        sampling = self.sampling
+        if sampling and not sampling.run.report.complete and sampling.calls_at(sampling.last_step):
+            self.complete_run(sampling.run)
 
-    def begin_run(self, timesteps, level, tolerance, model, arguments):
+    def begin_run(self, timesteps, level, tolerance, expert, arguments, latent):
         self.settle()
         self.end_run()
         if timesteps is None or len(timesteps) == 0:
             raise MagCacheError(
                 "The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts."
             )
-        levels = (
-            np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float) / TRAIN_TIMESTEPS
-        )
-        tracker = StepTracker(levels, level, tolerance)
-        schedule = self.plan(tracker.levels)
-        self.reports.append(RunReport(schedule, tracker.levels.tolist()))
-        self.run = Run(timesteps, tracker, schedule, self.reports[-1])
-        self.started(model, arguments)
+        timesteps_listed = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+        tracker = StepTracker(np.asarray(timesteps_listed, dtype=float) / TRAIN_TIMESTEPS, level, tolerance)
+        run = self.new_run(tracker.levels, expert, arguments, latent)
+        self.reports.append(run.report)
+        self.sampling = Sampling(timesteps, tracker, run)
 
-    def expert_changed(self):
-        """Another model than in the call before: its residuals have nothing to do with those kept so far."""
-
-    def end_run(self):
+    def end_run(self) -> None:
         """Forget the run in progress, whole or not."""
-        self.run = self.expert = None
+        if self.sampling is not None:
+            self.sampling.run.end()
+        self.sampling = None
 
 
 class MagCache(Patch):
-    """A model that computes or reuses as its schedule says. `reports` has one `RunReport` a run."""
+    """A model that computes or reuses as its schedule says.
 
-    def __init__(self, models, host, timesteps, plan, residuals, announce, mag_ratios, payload=BlockStack, guard=None):
-        self.plan, self.residuals, self.announce, self.mag_ratios = plan, residuals, announce, mag_ratios
-        self.payload, self.guard = payload, guard
+    plan: (noise levels of a run) -> `schedule.Schedule`; new_residuals: () -> `Residuals` of a run.
+    """
+
+    def __init__(self, models, host, timesteps, plan, new_residuals, announce, table, payload=BlockStack, guard=None):
+        self.plan, self.new_residuals, self.announce, self.table = plan, new_residuals, announce, table
+        self.guard = guard
         super().__init__(models, host, timesteps, payload)
 
-    def started(self, model, arguments):
-        bytes_a_branch = None
-        if self.host.residual_shape:
-            latent = arguments[self.host.latent]
-            latent = latent[0] if isinstance(latent, (list, tuple)) else latent
-            if self.payload is ModelOutput:
-                elements, dtype = latent.numel(), latent.dtype
-            else:
-                elements = int(np.prod(self.host.residual_shape(model, arguments)))
-                dtype = self.host.residual_dtype(model) if self.host.residual_dtype else latent.dtype
-            bytes_a_branch = elements * (self.residuals.dtype or dtype).itemsize * self.run.schedule.depth
+    @property
+    def residuals(self) -> Residuals:
+        """Those of the run in progress."""
+        return self.sampling.run.residuals if self.sampling else self.new_residuals()
+
+    def new_run(self, levels, expert, arguments, latent):
+        run = CachedRun(self.plan(levels), levels, self.new_residuals(), self.guard)
         if self.announce:
-            self.announce(plan_text(self.run.schedule, self.run.tracker.levels, self.mag_ratios, bytes_a_branch))
-
-    def prepare(self, run, call):
-        residual, self.why = None, ""
-        if run.schedule.reuse[call.step]:
-            residual, self.why = (
-                (None, run.stopped) if run.stopped else self.residuals.predict(call, self.latent, run.schedule)
-            )
-        self.reusing = residual is not None
-        if self.reusing:
-            return self.expert.payload.replace(residual)
-        if not self.guard:
-            self.residuals.drop_unneeded(call, run.schedule)
-        return self.expert.payload.record(self.arguments)
-
-    def expert_changed(self):
-        self.residuals.clear()
-
-    def served(self, run, call, seconds, output):
-        if self.reusing:
-            self.expert.payload.restore()
-            run.report.add(call, "reused", seconds)
-            return
-        residual = self.expert.payload.finish(output)
-        run.report.add(call, "computed", seconds, self.why)
-        if self.guard and not run.stopped:
-            self.watch(run, call, residual)
-        if self.residuals.needed_by(run.schedule, call.step) and not run.stopped:
-            self.residuals.keep(call, self.latent, residual)
-            run.report.peak_bytes = self.residuals.peak_bytes
-
-    def watch(self, run, call, residual):
-        """Skip nothing more in this run if the guard says so."""
-        predicted, missing = self.residuals.predict(call, self.latent, run.schedule)
-        if not missing:
-            run.stopped = self.guard.judge(call.step, residual, predicted, run.schedule.error[call.step])
-        self.residuals.drop_unneeded(call, run.schedule)
-
-    def complete_run(self, run):
-        run.report.complete = True
-        self.residuals.clear()
-
-    def end_run(self):
-        super().end_run()
-        self.residuals.clear()
-        self.residuals.peak_bytes = 0
+            bytes_a_branch, size = None, expert.payload.size(arguments, latent)
+            if size is not None:
+                elements, dtype = size
+                bytes_a_branch = elements * (run.residuals.dtype or dtype).itemsize * run.schedule.depth
+            self.announce(plan_text(run.schedule, levels, self.table, bytes_a_branch))
+        return run
 
 
 class Calibration(Patch):
-    """A model that computes everything and measures. `mag_ratios` holds the result of the complete runs."""
+    """A model that computes everything and measures. `table` holds the result of the complete runs."""
 
     def __init__(self, models, host, timesteps, name, path, description, statistics):
         self.name, self.path, self.description = name, path, description
-        self.statistics, self.mag_ratios = statistics, None
-        self.plan = lambda levels: compute_all(len(levels), "the ratios were measured in this run")
+        self.statistics = statistics
+        self.table: RatioTable | None = None
         super().__init__(models, host, timesteps)
 
-    def expert_changed(self):
-        self.statistics.expert_changed()
-
-    def started(self, model, arguments):
-        if self.run.schedule.steps < 2:
-            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
-        self.statistics.begin(self.run.tracker.levels)
-
-    def prepare(self, run, call):
-        self.expert.payload.record(self.arguments)
-
-    def served(self, run, call, seconds, output):
-        residual = self.expert.payload.finish()
-        run.report.add(call, "computed", seconds)
-        tokens = self.host.noise_tokens(self.arguments) if self.host.noise_tokens else None
-        made = ModelOutput().finish(leading_tokens(output, tokens, residual.shape[1]))
-        self.statistics.add(call, residual[:, :tokens], made)
-        if call == Call(run.schedule.steps - 1, 0):
-            self.reused_seconds = self.time_reuse(residual)
-
-    def time_reuse(self, residual):
-        """Seconds, a function, of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not
-        compiled, so with torch.compile around the whole model a reused step costs at most this."""
-        args, kwargs = self.inputs
-        seconds = []
-        for _ in range(REHEARSALS):
-            self.expert.payload.replace(residual)
-            stopwatch = Stopwatch(self.latent.device)
-            self.expert.original(*args, **kwargs)
-            seconds.append(stopwatch.stop())
-            self.expert.payload.restore()
-        return lambda: min(read() for read in seconds)
+    def new_run(self, levels, expert, arguments, latent):
+        return MeasuredRun(levels, self.statistics, self.host.noise_tokens)
 
     def complete_run(self, run):
-        run.report.complete = True
-        self.statistics.finish((run.report.typical_seconds, self.reused_seconds()))
-        self.mag_ratios = self.statistics.mag_ratios(self.name, **self.description)
+        run.complete()
+        self.table = self.statistics.table(self.name, **self.description)
         if self.path and is_writer():
-            write(self.path, self.mag_ratios)
-
-    def end_run(self):
-        super().end_run()
-        self.statistics.begin(())
+            self.path = save_calibration(self.path, self.table)
 
 
 def inner_module(model):

@@ -66,7 +66,9 @@ class Target:
         asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
         if sum(value is not None for value in asked) != 1:
             raise MagCacheError(
-                "Ask for one of magcache_steps, magcache_speedup and magcache_max_error, and not for both."
+                "Ask for one of magcache_steps, magcache_speedup and magcache_max_error."
+                if not any(value is not None for value in asked)
+                else "Ask for only one of magcache_steps, magcache_speedup and magcache_max_error."
             )
         if self.magcache_steps is not None and self.magcache_steps < 1:
             raise MagCacheError(f"magcache_steps must be at least 1, not {self.magcache_steps}.")
@@ -85,8 +87,9 @@ class Target:
                 f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}."
             )
 
-    def plan(self, table, levels, switch_step=None):
+    def plan(self, table, levels, switch_step=None, rule=None, interpolation="sigma"):
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
+        rule, interpolation: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
         target = replace(self, predictor=self.predictor or "linear") if has_gram(table) else self.for_ratios(table)
         forecast = Forecast.of_table(table, levels, target.predictor, self.payload, switch_step)
@@ -102,7 +105,7 @@ class Target:
         if self.predictor == "linear" or self.payload == "output" or self.magcache_guard is not None:
             raise MagCacheError(
                 f"{table.name} has magnitude ratios only; the linear predictor, the payload output and the guard "
-                "need the Gram matrix that --magcache_calibration measures."
+                "need the Gram matrix that a calibration measures."
             )
         given = {name: getattr(self, name) for name in ("magcache_K", "retention_ratio")}
         caps = {name: table.settings.get(name) if value is None else value for name, value in given.items()}
@@ -291,8 +294,8 @@ def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None,
 
     magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on
     the expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic
-    programming over (anchor, the one before). Returns a Schedule whose `error` is each step's expected relative error;
-    with the linear predictor it has `weights`.
+    programming over (anchor, the one before). Returns a Schedule with each step's expected relative
+    error; with the linear predictor it has `weights`.
     """
     steps = forecast.steps
     i, j, _ = np.indices((steps,) * 3)
@@ -347,13 +350,11 @@ def scheduled(anchors, forecast, kept=1):
     why_none = "" if reuse.any() else "every step was asked to compute"
     return Schedule(
         reuse,
-        forecast.error_of(reuse),
         np.arange(forecast.steps) < kept,
-        None,
-        why_none,
-        None,
-        len(anchors),
-        forecast.weights_of(reuse),
+        expected_error=forecast.error_of(reuse),
+        why_none=why_none,
+        fewest_computed=len(anchors),
+        weights=forecast.weights_of(reuse),
     )
 
 
@@ -369,8 +370,8 @@ def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
     ratios, forecast, found = table.at(levels), Forecast.of_table(table, levels, "reuse", "residual", switch_step), {}
     for K, retention, thresh in product(range(1, 7), (0.1, 0.2), np.geomspace(0.01, 2, 24)):
         schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
-        found[schedule.strip] = replace(schedule, error=forecast.error_of(schedule.reuse))
-    return min(found.values(), key=lambda one: (abs(one.computed - computed), one.error[one.reuse].sum()))
+        found[schedule.strip] = replace(schedule, expected_error=forecast.error_of(schedule.reuse))
+    return min(found.values(), key=lambda one: (abs(one.computed - computed), one.expected_error[one.reuse].sum()))
 
 
 def resample_gram(gram, sigmas, new_sigmas):

@@ -10,7 +10,7 @@ import numpy as np
 from .errors import MagCacheError
 
 
-def flow_sigmas(steps, shift=1.0):
+def flow_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
     """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, bent by sigma' = shift*sigma / (1 +
     (shift-1)*sigma)."""
     if steps <= 0:
@@ -21,7 +21,7 @@ def flow_sigmas(steps, shift=1.0):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def fitted_shift(sigmas):
+def fitted_shift(sigmas: np.ndarray) -> float:
     """The shift of a rectified-flow sampler whose noise levels these are (median over the steps; 1 for one step)."""
     sigmas = np.asarray(sigmas, dtype=float)
     plain = np.linspace(1, 1 / len(sigmas), len(sigmas))[1:]
@@ -29,7 +29,7 @@ def fitted_shift(sigmas):
     return float(np.median(inner * (1 - plain) / (plain * (1 - inner)))) if len(inner) else 1.0
 
 
-def nearest_interp(ratios, steps):
+def nearest_interp(ratios: np.ndarray, steps: int) -> np.ndarray:
     """Index resampling of the released scripts: entry round(i*(L-1)/(n-1)), halves to even; n = 1 takes the last."""
     ratios = np.asarray(ratios, dtype=float)
     if steps == 1:
@@ -37,7 +37,7 @@ def nearest_interp(ratios, steps):
     return ratios[np.round(np.arange(steps) * (len(ratios) - 1) / (steps - 1)).astype(int)]
 
 
-def log_magnitude(ratios, sigmas, at):
+def log_magnitude(ratios: np.ndarray, sigmas: np.ndarray, at: np.ndarray) -> np.ndarray:
     """L(sigma) = log of the residual's magnitude relative to the first step, piecewise linear in sigma.
 
     Below the last calibrated level the last slope goes on; above the first one the magnitude stays.
@@ -54,7 +54,7 @@ def log_magnitude(ratios, sigmas, at):
     return values
 
 
-def resample(ratios, sigmas, new_sigmas):
+def resample(ratios: np.ndarray, sigmas: np.ndarray, new_sigmas: np.ndarray) -> np.ndarray:
     """Ratios between the steps of another schedule: exp(L(b) - L(a)); the first is 1.
 
     The product over any range of noise levels is that of the calibration, whatever the steps, shift or starting level.

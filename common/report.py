@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from math import isfinite
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
 from .files import write_json
 from .planner import Target, error_by_gram, has_gram, nearest_by_the_rule, reused_share, speedup
-from .schedule import Settings, rule_of
+from .schedule import rule_of
 
 
 def memory_text(count):
@@ -25,74 +26,119 @@ def settings_text(settings):
     )
 
 
-def plan_text(schedule, levels, mag_ratios, bytes_a_branch=None):
-    """The plan of a run, known before its first step."""
+class PlanLine(NamedTuple):
+    """One line of a plan. kind: what it tells, by which a front end chooses; text: the line.
+
+    kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over), "notes" (of a
+    borrowed table), "nothing" (why nothing will be reused), "gain" (computed steps and speed-up), "out of reach" (the
+    speed-up asked for), "weaker" (planned from ratios alone), "error" (expected), "other error" (of the other way to
+    plan as many computed steps), "memory".
+    """
+
+    kind: str
+    text: str
+
+
+def plan_text(schedule, levels, table, bytes_a_branch=None) -> str:
+    """The plan of a run as text, known before its first step."""
+    return "\n".join(line.text for line in plan_lines(schedule, levels, table, bytes_a_branch))
+
+
+def plan_lines(schedule, levels, table, bytes_a_branch=None) -> list[PlanLine]:
+    """The plan of a run. levels: its noise levels; table: the `RatioTable` that it was made from; bytes_a_branch: what
+    one residual of a branch takes (None: not known)."""
     lines = [
-        f"MagCache plan: {schedule.steps} steps, ratios of {mag_ratios.name} ({mag_ratios.origin}), "
-        f"{settings_text(schedule.settings)}",
-        f"  {schedule.strip}   # computes, . reuses",
+        PlanLine(
+            "asked",
+            f"MagCache plan: {schedule.steps} steps, ratios of {table.name} ({table.origin}), "
+            f"{settings_text(schedule.settings)}",
+        ),
+        PlanLine("strip", f"  {schedule.strip}   # computes, . reuses"),
     ]
-    if not mag_ratios.fits(levels):
-        lines.append(f"  ratios of {mag_ratios.steps} steps carried over to the noise levels of this run")
-    if mag_ratios.origin == "borrowed":
-        lines.append(f"  {mag_ratios.notes}")
-    if schedule.why_none:
-        lines.append(f"  nothing will be reused: {schedule.why_none}")
-    elif isinstance(schedule.settings, Settings):
-        ceiling = schedule.fewest_computed
+    if not table.fits(levels):
         lines.append(
-            f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
-            f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio"
+            PlanLine("resampled", f"  ratios of {table.steps} steps carried over to the noise levels of this run")
         )
-        if has_gram(mag_ratios):
-            other = Target(schedule.computed).plan(mag_ratios, levels, mag_ratios.switch_step(levels))
-            lines += [
-                "  expected relative error of a reused residual "
-                + error_text(error_by_gram(schedule, levels, mag_ratios)),
-                f"    a planned run with --magcache_steps {schedule.computed}: {error_text(other.error[other.reuse])}",
-            ]
+    if table.origin == "borrowed":
+        lines.append(PlanLine("notes", f"  {table.notes}"))
+    if schedule.why_none:
+        lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
+    elif schedule.expected_error is None:
+        lines += rule_lines(schedule, levels, table)
     else:
-        lines += target_text(schedule, levels, mag_ratios)
+        lines += target_lines(schedule, levels, table)
     if bytes_a_branch is not None and not schedule.why_none:
-        lines.append(f"  extra memory: {memory_text(bytes_a_branch)} a branch")
-    return "\n".join(lines)
+        lines.append(PlanLine("memory", f"  extra memory: {memory_text(bytes_a_branch)} a branch"))
+    return lines
 
 
-def target_text(schedule, levels, mag_ratios):
-    """What a planned run is expected to gain and to lose."""
-    asked, share = schedule.settings, reused_share(mag_ratios, schedule.settings.payload)
-    expected = speedup(schedule.steps, schedule.computed, share)
-    lines = [f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"]
-    if share:
-        lines[0] += (
-            f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
+def rule_lines(schedule, levels, table) -> list[PlanLine]:
+    """What the paper's rule is expected to gain and to lose."""
+    ceiling = schedule.fewest_computed
+    lines = [
+        PlanLine(
+            "gain",
+            f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster. No threshold "
+            f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio",
         )
+    ]
+    if has_gram(table):
+        errors = error_by_gram(schedule, levels, table)
+        other = Target(schedule.computed).plan(table, levels, table.switch_step(levels))
+        lines += [
+            PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"),
+            PlanLine(
+                "other error",
+                f"    a planned run with magcache_steps {schedule.computed}: "
+                f"{error_text(other.expected_error[other.reuse])}",
+            ),
+        ]
+    return lines
+
+
+def target_lines(schedule, levels, table) -> list[PlanLine]:
+    """What a planned run is expected to gain and to lose."""
+    asked, share = schedule.settings, reused_share(table, schedule.settings.payload)
+    expected = speedup(schedule.steps, schedule.computed, share)
+    gain = f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"
+    if share:
+        gain += f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
     elif asked.payload == "residual":
-        lines[0] += " (the table has no step times)"
+        gain += " (the table has no step times)"
+    lines = [PlanLine("gain", gain)]
     if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
         lines.append(
-            f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused step "
-            "allow this"
+            PlanLine(
+                "out of reach",
+                f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused "
+                "step allow this",
+            )
         )
-    if not has_gram(mag_ratios):
-        return [
-            *lines,
-            "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; "
-            "--magcache_calibration measures it",
-        ]
-    rule = nearest_by_the_rule(
-        mag_ratios, levels, rule_of(mag_ratios), schedule.computed, mag_ratios.switch_step(levels)
-    )
+    if not has_gram(table):
+        weaker = (
+            "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; a "
+            "calibration measures it"
+        )
+        return [*lines, PlanLine("weaker", weaker)]
+    rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
+    errors = schedule.expected_error[schedule.reuse]
     return [
         *lines,
-        f"  expected relative error of a predicted {asked.payload} {error_text(schedule.error[schedule.reuse])}",
-        f"    the paper's rule with {rule.computed} computed steps, of a residual: "
-        f"{error_text(rule.error[rule.reuse])}",
+        PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"),
+        PlanLine(
+            "other error",
+            f"    the paper's rule with {rule.computed} computed steps, of a residual: "
+            f"{error_text(rule.expected_error[rule.reuse])}",
+        ),
     ]
 
 
 def error_text(errors):
     return f"{np.mean(errors):.4f} (at most {np.max(errors):.4f})" if len(errors) else "none"
+
+
+def rounded(values):
+    return None if values is None else np.round(values, 6).tolist()
 
 
 class RunReport:
@@ -176,8 +222,9 @@ class RunReport:
             "transformer_speedup": round(self.speedup, 4),
             "extra_bytes": self.peak_bytes,
             "sigmas": [round(level, 6) for level in self.levels],
-            "accumulated_error": [round(value, 6) for value in self.schedule.error.tolist()],
-            "mag_ratios": None if self.schedule.ratios is None else self.schedule.ratios.round(6).tolist(),
+            "accumulated_error": rounded(self.schedule.accumulated_error),
+            "expected_error": rounded(self.schedule.expected_error),
+            "mag_ratios": rounded(self.schedule.ratios),
             "by_call": [
                 {"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
                 for step, branch, kind, seconds, why in self.calls

@@ -9,22 +9,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import ceil, floor
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from .errors import MagCacheError
 
+if TYPE_CHECKING:
+    from .planner import Target
+    from .tables import RatioTable
+
 
 @dataclass(frozen=True)
 class Settings:
-    """magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio: share kept at the
-    start."""
+    """The paper's rule. magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio:
+    share kept at the start.
+
+    payload, magcache_guard: as a `planner.Target` has them, which may choose; the rule reuses the residual of the
+    blocks, and no guard watches it.
+    """
 
     magcache_thresh: float
     magcache_K: int
     retention_ratio: float
+    payload: ClassVar[str] = "residual"
+    magcache_guard: ClassVar[float | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.magcache_thresh >= 0:
             raise MagCacheError(f"magcache_thresh must be 0 (off) or more, not {self.magcache_thresh}.")
         if self.magcache_K < 0:
@@ -33,6 +44,20 @@ class Settings:
             raise MagCacheError(
                 f"retention_ratio is a share of the steps, between 0 and 1, not {self.retention_ratio}."
             )
+
+    def plan(
+        self,
+        table: RatioTable,
+        levels: np.ndarray,
+        switch_step: int | None = None,
+        rule: Rule | None = None,
+        interpolation: str = "sigma",
+    ) -> Schedule:
+        """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
+
+        rule: None, the table's own; interpolation: "sigma" or "nearest" (`RatioTable.at`).
+        """
+        return magcache_schedule(table.at(levels, interpolation), self, rule or rule_of(table), switch_step)
 
 
 @dataclass(frozen=True)
@@ -52,8 +77,8 @@ class Rule:
     strict: bool = False
     start: str = "floor"
     never_reuse: tuple = ()
-    max_deviation: float = None
-    experts: str = None
+    max_deviation: float | None = None
+    experts: str | None = None
     retained_resets: bool = True
     min_steps: int = 5
 
@@ -62,55 +87,57 @@ class Rule:
 class Schedule:
     """One run, planned.
 
-    reuse: whether step i reuses a residual; error: the accumulated error on which that was decided; retained: the steps
-    that compute whatever the error; why_none: why nothing is reused; ratios: (branches, steps).
-    settings: what was asked for, a `Settings` or a `planner.Target`.
+    reuse: whether step i reuses a residual; retained: the steps that compute whatever the error.
+    accumulated_error: of the paper's rule, on which that was decided (None: planned otherwise).
+    expected_error: the expected relative error of predicting each step (None: the rule knows none).
+    settings: what was asked for; why_none: why nothing is reused; ratios: (branches, steps).
     fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
     weights: (branches, steps, 2), how a step weighs the two newest residuals; None: the newest as it is.
     """
 
     reuse: np.ndarray
-    error: np.ndarray
     retained: np.ndarray
-    settings: object = None
+    accumulated_error: np.ndarray | None = None
+    expected_error: np.ndarray | None = None
+    settings: Settings | Target | None = None
     why_none: str = ""
-    ratios: np.ndarray = field(default=None, repr=False)
+    ratios: np.ndarray | None = field(default=None, repr=False)
     fewest_computed: int = 0
-    weights: np.ndarray = field(default=None, repr=False)
+    weights: np.ndarray | None = field(default=None, repr=False)
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         return len(self.reuse)
 
     @property
-    def computed(self):
+    def computed(self) -> int:
         return int(self.steps - self.reuse.sum())
 
     @property
-    def skipped_steps(self):
+    def skipped_steps(self) -> list[int]:
         return np.flatnonzero(self.reuse).tolist()
 
     @property
-    def bound(self):
+    def bound(self) -> float:
         """Largest possible speed-up: reused steps taken as free."""
         return self.steps / self.computed
 
     @property
-    def strip(self):
+    def strip(self) -> str:
         """One letter a step: # computes, . reuses."""
         return "".join(".#"[not reuse] for reuse in self.reuse)
 
-    def anchors(self, step):
+    def anchors(self, step: int) -> list[int]:
         """The computed steps before this one from which it is predicted, the newest first: at most `depth`."""
         return np.flatnonzero(~self.reuse[:step])[::-1][: self.depth].tolist()
 
     @property
-    def depth(self):
+    def depth(self) -> int:
         """Residuals kept a branch."""
         return 1 if self.weights is None else self.weights.shape[-1]
 
 
-def first_reusable(steps, retention_ratio, start="floor"):
+def first_reusable(steps: int, retention_ratio: float, start: str = "floor") -> int:
     """Index of the first step that may be reused: at least one step has to leave a residual."""
     kept = steps * retention_ratio
     index = {
@@ -122,7 +149,9 @@ def first_reusable(steps, retention_ratio, start="floor"):
     return max(1, index)
 
 
-def retained_steps(steps, retention_ratio, rule=Rule(), switch_step=None):
+def retained_steps(
+    steps: int, retention_ratio: float, rule: Rule = Rule(), switch_step: int | None = None
+) -> np.ndarray:
     """Mask (steps,) of the steps that compute whatever the error.
 
     switch_step: the step from which a second expert takes over (None: one model). Each expert's first step computes.
@@ -142,7 +171,9 @@ def retained_steps(steps, retention_ratio, rule=Rule(), switch_step=None):
     return kept
 
 
-def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
+def magcache_schedule(
+    mag_ratios: np.ndarray, settings: Settings, rule: Rule = Rule(), switch_step: int | None = None
+) -> Schedule:
     """Plan a run. mag_ratios: (branches, steps) or (steps,), the ratio of each step to the one before.
 
     All branches share one decision: a step is reused only if every branch may. Returns a Schedule.
@@ -152,16 +183,24 @@ def magcache_schedule(mag_ratios, settings, rule=Rule(), switch_step=None):
     retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
     off = why_off(steps, settings, rule)
     if off:
-        return Schedule(
-            np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), settings, off, ratios, steps
-        )
+        return replace(compute_all(steps, off), settings=settings, ratios=ratios)
     reuse, error = decide(ratios, settings.magcache_thresh, settings.magcache_K, rule, retained)
     fewest_computed = steps - int(decide(ratios, np.inf, settings.magcache_K, rule, retained)[0].sum())
     why_none = "" if reuse.any() else why_nothing(error, retained, settings, rule)
-    return Schedule(reuse, error, retained, settings, why_none, ratios, fewest_computed)
+    return Schedule(
+        reuse,
+        retained,
+        accumulated_error=error,
+        settings=settings,
+        why_none=why_none,
+        ratios=ratios,
+        fewest_computed=fewest_computed,
+    )
 
 
-def decide(ratios, magcache_thresh, magcache_K, rule, retained):
+def decide(
+    ratios: np.ndarray, magcache_thresh: float, magcache_K: int, rule: Rule, retained: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The rule itself. ratios: (branches, steps); retained: mask (steps,). Returns (reuse, accumulated error) a
     step."""
     branches, steps = ratios.shape
@@ -183,14 +222,18 @@ def decide(ratios, magcache_thresh, magcache_K, rule, retained):
     return reuse, error
 
 
-def compute_all(steps, why="MagCache is off"):
+def compute_all(steps: int, why: str = "MagCache is off") -> Schedule:
     """The schedule of an un-cached run."""
     return Schedule(
-        np.zeros(steps, dtype=bool), np.zeros(steps), np.ones(steps, dtype=bool), None, why, fewest_computed=steps
+        np.zeros(steps, dtype=bool),
+        np.ones(steps, dtype=bool),
+        accumulated_error=np.zeros(steps),
+        why_none=why,
+        fewest_computed=steps,
     )
 
 
-def why_off(steps, settings, rule):
+def why_off(steps: int, settings: Settings, rule: Rule) -> str:
     if settings.magcache_thresh == 0:
         return "magcache_thresh is 0, which turns MagCache off"
     if settings.magcache_K == 0:
@@ -200,7 +243,7 @@ def why_off(steps, settings, rule):
     return ""
 
 
-def why_nothing(error, retained, settings, rule):
+def why_nothing(error: np.ndarray, retained: np.ndarray, settings: Settings, rule: Rule) -> str:
     if retained.all():
         return "retention_ratio keeps every step"
     if error[~retained].min() < settings.magcache_thresh:
@@ -211,13 +254,13 @@ def why_nothing(error, retained, settings, rule):
     )
 
 
-def rule_of(preset):
-    """The Rule that a preset's settings were published for."""
-    unknown = preset.rule.keys() - Rule.__dataclass_fields__.keys()
+def rule_of(table: RatioTable) -> Rule:
+    """The Rule that a table's settings were published for."""
+    unknown = table.rule.keys() - Rule.__dataclass_fields__.keys()
     if unknown:
-        raise MagCacheError(f"{preset.name}: there is no rule named {', '.join(sorted(unknown))}.")
+        raise MagCacheError(f"{table.name}: there is no rule named {', '.join(sorted(unknown))}.")
     try:
-        rule = Rule(**preset.rule)
+        rule = Rule(**table.rule)
         rule = replace(
             rule,
             never_reuse=tuple((int(step), int(steps)) for step, steps in rule.never_reuse),
@@ -225,5 +268,5 @@ def rule_of(preset):
         )
         first_reusable(10, 0.5, rule.start)
     except (TypeError, ValueError, KeyError) as error:
-        raise MagCacheError(f"{preset.name}: its 'rule' cannot be read ({error!r}).") from None
+        raise MagCacheError(f"{table.name}: its 'rule' cannot be read ({error!r}).") from None
     return rule

@@ -6,9 +6,14 @@ another one. No counter: a run may start at any level, skip guidance for a while
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 TRAIN_TIMESTEPS = 1000  # timestep at noise level 1, in every host's sampler
 
@@ -20,6 +25,15 @@ class Call:
 
     step: int
     branch: int
+
+
+class Part(NamedTuple):
+    """One conditioning's part of a model call's batch. key: what its residuals are kept under, the same at each step;
+    latent: its rows."""
+
+    key: Hashable
+    call: Call
+    latent: torch.Tensor
 
 
 class StepTracker:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import __version__
 from .errors import MagCacheError
-from .files import write_json
+from .files import plain, write_json
+from .peer_tables import fields_of, is_peer_table
 from .ratios import flow_sigmas, nearest_interp, resample
 
 PRESETS = Path(__file__).parent / "presets"
 SETTINGS = {"magcache_thresh", "magcache_K", "retention_ratio"}
+FORMAT = 1  # of the files; those without a number are of this one
+REACHES_ZERO = 4  # a table whose last level is at most this many of its last steps above 0 ends where samplers end
+STEPS_AN_INTERVAL = 4  # of a run between two calibrated levels: with more the residuals between them are a guess
 
 
-def calibrations_folder():
+def calibrations_folder() -> Path:
     """Where `magcache_calibration` keeps what it measured: $MAGCACHE_HOME, else ~/.magcache."""
     return Path(os.environ.get("MAGCACHE_HOME", Path.home() / ".magcache"))
 
@@ -47,7 +55,7 @@ class RatioTable:
     statistics: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("settings", "rule", "sampler", "statistics", "provenance"):
             if not isinstance(getattr(self, name), dict):
                 raise MagCacheError(f"{self.name}: '{name}' must hold names and values; calibrate again.")
@@ -75,10 +83,37 @@ class RatioTable:
             raise MagCacheError(f"{self.name}: 'sigmas' must go from high to low noise.")
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         return len(self.sigmas)
 
-    def at(self, sigmas, interpolation="sigma"):
+    def covered(self, levels: np.ndarray) -> np.ndarray:
+        """Mask of the noise levels of a run that lie within the calibrated ones; what a table says beyond them is no
+        measurement. The last step of a full run counts, down to 0."""
+        levels, own = np.asarray(levels, dtype=float), np.asarray(self.sigmas, dtype=float)
+        highest, lowest = own[0] + 2e-3, own[-1] - 2e-3
+        if self.steps > 1:
+            highest = own[0] + max(2e-3, (own[0] - own[1]) / 4)
+            if own[-1] <= REACHES_ZERO * (own[-2] - own[-1]):
+                lowest = 0.0
+        return (levels <= highest) & (levels >= lowest)
+
+    def covers(self, levels: np.ndarray) -> bool:
+        """Whether all noise levels of a run lie within the calibrated ones."""
+        return bool(self.covered(levels).all())
+
+    def fine_enough(self, levels: np.ndarray) -> bool:
+        """Whether the calibrated levels lie close enough for what lies between them to be interpolated: a run has at
+        most STEPS_AN_INTERVAL steps between two of them. The magnitude ratios serve a run also where they do not; the
+        inner products of residuals, and what is predicted by them, do not."""
+        levels = np.asarray(levels, dtype=float)
+        between = (np.asarray(self.sigmas, dtype=float)[:, None] > levels[self.covered(levels)]).sum(axis=0)
+        return bool(np.bincount(between, minlength=1).max(initial=0) <= STEPS_AN_INTERVAL)
+
+    def may_replace(self, other: RatioTable) -> bool:
+        """Whether nothing is lost where this table is written over another: it covers as much and is as fine."""
+        return self.steps >= other.steps and self.covers(other.sigmas)
+
+    def at(self, sigmas: np.ndarray, interpolation: str = "sigma") -> np.ndarray:
         """The ratios of a run at other noise levels: array (branches, len(sigmas)).
 
         interpolation: "sigma" keeps the magnitude's change between any two noise levels (`resample`);
@@ -93,7 +128,7 @@ class RatioTable:
             rows = [resample(self.within_experts(ratios), self.sigmas, sigmas) for ratios in self.mag_ratios.values()]
         return np.stack(rows)
 
-    def within_experts(self, ratios):
+    def within_experts(self, ratios: list[float]) -> np.ndarray:
         """The ratios with 1 at the step where the second of two experts takes over: that jump belongs to no noise
         level."""
         ratios, boundary = np.array(ratios, dtype=float), self.sampler.get("boundary")
@@ -101,16 +136,16 @@ class RatioTable:
             ratios[np.flatnonzero(np.asarray(self.sigmas) < boundary)[:1]] = 1
         return ratios
 
-    def fits(self, sigmas):
+    def fits(self, sigmas: np.ndarray) -> bool:
         """Whether a run at these noise levels is the one that was calibrated, so that no interpolation is needed."""
         return len(sigmas) == self.steps and bool(np.allclose(sigmas, self.sigmas, rtol=0, atol=2e-3))
 
-    def switch_step(self, levels):
+    def switch_step(self, levels: np.ndarray) -> int | None:
         """The step at which a second expert takes over in a run at these noise levels; None: one model."""
         boundary = self.sampler.get("boundary")
         return int((np.asarray(levels) >= boundary).sum()) if boundary else None
 
-    def levels(self, steps, shift=None):
+    def levels(self, steps: int, shift: float | None = None) -> np.ndarray:
         """The noise levels of a run with other steps or shift by the sampler of the calibration."""
         shift = shift if shift is not None else self.sampler.get("shift", 1.0)
         if steps == self.steps and shift == self.sampler.get("shift", 1.0):
@@ -118,30 +153,47 @@ class RatioTable:
         return flow_sigmas(steps, shift)
 
 
-def read(path):
-    """Load a calibration or preset file. Raises MagCacheError when it is missing, malformed or inconsistent."""
+def read(path: str | Path) -> RatioTable:
+    """Load a calibration or preset file, or a table of another program that says how it was measured
+    (`peer_tables`). Raises MagCacheError when it is missing, malformed, inconsistent or of a newer format."""
     path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MagCacheError(
-            f"There is no calibration file {path}; make it with --magcache_calibration {path}."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MagCacheError(f"{path} cannot be read as a calibration file ({error}); calibrate again.") from None
+    content = parsed(path)
     known = RatioTable.__dataclass_fields__
     missing = [key for key in ("mag_ratios", "sigmas", "origin") if not isinstance(content, dict) or key not in content]
-    if missing:
+    if {"sigmas", "origin"} <= set(missing) and is_peer_table(content):
+        content = fields_of(content, path.name)
+    elif missing:
         raise MagCacheError(f"{path} is not a calibration file: it lacks {', '.join(missing)}.")
     if not isinstance(content["mag_ratios"], dict):
         raise MagCacheError(f"{path}: 'mag_ratios' must name its branches, as in {{\"cond\": [1.0, ...]}}.")
+    if content.get("format", FORMAT) != FORMAT:
+        raise MagCacheError(
+            f"{path} has format {content['format']}, written by MagCache {content.get('magcache_version', '(newer)')}; "
+            f"this is {__version__}, which reads format {FORMAT}: update it, or calibrate again."
+        )
     try:
         return RatioTable(**{"name": path.stem, **{key: value for key, value in content.items() if key in known}})
     except (TypeError, ValueError) as error:
         raise MagCacheError(f"{path} is not a calibration file ({error}); calibrate again.") from None
 
 
-def load(name_or_path):
+def parsed(path: Path) -> Any:
+    """The content of a JSON file. Raises MagCacheError."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise MagCacheError(f"There is no calibration file {path}; a calibration run makes one.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MagCacheError(f"{path} cannot be read as a calibration file ({error}); calibrate again.") from None
+
+
+def import_table(path: str | Path, steps: int | None = None, shift: float | None = None, entry: str = "") -> RatioTable:
+    """The table of another program (`peer_tables.fields_of`). Raises MagCacheError that says what is missing."""
+    path = Path(path)
+    return RatioTable(**fields_of(parsed(path), path.name, steps, shift, entry))
+
+
+def load(name_or_path: str | Path) -> RatioTable:
     """A preset by its name (`python -m common presets` lists them) or a calibration file by its path."""
     preset = PRESETS / f"{name_or_path}.json"
     if preset.is_file():
@@ -154,24 +206,75 @@ def load(name_or_path):
     )
 
 
-def preset_names():
+def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.json"))
 
 
-def write(path, ratios):
-    """Save as JSON: written beside the target and renamed, so that an interruption leaves the old file."""
-    write_json(path, {key: value for key, value in asdict(ratios).items() if value not in ("", (), {}, [])})
+def write(path: str | Path, table: RatioTable) -> None:
+    """Save as JSON: written beside the target and renamed, so that an interruption leaves the old file. Whatever is
+    there is replaced; `save_calibration` asks first."""
+    content = {key: value for key, value in plain(asdict(table)).items() if value not in ("", [], {})}
+    write_json(path, {**content, "format": FORMAT, "magcache_version": __version__})
 
 
-def find(model, fingerprint=None):
+def save_calibration(path: str | Path, table: RatioTable) -> Path:
+    """Save what a run measured, and return where. A table that covers more noise levels or is finer, and a file that is
+    no table, stay as they are: the new one goes beside it, under a name that says what it covers, where `find` knows it
+    as well."""
+    path = Path(path)
+    beside = f"{path.stem}-{table.steps}-steps-from-{table.sigmas[0]:.3f}-to-{table.sigmas[-1]:.3f}"
+    names = (f"{beside}{f'-{count}' * (count > 1)}{path.suffix}" for count in itertools.count(1))
+    while path.exists() and not replaceable(path, table):
+        path = path.with_name(next(names))
+    write(path, table)
+    return path
+
+
+def replaceable(path: Path, table: RatioTable) -> bool:
+    try:
+        return table.may_replace(read(path))
+    except MagCacheError:
+        return False
+
+
+def calibrations(pattern: str = "*.json", complain: Callable[[str], object] = print) -> dict[Path, RatioTable]:
+    """The calibrations of this machine whose file name fits. One that cannot be read is passed over, and told to
+    `complain`."""
+    found = {}
+    for path in sorted(calibrations_folder().glob(pattern)):
+        try:
+            found[path] = read(path)
+        except MagCacheError as error:
+            complain(str(error))
+    return found
+
+
+def best(tables: Iterable[RatioTable], levels: np.ndarray | None = None) -> RatioTable | None:
+    """Of several tables of one checkpoint the one that serves a run best: that covers most of its noise levels, then
+    one measured at these very levels, then the finest, then the newest. levels: None where they are not known yet."""
+
+    def merit(table: RatioTable) -> tuple:
+        date = table.provenance.get("date", "")
+        if levels is None:
+            return table.sigmas[0] - table.sigmas[-1], table.steps, date
+        return int(table.covered(levels).sum()), table.fits(levels), table.steps, date
+
+    return max(tables, key=merit, default=None)
+
+
+def find(model: str | Path, fingerprint: str | None = None, levels: np.ndarray | None = None) -> RatioTable | None:
     """The table of a checkpoint: its own calibration, found by the fingerprint of its weights, else the preset of that
     name.
 
-    model: hub id or folder. Returns None when there is neither: no other model's table is ever lent silently.
+    model: hub id or folder; levels: noise levels of the run, where they are known. Returns None when there is neither:
+    no other model's table is ever lent silently.
     """
-    own = sorted(calibrations_folder().glob(f"*-{fingerprint}.json")) if fingerprint else []
-    if own:
-        return read(own[-1])
+    own = calibrations(f"*-{fingerprint}*.json").values() if fingerprint else ()
+    return best(own, levels) or published(model, fingerprint)
+
+
+def published(model: str | Path, fingerprint: str | None = None) -> RatioTable | None:
+    """The preset of a checkpoint, by the fingerprint of its weights or its name; None where there is none."""
     for name in preset_names():
         preset = read(PRESETS / f"{name}.json")
         if fingerprint and preset.provenance.get("fingerprint") == fingerprint:
@@ -181,7 +284,7 @@ def find(model, fingerprint=None):
     return None
 
 
-def is_checkpoint(model, hub_id):
+def is_checkpoint(model: str | Path, hub_id: str) -> bool:
     """Whether a hub id or local folder is the checkpoint `owner/name`, also as a snapshot in the hub's cache."""
     path = Path(str(model))
     return (

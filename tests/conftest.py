@@ -1,9 +1,12 @@
 """A tiny FLUX transformer, a plain sampler that drives it as FluxPipeline does, and hooks that say which blocks ran."""
 
 import copy
+import os
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the processes that tests start: files run side by side
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -14,6 +17,12 @@ from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.tables import RatioTable  # noqa: E402
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole suite; a file or a test that is named runs in this one."""
+    return 2 if config.args_source is not config.ArgsSource.ARGS else 0
+
 
 CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 8, 32
 # Both branches shrink a little at each step, not equally, so that plans have runs of reuse and depend on the noise

@@ -198,6 +198,7 @@ def calibrate(session):
     with handle:
         for job in session.jobs:
             save_frames(job.output, session.render(job, args.steps, "calibrating")[0][None])
+    path = handle.path  # beside the one asked for, where that covers more
     hint = (
         f"use it with --mag_ratios {path}."
         if args.magcache_calibration

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import MagCacheError, needs
-from ..schedule import Settings
 
 
 def plot_schedule(path, schedule, levels, title):
@@ -22,10 +21,11 @@ def plot_schedule(path, schedule, levels, title):
     top.set_title(
         f"{title}: {schedule.computed} of {schedule.steps} steps computed, at most {schedule.bound:.2f}x", loc="left"
     )
-    bottom.bar(steps, schedule.error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
+    thresholded = schedule.expected_error is None
+    error = schedule.accumulated_error if thresholded else schedule.expected_error
+    bottom.bar(steps, error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
     bottom.bar([0], [0], color="tab:blue", label="computed")
     bottom.bar([0], [0], color="tab:orange", label="reused")
-    thresholded = isinstance(schedule.settings, Settings)
     if thresholded:
         bottom.axhline(schedule.settings.magcache_thresh, color="tab:red", linestyle="--", label="magcache_thresh")
         bottom.set_ylim(0, 2.5 * max(schedule.settings.magcache_thresh, 0.01))

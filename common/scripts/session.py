@@ -15,7 +15,6 @@ from tqdm import tqdm
 from ..calibration import Statistics
 from ..errors import MagCacheError
 from ..patch import magcache_calibration, magcache_forward
-from ..planner import Target
 from ..ranks import is_writer, told_by_writer
 from ..report import write_report
 from ..tables import calibrations_folder, load, read
@@ -75,8 +74,7 @@ class Session:
         settings = settings_of(self.args, self.lines, None, True)
         if named and not own:  # else only the weights tell which
             table = load(named)
-            if isinstance(settings, Target):
-                settings.plan(table, np.asarray(table.sigmas))
+            settings.plan(table, np.asarray(table.sigmas))
 
     def no_table(self):
         return (
@@ -158,13 +156,14 @@ class Session:
         with self.handle:
             result, self.seconds = timed(draw, steps)
         if self.measuring:
+            self.path = self.handle.path  # beside the one asked for, where that covers more
             hint = (
                 f"use it with --mag_ratios {self.path}."
                 if self.args.magcache_calibration
                 else f"runs of {self.task} with this checkpoint use it from now on."
             )
             self.say(f"Measured in an un-cached run, saved as {self.path}; {hint}")
-            self.mag_ratios = self.handle.mag_ratios
+            self.mag_ratios = self.handle.table
             if not self.calibrating:
                 self.reports.append(self.handle.reports[-1])
             return result

@@ -17,8 +17,7 @@ from comfyui_models import build, latent, prompt
 PACKAGE = next(name for name in sys.modules if name.endswith("ComfyUI-MagCache"))
 wrappers, models, package_nodes = (sys.modules[f"{PACKAGE}.{name}"] for name in ("wrappers", "models", "nodes"))
 ratios, tables, schedules, blocks, hosts, errors = (
-    sys.modules[f"{PACKAGE}.common.{name}"]
-    for name in ("ratios", "tables", "schedule", "blocks", "hosts", "errors")
+    sys.modules[f"{PACKAGE}.common.{name}"] for name in ("ratios", "tables", "schedule", "blocks", "hosts", "errors")
 )
 WORK = Path(folder_paths.get_output_directory())
 # Reuses ##..#..#..#. of twelve steps, with both branches a little different.
@@ -730,7 +729,7 @@ def calibration_measures(family, cfg, free):
 def calibration_with_a_sampler(sampler):
     patcher = build("flux", seed=12)
     calibration, result, said = calibrated(patcher, sampler=sampler)
-    assert torch.equal(result, sample(patcher, sampler=sampler)) and calibration.mag_ratios.steps == STEPS, said
+    assert torch.equal(result, sample(patcher, sampler=sampler)) and calibration.table.steps == STEPS, said
     calibration.path.unlink()
 
 
@@ -753,7 +752,7 @@ def interrupted_calibration_writes_nothing():
         hook.remove()
     assert set(tables.calibrations_folder().glob("*")) == before and calibration.failure == "the run broke off", said
     for mistake, sentence in (
-        ({"steps": 1}, "sample at least 2"),
+        ({"steps": 1}, "at least 2"),
         (
             {
                 "positive": prompt(0, start_percent=0.0, end_percent=0.5)
@@ -781,7 +780,7 @@ def planned_speedup():
     sample(patched, "wan")
     assert "computes 6 of 12" in said[0] and "6 reused" in said[1], said
     calibration, plain, _ = calibrated(patcher, "wan")
-    seconds = calibration.mag_ratios.statistics["seconds"]
+    seconds = calibration.table.statistics["seconds"]
     assert 0 < seconds["reused"] < seconds["computed"], seconds
     file = json.loads(calibration.path.read_text())
     file["statistics"]["seconds"] = {

@@ -3,14 +3,13 @@ everything of theirs is real but the text, glyph and picture encoders, the VAE, 
 kernel.
 
     cd /folder/with/hyvideo && torchrun tests/hosts/hunyuan15_cpu.py magcache_generate.py --prompt ...
-    cd /folder/with/hyvideo && python tests/hosts/hunyuan15_cpu.py --checkpoint VERSION ...    # writes ckpts/
+    cd /folder/with/hyvideo && python tests/hosts/hunyuan15_cpu.py --serve      # runs many (`wan_cpu.serve`)
 
 The process group is gloo's.
 """
 
 import logging
 import os
-import runpy
 import sys
 import types
 import warnings
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import wan_cpu
 from hunyuan_cpu import HostTorch
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 from wan_cpu import seeded
@@ -26,7 +26,6 @@ from wan_cpu import seeded
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 
-CHECKPOINTS = Path("ckpts")
 TINY = {
     "patch_size": [1, 1, 1],
     "in_channels": 8,
@@ -88,6 +87,7 @@ class Vae(torch.nn.Module):
         )
 
     def decode(self, latents, **kwargs):
+        wan_cpu.decoded.extend(latents.clone())
         frames, height, width = latents.shape[2:]
         return [interpolate(latents[:, :3].float().tanh(), size=(4 * frames - 3, 16 * height, 16 * width))]
 
@@ -228,23 +228,22 @@ def tiny_model(version="480p_t2v", seed=0):
     return model.eval().requires_grad_(False)
 
 
-def write_checkpoints(versions):
-    """Weights where generate.py looks for them, those of each version different."""
+def write_checkpoint(folder, *versions):
+    """A folder for --model_path, each version with weights of its own."""
     from hyvideo.schedulers.scheduling_flow_match_discrete import FlowMatchDiscreteScheduler
 
-    FlowMatchDiscreteScheduler(shift=7.0).save_pretrained(CHECKPOINTS / "scheduler")
+    FlowMatchDiscreteScheduler(shift=7.0).save_pretrained(Path(folder) / "scheduler")
     for seed, version in enumerate(versions):
-        tiny_model(version, seed).save_pretrained(CHECKPOINTS / "transformer" / version)
+        tiny_model(version, seed).save_pretrained(Path(folder) / "transformer" / version)
 
 
 if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())
     import_hyvideo()
-    if sys.argv[1] == "--checkpoint":
-        write_checkpoints(sys.argv[2:])
+    wan_cpu.write_checkpoint = write_checkpoint
+    init_process_group = dist.init_process_group
+    dist.init_process_group = lambda *args, **kwargs: init_process_group("gloo")
+    if sys.argv[1] == "--serve":
+        wan_cpu.serve()
     else:
-        sys.argv = sys.argv[1:]
-        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-        init_process_group = dist.init_process_group
-        dist.init_process_group = lambda *args, **kwargs: init_process_group("gloo")
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        wan_cpu.run_script(*sys.argv[1:])

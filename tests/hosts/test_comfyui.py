@@ -9,11 +9,10 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-from packages import cache_folder, unpacked
+from packages import installed, unpacked
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -33,31 +32,7 @@ def packages():
     """The folder with what ComfyUI imports beyond requirements.txt."""
     pins = HERE / "requirements-comfyui.txt"
     digest = hashlib.sha256(pins.read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"comfyui-packages-{digest}-py{sys.version_info.minor}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "install",
-                    "-q",
-                    "--disable-pip-version-check",
-                    "--no-deps",
-                    "--target",
-                    f"{scratch}/packages",
-                    "-r",
-                    pins,
-                ],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                pytest.skip(f"what ComfyUI needs cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-            Path(scratch, "packages").rename(folder)
-    return folder
+    return installed(f"comfyui-packages-{digest}-py{sys.version_info.minor}", "--no-deps", "-r", pins)
 
 
 def environment(home):

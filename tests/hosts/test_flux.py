@@ -365,7 +365,7 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
         ),
         (["--magcache_guard", "2"], "are for planned runs"),
         (["--magcache_steps", "0"], "magcache_steps must be at least 1"),
-        (["--magcache_speedup", "2", "--magcache_steps", "9"], "not for both"),
+        (["--magcache_speedup", "2", "--magcache_steps", "9"], "Ask for only one of"),
         (["--magcache_speedup", "2", "--magcache_thresh", "0"], "leave it out of a planned run"),
         (["--mag_ratios", "nope.json"], "There is no calibration file nope.json"),
         (["--model", "missing/folder"], "cannot be loaded"),

@@ -144,7 +144,7 @@ def measured(package, model, path=None, host=FRAMEPACK, runs=({},), **descriptio
     with timesteps_noted(package.sampler) as timesteps:
         with magcache_calibration(model, host, timesteps, "tiny", path, description) as handle:
             latents = [sample(package, model, **run) for run in runs]
-    return handle.mag_ratios, latents
+    return handle.table, latents
 
 
 # --- one section ---
@@ -390,10 +390,7 @@ def test_the_transformer_of_diffusers_runs_through_the_same_description(diffuser
         assert torch.equal(video(pipe, true_cfg_scale=cfg), plain)
     with magcache_calibration(pipe.transformer, FRAMEPACK, lambda: pipe.scheduler.timesteps, "tiny") as measuring:
         assert torch.equal(video(pipe, true_cfg_scale=cfg), plain)
-    assert (
-        list(measuring.mag_ratios.mag_ratios) == ["cond", "uncond"][:calls]
-        and measuring.mag_ratios.statistics["runs"] == 2
-    )
+    assert list(measuring.table.mag_ratios) == ["cond", "uncond"][:calls] and measuring.table.statistics["runs"] == 2
 
 
 # --- jobs of a demo ---

@@ -310,11 +310,11 @@ class Oracle:
     def __init__(self, sampler, reuse):
         self.sampler, self.reuse, self.residual, self.before = sampler, reuse, None, None
         first = next(blocks for blocks in sampler.subject.lists if len(blocks))[0]
-        first.register_forward_pre_hook(self.enter)
+        first.register_forward_pre_hook(self.enter, with_kwargs=True)
         getattr(sampler.subject.model, sampler.subject.host.final_layer).register_forward_pre_hook(self.leave)
 
-    def enter(self, module, args):
-        self.before = args[0]
+    def enter(self, module, args, kwargs):
+        self.before = kwargs["img"] if "img" in kwargs else args[0]
 
     def leave(self, module, args):
         if self.reuse[self.sampler.step]:

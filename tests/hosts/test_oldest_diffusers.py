@@ -4,29 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from packages import installed
 from test_flux import DEMO, DEV, PROMPT, dev_like  # noqa: F401  (a fixture)
 
 OLDEST = ("diffusers==0.35.0", "transformers==4.57.6")
 
 
 @pytest.fixture(scope="session")
-def oldest(tmp_path_factory):
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "magcache-tests" / "-".join(OLDEST)
-    if not cache.is_dir():
-        building = tmp_path_factory.mktemp("oldest")
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--target", building, *OLDEST],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            pytest.skip(f"{OLDEST[0]} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        building.rename(cache)
-    return cache
+def oldest():
+    return installed("-".join(OLDEST), *OLDEST)
 
 
 @pytest.mark.parametrize("model", ["demo", "dev_like"])

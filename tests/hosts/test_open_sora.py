@@ -196,7 +196,7 @@ def rank_of_two(rank, address, folder):
             "plain": plain,
             "reused": reused,
             "expected": reference.run(),
-            "ratios": handle.mag_ratios.mag_ratios,
+            "ratios": handle.table.mag_ratios,
             "peak": cache.reports[0].peak_bytes,
         }
     torch.save(results, folder / f"{rank}.pt")
@@ -216,7 +216,7 @@ def test_two_processes_with_unequal_shares_hold_one_table(tmp_path):
         with magcache_calibration(whole.model, host, lambda whole=whole: whole.timesteps, name) as handle:
             plain = whole.run()
         assert torch.allclose(first[name]["plain"], plain, atol=1e-4)
-        assert first[name]["ratios"]["cond"] == pytest.approx(handle.mag_ratios.mag_ratios["cond"], abs=1e-4)
+        assert first[name]["ratios"]["cond"] == pytest.approx(handle.table.mag_ratios["cond"], abs=1e-4)
         for one in (first[name], second[name]):
             assert torch.equal(one["reused"], one["expected"]) and not torch.equal(one["reused"], one["plain"])
     # 46 tokens, 6 of them text: 17 of the image on one rank, 23 on the other.

@@ -23,7 +23,7 @@ def table(model, euler, calibrating):
     sampler = euler(copy.deepcopy(model))
     with calibrating(sampler) as handle:
         sampler.run(cfg=True, prompt=7)
-    return handle.mag_ratios
+    return handle.table
 
 
 @pytest.fixture
@@ -125,9 +125,7 @@ def test_outputs_of_reference_tokens_do_not_count(model, euler, host):
     with magcache_calibration(model, kontext, lambda: sampler.timesteps, "tiny") as handle:
         sampler.run()
     rows = torch.stack(outputs).double()
-    np.testing.assert_allclose(
-        unpacked(handle.mag_ratios.statistics["gram_of_outputs"]["cond"]), rows @ rows.T, rtol=1e-6
-    )
+    np.testing.assert_allclose(unpacked(handle.table.statistics["gram_of_outputs"]["cond"]), rows @ rows.T, rtol=1e-6)
 
 
 def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):

@@ -14,6 +14,7 @@ from common.blocks import Host
 from common.calibration import Statistics
 from common.errors import MagCacheError
 from common.patch import magcache_calibration, magcache_forward
+from common.planner import Forecast, Target
 from common.report import write_report
 from common.schedule import Settings
 from common.steps import Call
@@ -63,7 +64,7 @@ def test_ratios_equal_an_independent_measurement(model, euler, calibrating, tmp_
     assert np.abs(np.array(ours.mag_ratios["cond"]) - 1).max() > 1e-3
     assert ours.sigmas == pytest.approx(sampler.timesteps.numpy() / 1000, abs=1e-6)
     assert (ours.origin, ours.sampler["steps"], ours.statistics["runs"]) == ("measured", run["steps"], 1)
-    assert ours.sampler["shift"] == pytest.approx(run["shift"], abs=1e-3) and handle.mag_ratios.name == "tiny"
+    assert ours.sampler["shift"] == pytest.approx(run["shift"], abs=1e-3) and handle.table.name == "tiny"
 
 
 def test_a_calibration_serves_the_next_run(model, euler, cached, calibrating, tmp_path):
@@ -91,9 +92,9 @@ def test_noise_tokens_restrict_the_statistic(model, euler, host, calibrating):
         sampler.model = model
         sampler.run()
     mean, spread, _ = measured.rows(0)
-    np.testing.assert_allclose(handle.mag_ratios.mag_ratios["cond"], mean, rtol=0, atol=3e-6)
-    np.testing.assert_allclose(handle.mag_ratios.statistics["mag_std"]["cond"], spread, rtol=0, atol=1e-5)
-    assert np.abs(np.array(everything.mag_ratios.mag_ratios["cond"]) - mean).max() > 1e-4
+    np.testing.assert_allclose(handle.table.mag_ratios["cond"], mean, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(handle.table.statistics["mag_std"]["cond"], spread, rtol=0, atol=1e-5)
+    assert np.abs(np.array(everything.table.mag_ratios["cond"]) - mean).max() > 1e-4
 
 
 def test_the_file_is_written_by_complete_runs_only(model, euler, calibrating, tmp_path):
@@ -112,10 +113,10 @@ def test_the_file_is_written_by_complete_runs_only(model, euler, calibrating, tm
             with pytest.raises(ZeroDivisionError):
                 sampler.run(steps=6, prompt=1)
             hook.remove()
-            assert path.read_bytes() == old and handle.mag_ratios is None
+            assert path.read_bytes() == old and handle.table is None
             assert list(path.parent.iterdir()) == [path]
             sampler.run(steps=6)
-            assert handle.mag_ratios.mag_ratios == expected  # nothing of the broken run is in it
+            assert handle.table.mag_ratios == expected  # nothing of the broken run is in it
         path.write_bytes(old)
 
 
@@ -155,7 +156,7 @@ def test_a_cancel_between_the_last_two_calls_leaves_the_old_file(model, euler, c
 
     with pytest.raises(KeyboardInterrupt), calibrating(sampler, path) as handle:
         sampler.run(steps=6, cfg=True, extra=cancel)
-    assert path.read_text() == "old" and handle.mag_ratios is None and len(handle.reports[0].calls) == 11
+    assert path.read_text() == "old" and handle.table is None and len(handle.reports[0].calls) == 11
 
 
 def test_two_runs_are_averaged(model, euler, calibrating, tmp_path):
@@ -163,7 +164,7 @@ def test_two_runs_are_averaged(model, euler, calibrating, tmp_path):
     for prompt in (0, 1):
         with calibrating(sampler) as handle:
             sampler.run(prompt=prompt)
-        single.append(handle.mag_ratios)
+        single.append(handle.table)
     with calibrating(sampler, tmp_path / "both.json") as handle:
         sampler.run(prompt=0)
         assert read(tmp_path / "both.json").mag_ratios == single[0].mag_ratios
@@ -212,7 +213,7 @@ def calibrate_toy(rank, folder):
     with magcache_calibration(model, host, lambda: timesteps, "toy", f"{folder}/rank{rank}.json") as handle:
         for timestep in timesteps:
             latents = latents - 0.5 * model(latents, timestep)
-    assert handle.mag_ratios.steps == 2
+    assert handle.table.steps == 2
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -337,8 +338,35 @@ def test_branches_by_number_and_steps_evaluated_twice():
     for (step, branch, _), residual in residuals.items():
         statistics.add(Call(step, branch), residual, residual.reshape(1, -1, 1))
     statistics.finish((1.0, 0.1))
-    table = statistics.mag_ratios("tiny")
+    table = statistics.table("tiny")
     assert list(table.mag_ratios) == list(table.statistics["gram"]) == ["cond", "uncond"]
     norms = {key: residual.norm(dim=-1) for key, residual in residuals.items()}
     expected = [1.0] + [float((norms[step, 0, 0] / norms[step - 1, 0, 1]).mean()) for step in (1, 2, 3)]
     assert table.mag_ratios["cond"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rule", "target"])
+def test_a_report_labels_its_errors(model, euler, ratios, host, tmp_path, kind):
+    """The rule's accumulated error and a planned run's expected relative error are two things."""
+    sampler = euler(model)
+    with magcache_calibration(model, host, lambda: sampler.timesteps, "tiny") as measured:
+        sampler.run()
+    settings = Settings(1.0, 2, 0.2) if kind == "rule" else Target(6)
+    with magcache_forward(model, host, measured.table, settings, lambda: sampler.timesteps, announce=None) as handle:
+        sampler.run()
+    report, path = handle.reports[0], tmp_path / "report.json"
+    write_report(path, report)
+    content, table, levels = json.loads(path.read_text()), measured.table, np.array(report.levels)
+    if kind == "rule":
+        steps = [step for step in range(12) if report.schedule.reuse[step]]
+        ratio, sums = table.at(levels), {}
+        for step in steps:  # by hand: from the computed step before it on
+            start = max(other for other in range(step) if not report.schedule.reuse[other])
+            products = np.cumprod(ratio[:, start + 1 : step + 1], axis=1)
+            sums[step] = np.abs(1 - products).sum(axis=1).max()
+        assert [content["accumulated_error"][step] for step in steps] == pytest.approx(list(sums.values()), abs=1e-6)
+        assert content["expected_error"] is None and len(steps) == 7
+    else:
+        expected = Forecast.of_table(table, levels).error_of(report.schedule.reuse)
+        assert content["expected_error"] == pytest.approx(expected.tolist(), abs=1e-6) and max(expected) > 0
+        assert content["accumulated_error"] is None

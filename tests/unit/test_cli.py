@@ -100,7 +100,7 @@ def test_presets_lists_every_table_with_its_bound(capsys):
         (("plan", "flux-dev", "--steps", 0), "must be at least 1"),
         (("plan", "flux-dev", "--shift", 0), "larger than 0"),
         (("plan", "flux-dev", "--shift", "inf"), "larger than 0"),
-        (("plan", "demo", "--magcache_steps", 3, "--magcache_speedup", 2), "not for both"),
+        (("plan", "demo", "--magcache_steps", 3, "--magcache_speedup", 2), "Ask for only one of"),
         (("plan", "demo", "--magcache_steps", 3, "--magcache_K", -1), "magcache_K must be 0"),
         (("plan", "demo", "--magcache_speedup", "inf"), "must be a number of 1 or more"),
         (("plan", "flux-dev", "--plot", "folder"), "is no picture format"),

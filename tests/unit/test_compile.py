@@ -121,7 +121,7 @@ def test_cached_and_un_cached_runs_take_turns(model, euler, cached, calibrating)
             assert torch.equal(sampler.run(), result) and handle.reports[-1].reused == 7
         with calibrating(sampler) as handle:
             assert torch.equal(sampler.run(), plain)
-        assert handle.mag_ratios.steps == 12
+        assert handle.table.steps == 12
         graphs.append(backend.graphs)
     assert graphs[0] == graphs[2]
 
@@ -150,4 +150,4 @@ def test_calibration_of_a_compiled_model(model, euler, calibrating):
     sampler = euler(compile_module(model, Backend()))
     with calibrating(sampler) as handle:
         sampler.run(cfg=True)
-    assert handle.mag_ratios.mag_ratios == expected.mag_ratios.mag_ratios
+    assert handle.table.mag_ratios == expected.table.mag_ratios

@@ -189,7 +189,7 @@ def test_a_plan_is_the_best_of_all_that_keep_the_experts_apart(switch, predictor
             continue
         schedule = planned(rows, computed, switch, predictor, K)
         assert tuple(np.flatnonzero(~schedule.reuse)) == anchors
-        assert (schedule.error[schedule.reuse] ** 4).sum() == pytest.approx(cost, rel=1e-2)
+        assert (schedule.expected_error[schedule.reuse] ** 4).sum() == pytest.approx(cost, rel=1e-2)
 
 
 def test_no_switch_is_one_model():
@@ -364,7 +364,7 @@ def test_hints_are_made_on_computed_steps_only(own):
     sampler, reference = Sampler([model], -1), Sampler([plain], -1)
     seen = []
     model.head.register_forward_pre_hook(
-        lambda module, args: seen.append(model.hints(None) if handle.reusing else None)
+        lambda module, args: seen.append(model.hints(None) if handle.sampling.call.reused else None)
     )
     with cached(sampler, None, host=HINTED) as handle:
         result = sampler.run()
@@ -440,7 +440,7 @@ def share_of_tokens(rank, folder):
     with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", f"{folder}/shared.json") as handle:
         sampler.run(tokens=slice(0, 5) if rank == 0 else slice(5, None))
     torch.distributed.barrier()
-    torch.save((handle.mag_ratios.mag_ratios, handle.mag_ratios.statistics), f"{folder}/{rank}.pt")
+    torch.save((handle.table.mag_ratios, handle.table.statistics), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -67,3 +67,28 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(pytest.skip.Exception, match="ERROR: no network"):
         packages.unpacked("package", "1.0", "0" * 64)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_an_installation_is_made_once(tmp_path, monkeypatch):
+    wheel = archive(tmp_path / "package-1.0-py3-none-any.whl")
+    with zipfile.ZipFile(wheel, "w") as files:
+        files.writestr("package/module.py", "x = 1\n")
+        files.writestr("package-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: package\nVersion: 1.0\n")
+        files.writestr("package-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        files.writestr("package-1.0.dist-info/RECORD", "")
+    folder = packages.installed("mine", "--no-deps", wheel)
+    assert folder == tmp_path / "cache" / "mine" and (folder / "package" / "module.py").is_file()
+    wheel.unlink()
+    assert packages.installed("mine", "--no-deps", wheel) == folder
+
+
+def test_of_two_that_make_one_the_first_stays(tmp_path):
+    def make(scratch):
+        (scratch / "made").mkdir()
+        (scratch / "made" / "second").touch()
+        (tmp_path / "cache" / "mine").mkdir()
+        (tmp_path / "cache" / "mine" / "first").touch()
+
+    folder = packages.made_once("mine", make, "it failed")
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["mine"]

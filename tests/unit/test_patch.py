@@ -97,7 +97,7 @@ def test_calibration_is_the_untouched_model(model, euler, calibrating, run):
     plain = sampler.run(**run)
     with calibrating(sampler) as handle:
         assert torch.equal(sampler.run(**run), plain)
-    assert handle.mag_ratios.steps == run["steps"]
+    assert handle.table.steps == run["steps"]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -295,9 +295,9 @@ def test_unknown_preset_names_the_presets():
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing", "folder/missing.json"])
-def test_missing_file_names_the_calibration_flag(tmp_path, name):
+def test_missing_file_says_that_a_calibration_makes_it(tmp_path, name):
     path = str(tmp_path / name)
-    assert f"--magcache_calibration {path}" in refusal(load, path)
+    assert f"no calibration file {path}; a calibration run makes one" in refusal(load, path)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_missing_file_names_the_calibration_flag(tmp_path, name):
     [
         ('{"mag_ratios": ', "cannot be read as a calibration file"),
         ("", "cannot be read as a calibration file"),
-        ("[1.0, 0.9]", "it lacks mag_ratios, sigmas, origin"),
+        ("[1.0]", "it lacks mag_ratios, sigmas, origin"),
         ("3", "it lacks mag_ratios, sigmas, origin"),
         ("null", "it lacks mag_ratios, sigmas, origin"),
         ("{}", "it lacks mag_ratios, sigmas, origin"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from common.__main__ import main, planned
+from common.__main__ import main
 from common.schedule import Settings
 from common.tables import load
 
@@ -39,7 +39,8 @@ def test_tables_of_computed_steps_are_what_the_rule_gives(page):
     row = r"^\| `([\w.-]+)` \| ([\d.]+) / (\d+) / ([\d.]+) \| (\d+) of (\d+) \| ([\d.]+)x \|$"
     for name, thresh, K, retention, computed, steps, bound in re.findall(row, page.read_text(), re.MULTILINE):
         table = load(name)
-        schedule = planned(table, table.levels(table.steps), Settings(float(thresh), int(K), float(retention)))
+        settings = Settings(float(thresh), int(K), float(retention))
+        schedule = settings.plan(table, table.levels(table.steps), table.switch_step(table.sigmas))
         assert (schedule.computed, schedule.steps, f"{schedule.bound:.2f}") == (int(computed), int(steps), bound), name
 
 

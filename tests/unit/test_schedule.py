@@ -434,14 +434,16 @@ def test_error_is_the_accumulated_error():
         schedule = magcache_schedule(ratios, settings, rule, switch_step)
         reused, errors = by_definition(ratios, settings, rule, schedule.retained)
         assert schedule.skipped_steps == reused
-        assert np.allclose(schedule.error[~schedule.retained], errors[~schedule.retained], rtol=0, atol=1e-12)
-        assert (schedule.error[schedule.reuse] <= settings.magcache_thresh).all()
+        assert np.allclose(
+            schedule.accumulated_error[~schedule.retained], errors[~schedule.retained], rtol=0, atol=1e-12
+        )
+        assert (schedule.accumulated_error[schedule.reuse] <= settings.magcache_thresh).all()
 
 
 def test_error_by_hand():
     """Ratio 0.9 throughout: |1 - 0.9| = 0.1, then + |1 - 0.81| = 0.29, then + |1 - 0.729| = 0.561."""
     schedule = magcache_schedule(np.full(8, 0.9), Settings(0.3, 3, 0.25))
-    assert np.allclose(schedule.error, [0, 0.1, 0.1, 0.29, 0.561, 0.1, 0.29, 0.561])
+    assert np.allclose(schedule.accumulated_error, [0, 0.1, 0.1, 0.29, 0.561, 0.1, 0.29, 0.561])
     assert schedule.strip == "##..#..#"
     assert magcache_schedule(np.full(8, 0.9), Settings(0.3, 1, 0.25)).strip == "##.#.#.#"
     assert magcache_schedule(np.full(8, 1.5), Settings(0.5, 3, 0.25)).strip == "##.#.#.#"
@@ -452,7 +454,7 @@ def test_branches_alike_decide_as_one():
     for ratios, settings, rule, switch_step in cases(50):
         one = magcache_schedule(ratios[0], settings, rule, switch_step)
         three = magcache_schedule(np.stack([ratios[0]] * 3), settings, rule, switch_step)
-        assert one.strip == three.strip and (one.error == three.error).all()
+        assert one.strip == three.strip and (one.accumulated_error == three.accumulated_error).all()
 
 
 def test_fewest_computed_is_reached_without_a_threshold():

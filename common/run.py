@@ -1,0 +1,240 @@
+"""One pass of a sampler: what is asked before each call of the model, and what is kept after it.
+
+Whoever drives the model (`patch.py` the forward of an instance, ComfyUI's wrappers its `apply_model`) tells which step
+and which conditioning each part of a call's batch is (`steps.Part`), and runs the model in between:
+
+    call = run.begin(parts, payload, arguments)
+    try:
+        output = forward() if call.output is None else call.output
+        call.finish(output)
+    except BaseException:
+        call.cancel()
+        raise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .calibration import Statistics
+from .errors import MagCacheError
+from .guard import Guard
+from .payloads import ModelOutput, Payload, leading_tokens
+from .report import RunReport
+from .residuals import Residuals
+from .schedule import Schedule, compute_all
+from .steps import Part
+from .timing import Stopwatch
+
+REHEARSALS = 3  # of a reused step, at the end of a calibration
+
+
+class ModelCall:
+    """One call of the model, from `Run.begin` to `finish` or `cancel`. It owns its run and the stand-ins on the model.
+
+    reused: whether a prediction takes the place of the blocks; why: reason of a compute that was not planned.
+    output: of the model, where it is predicted as a whole and no forward is needed; else None.
+    """
+
+    def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None) -> None:
+        self.run, self.parts, self.payload, self.arguments = run, parts, payload, arguments
+        self.stopwatch = Stopwatch(parts[0].latent.device)
+        predicted, self.why = run.predict(parts)
+        self.reused, self.output = predicted is not None, None
+        if predicted is None:
+            run.before_computing(parts)
+            payload.record(arguments)
+        else:
+            self.output = payload.replace(predicted)
+
+    def finish(self, output: Any, rehearse: Callable[[], Any] | None = None) -> None:
+        """After the call. rehearse: makes it again, for a measurement without its blocks."""
+        run, seconds = self.run, self.stopwatch.stop()
+        if self.reused:
+            self.payload.restore()
+        else:
+            try:
+                made = self.payload.finish(output)
+            except MagCacheError as error:
+                made, self.why = None, run.nothing_recorded(error)
+            if made is not None:
+                run.computed(self, made, output, rehearse)
+        run.report.add(self.parts[0].call, "reused" if self.reused else "computed", seconds, self.why)
+        for observe in run.observers:
+            observe(self, output)
+
+    def cancel(self) -> None:
+        """After an exception: leave nothing on the model."""
+        self.payload.restore()
+
+
+class Run:
+    """One pass of a sampler that computes everything and keeps nothing: what `CachedRun` and `MeasuredRun` fill in.
+
+    levels: noise levels of its steps, high to low, in 0..1; report: what was done.
+    observers: functions of (ModelCall, the model's output), called after each call: for what follows a run from
+        outside it.
+    """
+
+    def __init__(self, schedule: Schedule, levels: Sequence[float]) -> None:
+        self.schedule, self.levels = schedule, [float(level) for level in levels]
+        self.report = RunReport(schedule, self.levels)
+        self.observers: list[Callable[[ModelCall, Any], None]] = []
+
+    def begin(self, parts: Sequence[Part], payload: Payload, arguments: dict | None = None) -> ModelCall:
+        """Before a call of the model. parts: of its batch, in order and of one step; arguments: of forward, by name."""
+        try:
+            return ModelCall(self, parts, payload, arguments)
+        except BaseException:
+            payload.restore()
+            raise
+
+    def predict(self, parts: Sequence[Part]) -> tuple[torch.Tensor | None, str]:
+        """(what takes the place of a computation of the whole batch, ""), or (None, why a planned reuse computes)."""
+        return None, ""
+
+    def before_computing(self, parts: Sequence[Part]) -> None:
+        """Before a computed call: let go of what it makes needless."""
+
+    def computed(self, call: ModelCall, made: torch.Tensor, output: Any, rehearse: Callable[[], Any] | None) -> None:
+        """After a computed call. made: what the payload recorded, (batch, tokens, width)."""
+
+    def nothing_recorded(self, error: MagCacheError) -> str:
+        """A computed call came past no block. Returns the reason with which it is counted, or raises."""
+        raise error
+
+    def expert_changed(self) -> None:
+        """Another model than in the call before: its residuals have nothing to do with those kept so far."""
+
+    def complete(self) -> None:
+        """The sampler made every step."""
+        self.report.complete = True
+
+    def end(self) -> None:
+        """Forget what is kept, whole run or not."""
+
+
+class CachedRun(Run):
+    """Computes or reuses as its schedule says; reuses only what was kept in this run under the same key, for the same
+    shape and device.
+
+    guard: stops the skipping; stopped: why it did.
+    """
+
+    def __init__(
+        self, schedule: Schedule, levels: Sequence[float], residuals: Residuals, guard: Guard | None = None
+    ) -> None:
+        super().__init__(schedule, levels)
+        self.residuals, self.guard, self.stopped = residuals, guard, ""
+
+    def predict(self, parts):
+        if not self.schedule.reuse[parts[0].call.step]:
+            return None, ""
+        return (None, self.stopped) if self.stopped else self.predicted(parts)
+
+    def predicted(self, parts: Sequence[Part]) -> tuple[torch.Tensor | None, str]:
+        """What the kept residuals predict for the whole batch, or (None, why they cannot)."""
+        predictions = []
+        for part in parts:
+            prediction, why = self.residuals.predict(part, self.schedule)
+            if prediction is None:
+                return None, why
+            predictions.append(prediction)
+        return predictions[0] if len(predictions) == 1 else torch.cat(predictions), ""
+
+    def before_computing(self, parts):
+        if not self.guard:
+            self.drop_unneeded(parts)
+
+    def drop_unneeded(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self.residuals.drop_unneeded(part, self.schedule)
+
+    def computed(self, call, made, output, rehearse):
+        if self.guard and not self.stopped:
+            self.watch(call.parts, made)
+        if self.stopped:
+            return
+        for part, residual in zip(call.parts, made.chunk(len(call.parts))):
+            if self.residuals.needed_by(self.schedule, part.call.step):
+                self.residuals.keep(part, residual)
+        self.report.peak_bytes = self.residuals.peak_bytes
+
+    def watch(self, parts: Sequence[Part], made: torch.Tensor) -> None:
+        """Skip nothing more in this run if the guard says so."""
+        predicted, missing = self.predicted(parts)
+        if not missing:
+            step = parts[0].call.step
+            self.stopped = self.guard.judge(step, made, predicted, self.schedule.expected_error[step])
+        self.drop_unneeded(parts)
+
+    def expert_changed(self):
+        self.residuals.clear()
+
+    def complete(self):
+        super().complete()
+        self.residuals.clear()
+
+    def end(self):
+        self.residuals.clear()
+
+
+class MeasuredRun(Run):
+    """Computes everything and measures the residuals of the first conditioning of each branch.
+
+    statistics: collects them; noise_tokens: `Host.noise_tokens`.
+    """
+
+    def __init__(
+        self, levels: Sequence[float], statistics: Statistics, noise_tokens: Callable[[dict], int] | None = None
+    ) -> None:
+        if len(levels) < 2:
+            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
+        super().__init__(compute_all(len(levels), "the ratios were measured in this run"), levels)
+        self.statistics, self.noise_tokens = statistics, noise_tokens
+        self.first_keys: dict[int, Any] = {}
+        self.reused_seconds: float | None = None
+        statistics.begin(self.levels)
+
+    def computed(self, call, made, output, rehearse):
+        tokens = self.noise_tokens(call.arguments) if self.noise_tokens else None
+        outputs = self.outputs(call, output, tokens, made.shape[1])
+        for part, residual, one in zip(call.parts, made.chunk(len(call.parts)), outputs):
+            if self.first_keys.setdefault(part.call.branch, part.key) == part.key:
+                self.statistics.add(part.call, residual[:, :tokens], one)
+        last = call.parts[0].call.step == self.schedule.steps - 1
+        if last and rehearse is not None and self.reused_seconds is None:
+            self.reused_seconds = self.time_reuse(call, made, rehearse)
+
+    def outputs(self, call: ModelCall, output: Any, noise_tokens: int | None, tokens: int) -> list[torch.Tensor]:
+        """What the model made of the tokens being denoised, for each part of the batch, (1, elements, 1). noise_tokens:
+        how many of the `tokens` are (None: all)."""
+        return [ModelOutput().finish(leading_tokens(output, noise_tokens, tokens))]
+
+    @staticmethod
+    def time_reuse(call: ModelCall, residual: torch.Tensor, rehearse: Callable[[], Any]) -> float:
+        """Seconds of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not compiled, so
+        with torch.compile around the whole model a reused step costs at most this."""
+        seconds = []
+        for _ in range(REHEARSALS):
+            try:
+                call.payload.replace(residual)
+                stopwatch = Stopwatch(residual.device)
+                rehearse()
+                seconds.append(stopwatch.stop())
+            finally:
+                call.payload.restore()
+        return min(read() for read in seconds)
+
+    def expert_changed(self):
+        self.statistics.expert_changed()
+
+    def complete(self):
+        super().complete()
+        self.statistics.finish((self.report.typical_seconds, self.reused_seconds))
+
+    def end(self):
+        self.statistics.begin(())
