@@ -8,23 +8,22 @@ from pathlib import Path
 import torch
 
 from .circumstances import Circumstances
+from .common.corrector import Folded
 from .common.errors import MagCacheError
 from .common.hosts import HOSTS, class_name
-from .common.planner import Target, has_gram
+from .common.planner import Target
 from .common.report import plan_text
 from .common.residuals import Residuals
 from .common.schedule import Schedule, Settings, compute_all, magcache_schedule, rule_of
 from .common.tables import RatioTable, load
-from .corrector import Corrector
 from .fingerprints import own_table
-from .models import MODEL_TYPES, NOT_POSSIBLE, published_table, require_class
+from .models import NOT_POSSIBLE, published_table, require_class
 from .page import picture
 from .passes import BoundedRun, Pass
 from .wrappers import Patch
 
 SPEEDUP = 2.0  # of a model for which no settings were published
 UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}  # what thresholds are filled up with
-FEWEST_STEPS = 5  # shorter runs have too little to gain
 
 
 class MagCache(Patch):
@@ -40,14 +39,17 @@ class MagCache(Patch):
         speedup: float = 0.0,
         device: torch.device | None = None,
         mag_ratios: str = "",
+        corrector: bool = True,
     ):
         """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
         start_step, end_step: first and last step that may be reused, counted from the end where negative.
         speedup: plan for it (`planner.Target`; 0: what is recommended), within magcache_K and retention_ratio where
         given.
         device: where residuals are kept (None: the model's).
-        mag_ratios: preset or file (empty: found for the model)."""
+        mag_ratios: preset or file (empty: found for the model).
+        corrector: put skipped steps of Euler's method right when the next one is computed."""
         super().__init__(say)
+        self.corrector = corrector
         self.model_type, self.thresholds, self.window = model_type, dict(thresholds or {}), (start_step, end_step)
         self.speedup, self.device, self.table = speedup, device, named_table(mag_ratios) if mag_ratios else None
         Settings(**{**UNPUBLISHED, **self.thresholds})  # bad ones are refused here, before anything is rendered
@@ -61,8 +63,8 @@ class MagCache(Patch):
     def begin(self, about: Circumstances) -> Pass:
         schedule, table, notes = self.plan(about)
         payload = getattr(schedule.settings, "payload", "residual")
-        corrector = Corrector(about, schedule) if about.euler and schedule.reuse.any() else None
-        made = Pass(about, BoundedRun(schedule, about.levels, Residuals(self.device)), payload, corrector)
+        follower = follower_of(about, schedule, self.corrector) if schedule.reuse.any() else None
+        made = Pass(about, BoundedRun(about, schedule, Residuals(self.device), follower), payload)
         text = plan_text(schedule, about.levels, table)
         self.say("\n".join([text, *(f"  {note}" for note in notes)]), picture(schedule, about.levels), begin=True)
         return made
@@ -88,22 +90,17 @@ class MagCache(Patch):
         notes = [text for text in (note if table is published else "", said) if text]
         known = class_name(about.model) in HOSTS
         if self.speedup or not (published or (table and self.thresholds)) or not known:
-            return *self.planned(about, table), notes
+            return self.planned(about), None, notes
         return self.by_the_rule(about, table, published), table, notes
 
-    def planned(self, about, table):
-        """(schedule, table) for a speed-up. A table with ratios alone knows nothing of the model's outputs."""
-        steps, table = len(about.levels), table if table and has_gram(table) else None
+    def planned(self, about) -> Schedule:
+        """For a speed-up, by the model's outputs alone."""
         caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
-        target = Target(magcache_speedup=self.speedup or SPEEDUP, payload="output", **caps)
         if self.window != (0, -1):
             raise MagCacheError("start_step and end_step go with ratios, and none are known for this model.")
-        if self.thresholds.get("magcache_thresh") == 0 or caps["magcache_K"] == 0:
-            return compute_all(steps), table
-        if steps < FEWEST_STEPS:
-            why = f"a run of {steps} steps has nothing to gain (MagCache starts at {FEWEST_STEPS})"
-            return compute_all(steps, why), table
-        return target.plan(table, about.levels), table
+        if self.thresholds.get("magcache_thresh") == 0:
+            return compute_all(len(about.levels), "magcache_thresh is 0, which turns MagCache off")
+        return Target(magcache_speedup=self.speedup or SPEEDUP, **caps).plan(None, about.levels)
 
     def by_the_rule(self, about, table, published):
         recommended = table.settings or (published.settings if published else UNPUBLISHED)
@@ -119,6 +116,15 @@ class MagCache(Patch):
         first, last = (step if step >= 0 else steps + step for step in self.window)
         outside = tuple((step, steps) for step in range(steps) if not first <= step <= last)
         return replace(rule, never_reuse=(*rule.never_reuse, *outside))
+
+
+def follower_of(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:
+    """What predicts along the line where that was planned, and corrects Euler's steps."""
+    if len(set(about.sigmas)) < len(about.sigmas):  # two steps at one noise level
+        return None
+    predicts = getattr(schedule.settings, "predictor", None) == "line"
+    corrects, (*sigmas, last) = corrector and about.euler, about.sigmas
+    return Folded(sigmas, predicts, corrects, last) if predicts or corrects else None
 
 
 def named_table(name: str) -> RatioTable:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 import comfy.k_diffusion.sampling
 import comfy.model_sampling
-import numpy as np
 
 from .common.patch import inner_module
 from .models import Signs, recognise
@@ -17,8 +18,8 @@ class Circumstances:
     """One run.
 
     sigmas: of the sampler, one a step and the last one's end; levels: the noise levels of its steps, high to low, in
-    0..1. latent: its shape. cfg: scale of the guidance. euler: the sampler is Euler's method without noise. zero_noise:
-    it starts from a latent that another sampler left.
+    0..1. latent: its shape. cfg: scale of the guidance. euler: the sampler is Euler's method. deterministic:
+    no noise is added between its steps.
     """
 
     patcher: object
@@ -29,6 +30,7 @@ class Circumstances:
     signs: Signs
     cfg: float
     euler: bool
+    deterministic: bool
 
     @classmethod
     def of(cls, guider, noise, sampler, sigmas, denoise_mask) -> Circumstances:
@@ -52,6 +54,7 @@ class Circumstances:
             ),
             float(getattr(guider, "cfg", 1.0)),
             is_euler(sampler),
+            is_deterministic(sampler),
         )
 
     @property
@@ -71,6 +74,7 @@ class Circumstances:
 
 
 SIGMA_TOLERANCE = 1e-4  # relative, for samplers that compute with sigmas in float32
+STOCHASTIC = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")  # in the names of samplers
 START_IMAGE = {"concat_latent_image", "guiding_frame_index", "ref_latent"}  # conditionings that hold a first frame
 
 
@@ -83,6 +87,13 @@ def is_euler(sampler) -> bool:
     function = getattr(sampler, "sampler_function", None)
     churn = getattr(sampler, "extra_options", {}).get("s_churn", 0)
     return function is comfy.k_diffusion.sampling.sample_euler and not churn
+
+
+def is_deterministic(sampler) -> bool:
+    """Whether no noise is added between the steps, as far as the sampler's name says it."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    churn = getattr(sampler, "extra_options", {}).get("s_churn", 0)
+    return not churn and not any(part in name for part in STOCHASTIC)
 
 
 def file_of(patcher) -> str:

@@ -55,8 +55,9 @@ def require_class(model_type, model):
         )
 
 
-WAN_2_1, WAN_2_2 = re.compile(r"wan[^a-z0-9]*v?2[^a-z0-9]*1(?![0-9])"), re.compile(
-    r"wan[^a-z0-9]*v?2[^a-z0-9]*2(?![0-9])|a14b|(high|low)[^a-z0-9]*noise"
+WAN_2_1, WAN_2_2 = (
+    re.compile(r"wan[^a-z0-9]*v?2[^a-z0-9]*1(?![0-9])"),
+    re.compile(r"wan[^a-z0-9]*v?2[^a-z0-9]*2(?![0-9])|a14b|(high|low)[^a-z0-9]*noise"),
 )
 
 

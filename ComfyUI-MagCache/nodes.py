@@ -44,8 +44,8 @@ class MagCacheNode(io.ComfyNode):
             display_name="MagCache",
             category=CATEGORY,
             description=(
-                "Renders up to 2-3x faster: the model runs at a part of the steps, and what it would make of the others "
-                "is predicted. Works with every model; say how fast with speedup."
+                "Renders up to 2-3x faster: the model runs at a part of the steps, and what it would make of the "
+                "others is predicted. Works with every model; say how fast with speedup."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA, in any order."),
@@ -67,9 +67,9 @@ class MagCacheNode(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     tooltip=(
-                        "Of the paper's rule, used while speedup is 0: bound on the accumulated error of a reuse. Higher "
-                        "is faster and less exact; 0 turns MagCache off; -1 takes the recommended value: FLUX and Wan "
-                        "14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1."
+                        "Of the paper's rule, used while speedup is 0: bound on the accumulated error of a reuse. "
+                        "Higher is faster and less exact; 0 turns MagCache off; -1 takes the recommended value: FLUX "
+                        "and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -145,6 +145,16 @@ class MagCacheNode(io.ComfyNode):
                     tooltip="Name of a preset or path of a calibration file to use instead of what model_type finds.",
                     extra_dict=ADVANCED,
                 ),
+                io.Boolean.Input(
+                    "corrector",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "With the samplers euler and ddim: put skipped steps right when the next one is computed. It "
+                        "costs nothing."
+                    ),
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -163,6 +173,7 @@ class MagCacheNode(io.ComfyNode):
         speedup=0.0,
         cache_device="gpu",
         mag_ratios="",
+        corrector=True,
     ):
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
@@ -175,6 +186,7 @@ class MagCacheNode(io.ComfyNode):
             speedup,
             torch.device("cpu") if cache_device == "cpu" else None,
             mag_ratios.strip(),
+            corrector,
         )
         return io.NodeOutput(magcache.on(model))
 

@@ -8,6 +8,7 @@ import torch
 
 from .circumstances import Circumstances
 from .common.blocks import BlockStack, TokensChanged
+from .common.corrector import Folded
 from .common.errors import MagCacheError
 from .common.hosts import host_of
 from .common.patch import inner_module
@@ -19,31 +20,34 @@ LIMIT = 4 * 2**30  # bytes of residuals in one run: those of Wan 14B at 720p, bo
 
 
 class Prediction:
-    """The payload of models whose blocks are not known: what the model makes of a latent x at noise level sigma, as the
-    direction (x - denoised) / sigma in which samplers go. A reused step runs nothing of the model."""
+    """The payload that needs no facts of a model: what it makes of a latent x at noise level sigma. A reused step runs
+    nothing of the model.
 
-    def __init__(self, x, sigma):
-        self.x, self.sigma = x, sigma
+    direct: kept as the direction (x - denoised) / sigma in which samplers go; else as the denoised latent itself, for
+    samplers that add noise at each step, which no earlier direction knows of.
+    """
+
+    def __init__(self, x, sigma: float, direct: bool = True):
+        self.x, self.sigma, self.direct = x, sigma, direct
 
     def record(self, arguments=None):
         pass
 
     def finish(self, output=None):
-        return (self.x - output) / self.sigma
+        return (self.x - output) / self.sigma if self.direct else output.clone()
 
-    def replace(self, direction):
-        return self.x - self.sigma * direction
+    def replace(self, kept):
+        return self.x - self.sigma * kept if self.direct else kept
 
     def restore(self):
         pass
 
 
 class Pass:
-    """What ComfyUI calls during one run. payload: "residual" or "output"; corrector: None, or what puts right the
-    outputs that were predicted (`corrector.Corrector`)."""
+    """What ComfyUI calls during one run. payload: "residual" or "output"."""
 
-    def __init__(self, about: Circumstances, run: Run, payload: str, corrector=None):
-        self.about, self.run, self.payload, self.corrector = about, run, payload, corrector
+    def __init__(self, about: Circumstances, run: Run, payload: str):
+        self.about, self.run, self.payload = about, run, payload
         self.host = host_of(about.model) if payload == "residual" else None
         self.stacks, self.controls = {}, {}
         if self.host:
@@ -66,9 +70,8 @@ class Pass:
             return executor(*args, **kwargs)
         parts = self.parts(x, control, sigma, options)
         forward = {"x": x, "sigma": sigma, "patch_size": getattr(self.about.model, "patch_size", 1)}
-        payload = (
-            self.stack_of(inner_module(executor.class_obj.diffusion_model)) if self.host else Prediction(x, sigma)
-        )
+        output = Prediction(x, sigma, self.about.deterministic)
+        payload = self.stack_of(inner_module(executor.class_obj.diffusion_model)) if self.host else output
 
         def model(*control):
             return executor(*args[:4], *control, *args[5:], **kwargs)
@@ -79,7 +82,7 @@ class Pass:
                 output = model(control.make() if isinstance(control, Hints) else control)
             else:
                 output = model(None) if call.output is None else call.output
-            call.finish(output, rehearse=lambda: model(None))
+            return call.finish(output, rehearse=lambda: model(None))
         except TokensChanged as changed:
             call.cancel()
             self.run.forget(parts, str(changed))
@@ -87,7 +90,6 @@ class Pass:
         except BaseException:
             call.cancel()
             raise
-        return self.corrector.corrected(call, output, sigma) if self.corrector else output
 
     def parts(self, x, control, sigma, options) -> list[Part]:
         """A Part for each conditioning of a call's batch. What tells one residual from another: the conditioning, the
@@ -111,11 +113,14 @@ class Pass:
 
 
 class BoundedRun(CachedRun):
-    """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past."""
+    """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past.
 
-    def __init__(self, schedule, levels, residuals, limit=LIMIT):
-        super().__init__(schedule, levels, residuals)
-        self.limit, self.refused = limit, {}
+    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
+    """
+
+    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int = LIMIT):
+        super().__init__(schedule, about.levels, residuals, corrector=False)
+        self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
 
     def predict(self, parts):
         self.drop_stale(parts[0].call.step)
@@ -138,6 +143,37 @@ class BoundedRun(CachedRun):
                 self.refused.pop(part.key, None)
         if not any(part.key in self.refused for part in call.parts):
             super().computed(call, made, output, rehearse)
+
+    def followed(self, call, output):
+        """The denoised latent of a finished call, moved along the line or corrected."""
+        if not self.follower:
+            return output
+        made, sigma = [], call.arguments["sigma"]
+        for part, denoised in zip(call.parts, output.chunk(len(call.parts))):
+            kept = Prediction(part.latent, sigma, self.about.deterministic)
+            step, before = part.call.step, kept.finish(denoised)
+            if call.reused:
+                after = self.follower.skipped(part.key, step, before)
+            else:
+                self.forget_past(part.key, step)
+                after = self.follower.computed(part.key, step, before)
+            made.append(denoised if after is before else kept.replace(after))
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def forget_past(self, key, step):
+        """Before a computed step: an evaluation at the same step makes room, as do windows that are past."""
+        newest = min(self.schedule.anchors(step), default=0)
+        for other, (trajectory, _) in list(self.follower.branches.items()):
+            last = trajectory.anchors[0][0] if trajectory.anchors else -1
+            if other == key and last == step:
+                del trajectory.anchors[0]
+            elif last < newest:
+                del self.follower.branches[other]
+
+    def end(self):
+        self.residuals.clear()
+        if self.follower:
+            self.follower.clear()
 
     def nothing_recorded(self, error):
         return "another patch skipped or replaced the first block"

@@ -155,7 +155,8 @@ def test_other_sampler(worker, sampler):
         ("the_last_magcache_node_holds",),
         ("window_of_steps",),
         ("cache_on_the_cpu",),
-        ("unknown_models_render_uncached",),
+        ("what_cannot_be_cached_renders_plain",),
+        ("a_model_without_ratios_is_planned",),
         ("mistakes_are_refused_by_the_node",),
         ("recommended_settings",),
         ("wan22_in_two_samplers",),
@@ -189,7 +190,7 @@ def test_run(worker, check):
         ("interrupted_calibration_writes_nothing",),
         ("planned_speedup",),
         ("loras_have_calibrations_of_their_own",),
-        ("weights_that_cannot_be_read",),
+        ("packed_weights_are_not_unpacked",),
     ],
     ids=lambda check: "-".join(map(str, check)),
 )
