@@ -19,7 +19,7 @@ from .common.tables import RatioTable, load
 from .fingerprints import own_table
 from .models import NOT_POSSIBLE, published_table, require_class
 from .page import picture
-from .passes import BoundedRun, Pass
+from .passes import LIMIT, BoundedRun, Pass
 from .wrappers import Patch
 
 SPEEDUP = 2.0  # of a model for which no settings were published
@@ -64,7 +64,7 @@ class MagCache(Patch):
         schedule, table, notes = self.plan(about)
         payload = getattr(schedule.settings, "payload", "residual")
         follower = follower_of(about, schedule, self.corrector) if schedule.reuse.any() else None
-        made = Pass(about, BoundedRun(about, schedule, Residuals(self.device), follower), payload)
+        made = Pass(about, BoundedRun(about, schedule, Residuals(self.device), follower, LIMIT), payload)
         text = plan_text(schedule, about.levels, table)
         self.say("\n".join([text, *(f"  {note}" for note in notes)]), picture(schedule, about.levels), begin=True)
         return made

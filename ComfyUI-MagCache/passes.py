@@ -118,7 +118,7 @@ class BoundedRun(CachedRun):
     follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
     """
 
-    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int = LIMIT):
+    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int):
         super().__init__(schedule, about.levels, residuals, corrector=False)
         self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
 

@@ -198,6 +198,29 @@ def test_calibration(worker, check):
     worker.run(*check)
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        ("wan22_is_told_from_wan21",),
+        ("a_part_of_the_steps_is_noticed",),
+        ("no_table_is_borrowed",),
+        ("a_partial_run_replaces_no_calibration",),
+        ("moving_windows_hoard_nothing",),
+        ("what_exceeds_the_limit_computes",),
+        ("fewer_tokens_compute",),
+        ("control_nets_rest_on_reused_steps", 0.0, 1.0),
+        ("control_nets_rest_on_reused_steps", 0.2, 0.6),
+        ("rising_noise_computes",),
+        ("bypass_loras_have_calibrations_of_their_own",),
+        ("a_name_with_dashes_is_shown",),
+        ("a_calibration_that_is_not_used_is_named",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
+def test_fault(worker, check):
+    worker.run(*check)
+
+
 @pytest.mark.parametrize("family, order, fullgraph", [("flux", "compile first", True), ("wan", "cache first", True)])
 def test_compiled(worker, family, order, fullgraph):
     worker.run("compiled", family, order, fullgraph)
