@@ -8,7 +8,8 @@ python magcache_flux_schnell.py --model my-finetune --magcache_calibration
 import sys
 from pathlib import Path
 
-sys.path[1:1] = [str(Path(__file__).resolve().parent.parent)]  # in a clone `common` is one folder up, in a copy beside
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
 
 from common.scripts.flux import main  # noqa: E402
 
@@ -28,4 +29,18 @@ RETENTION_RATIO = 0.25
 MIN_STEPS = 4  # shorter runs have nothing to gain and compute every step
 
 if __name__ == "__main__":
-    main(globals())
+    main(
+        description=__doc__,
+        model=MODEL,
+        prompt=PROMPT,
+        steps=STEPS,
+        seed=SEED,
+        height=HEIGHT,
+        width=WIDTH,
+        guidance_scale=GUIDANCE_SCALE,
+        output=OUTPUT,
+        magcache_thresh=MAGCACHE_THRESH,
+        magcache_K=MAGCACHE_K,
+        retention_ratio=RETENTION_RATIO,
+        min_steps=MIN_STEPS,
+    )

@@ -5,13 +5,18 @@
 Lies beside demo_gradio_f1.py in a FramePack checkout, with `common/`.
 """
 
-from common.framepack_page import main
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from magcache_framepack_page import main  # noqa: E402
 
 # What the sliders start at: bound on the accumulated error, most reuses in a row, share of the steps that always
 # computes.
 SETTINGS = (0.10, 3, 0.2)
 PUBLISHED = "framepack-f1"  # ratio table (common/presets) of lllyasviel/FramePack_F1_I2V_HY_20250503
-UPSTREAM, FOLDER, PAGE = "FramePack", "MagCache4FramePack", "demo_gradio_f1"
 
 if __name__ == "__main__":
-    main(globals())
+    main(page="demo_gradio_f1", settings=SETTINGS, published=PUBLISHED, folder=HERE)

@@ -11,16 +11,20 @@ from __future__ import annotations
 import functools
 import math
 import random
+import sys
 from pathlib import Path
 
-from common.blocks import Host
-from common.calibration import fingerprint
-from common.errors import MagCacheError
-from common.ranks import is_writer
-from common.scripts.checkout import checkouts_script, flags_added, run_script
-from common.scripts.flags import add_magcache_flags, check_flags
-from common.scripts.session import SETTING_FLAGS, Session
-from common.tables import load
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from common.blocks import Host  # noqa: E402
+from common.calibration import fingerprint  # noqa: E402
+from common.errors import MagCacheError  # noqa: E402
+from common.ranks import is_writer  # noqa: E402
+from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
+from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
+from common.scripts.session import Session  # noqa: E402
+from common.tables import load  # noqa: E402
 
 # Ratio tables (common/presets) of each checkpoint; the one measured at the nearest number of steps is taken, with the
 # settings published for it. The flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
@@ -52,49 +56,49 @@ HOST = Host(
 )
 
 
-def run(script):
+@one_sentence
+def main():
     generate = checkouts_script("generate", "HunyuanVideo-1.5", "MagCache4HunyuanVideo-1.5")
     if not hasattr(generate, "HunyuanVideo_1_5_Pipeline"):
         raise MagCacheError(
             "The generate.py beside this script is not that of HunyuanVideo-1.5: python -m common install tells which "
             "folder fits it."
         )
+    args = flags_taken(add_magcache_flags)
+    check_flags(args)
     plain = generate.generate_video
 
-    def generate_video(args):
-        check_flags(args)
-        if session := session_of(args, script, generate):
+    def generate_video(host_args):
+        if session := session_of(args, host_args, generate):
             generate.HunyuanVideo_1_5_Pipeline = cached(generate.HunyuanVideo_1_5_Pipeline, session)
             generate.save_video = saving(generate.save_video, session)
-        return plain(args)
+        return plain(host_args)
 
     generate.generate_video = generate_video
-    with flags_added(generate, add_magcache_flags):
-        generate.main()
+    generate.main()
 
 
-def session_of(args, script, generate):
+def session_of(args, host_args, generate):
     """The Session of a command line; None where MagCache is off. Raises MagCacheError for what cannot work, before
     anything is loaded."""
     calibrating = args.magcache_calibration is not None
     if not args.magcache and not calibrating:
         return None
-    if args.enable_cache:
+    if host_args.enable_cache:
         raise MagCacheError(
-            f"--enable_cache ({args.cache_type}) and MagCache both skip blocks: leave out one of them (--enable_cache "
-            "false, or --no-magcache)."
+            f"--enable_cache ({host_args.cache_type}) and MagCache both skip blocks: leave out one of them "
+            "(--enable_cache false, or --no-magcache)."
         )
-    if args.compare and args.rewrite:
+    if args.compare and host_args.rewrite:
         raise MagCacheError(
             "--compare renders three times, and --rewrite would write another prompt each time: add --rewrite false, "
             "with the rewritten prompt as --prompt."
         )
-    task = "i2v" if args.image_path else "t2v"
+    task = "i2v" if host_args.image_path else "t2v"
     version = generate.HunyuanVideo_1_5_Pipeline.get_transformer_version(
-        args.resolution, task, args.cfg_distilled, args.enable_step_distill, args.sparse_attn
+        host_args.resolution, task, host_args.cfg_distilled, host_args.enable_step_distill, host_args.sparse_attn
     )
-    asked = calibrating or args.compare or any(getattr(args, name) is not None for name in SETTING_FLAGS)
-    if args.enable_step_distill and not asked:
+    if host_args.enable_step_distill and not args.given:
         if is_writer():
             print(
                 "MagCache is off: the step-distilled model takes 8 or 12 steps that differ more from one to the next "
@@ -102,28 +106,24 @@ def session_of(args, script, generate):
                 "then says how many to compute."
             )
         return None
-    if args.seed in (None, -1):
-        args.seed = random.randint(100_000, 999_999)  # --compare renders it more than once
-    steps = args.num_inference_steps or steps_of(version)
-    preset = published(version, steps, script["SETTINGS"])
-    lines = dict(
-        zip(
-            ("magcache_thresh", "magcache_K", "retention_ratio"),
-            script["SETTINGS"][preset or nearest(steps, script["SETTINGS"])],
-        )
-    )
-    about = {"prompt": args.prompt, "seed": args.seed, "version": version}
+    if host_args.seed in (None, -1):
+        host_args.seed = random.randint(100_000, 999_999)  # --compare renders it more than once
+    steps = host_args.num_inference_steps or steps_of(version)
+    preset = published(version, steps, SETTINGS)
+    settings = SETTINGS[preset or nearest(steps, SETTINGS)]
+    about = {"prompt": host_args.prompt, "seed": host_args.seed, "version": version}
     session = Session(
         args,
-        lines,
+        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings)),
         f"hunyuanvideo-1.5-{version}",
-        "{}x{}".format(*size_of(args)),
-        args.video_length,
+        "{}x{}".format(*size_of(host_args)),
+        host_args.video_length,
+        steps,
         preset,
         about,
         videos=lambda made: 2 * getattr(made, "sr_videos", made.videos) - 1,
     )
-    session.check(args.output_path)
+    session.check(host_args.output_path)
     return session
 
 
@@ -196,4 +196,4 @@ def saving(save_video, session):
 
 
 if __name__ == "__main__":
-    run_script(run, globals())
+    main()

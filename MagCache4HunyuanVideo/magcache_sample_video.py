@@ -6,17 +6,21 @@
 Lies beside sample_video.py in a HunyuanVideo checkout, with `common/`. --no-magcache runs sample_video.py as it is.
 """
 
-import importlib
 import math
 import random
+import sys
+from pathlib import Path
 
-from common.calibration import fingerprint
-from common.errors import MagCacheError
-from common.hosts import HUNYUANVIDEO_CHECKOUT
-from common.scripts.checkout import checkouts_script, flags_added, run_script
-from common.scripts.flags import add_magcache_flags, check_flags
-from common.scripts.session import Session, volume
-from common.tables import load
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from common.calibration import fingerprint  # noqa: E402
+from common.errors import MagCacheError  # noqa: E402
+from common.hosts import HUNYUANVIDEO_CHECKOUT  # noqa: E402
+from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
+from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
+from common.scripts.session import Session, volume  # noqa: E402
+from common.tables import load  # noqa: E402
 
 # The flags of the same names win over these lines.
 MAGCACHE_THRESH = 0.24  # bound on the accumulated error; 0.12 with K 4 is the release's gentler setting, 0 is off
@@ -27,15 +31,16 @@ RETENTION_RATIO = 0.2  # the first fifth of the steps always computes
 TABLES = {"HYVideo-T/2-cfgdistill": ("hunyuanvideo-t2v-544p", "hunyuanvideo-t2v-720p")}
 
 
-def run(script):
+@one_sentence
+def main():
     sample_video = checkouts_script("sample_video", "HunyuanVideo", "MagCache4HunyuanVideo")
-    with flags_added(importlib.import_module("hyvideo.config"), add_magcache_flags):
-        args = sample_video.parse_args()
+    args = flags_taken(add_magcache_flags)
+    host_args = sample_video.parse_args()
     check_flags(args)
-    if len(args.video_size) == 1:  # --help offers it, and sample_video.py wants both
-        args.video_size = args.video_size * 2
-    session = session_of(args, script) if args.magcache or args.magcache_calibration is not None else None
-    sample_video.parse_args = lambda: args
+    if len(host_args.video_size) == 1:  # --help offers it, and sample_video.py wants both
+        host_args.video_size = host_args.video_size * 2
+    session = session_of(args, host_args) if args.magcache or args.magcache_calibration is not None else None
+    sample_video.parse_args = lambda: host_args
     sample_video.HunyuanVideoSampler = cached(sample_video.HunyuanVideoSampler, session)
     if session:
         save = sample_video.save_videos_grid
@@ -43,45 +48,46 @@ def run(script):
     sample_video.main()
 
 
-def session_of(args, script):
+def session_of(args, host_args):
     """The Session of a command line. Raises MagCacheError for what cannot work, before anything is loaded."""
-    if not args.flow_reverse:
+    if not host_args.flow_reverse:
         raise MagCacheError(
             "Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
             "HunyuanVideo's own commands do, or run with --no-magcache."
         )
-    if args.video_length == 1:
+    if host_args.video_length == 1:
         raise MagCacheError(
             "There are no ratios of stills, and sample_video.py cannot save one: give --video-length 5 or more."
         )
-    if args.seed is None and args.ulysses_degree * args.ring_degree > 1:
-        raise MagCacheError("Several processes must start from the same noise: give --seed.")
-    args.seed = random.randint(0, 1_000_000) if args.seed is None else args.seed  # --compare renders it more than once
-    height, width = args.video_size
-    lines = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
+    if host_args.seed is None:
+        if host_args.ulysses_degree * host_args.ring_degree > 1:
+            raise MagCacheError("Several processes must start from the same noise: give --seed.")
+        host_args.seed = random.randint(0, 1_000_000)  # --compare renders it more than once
+    height, width = host_args.video_size
     about = {
-        name: getattr(args, name)
+        name: getattr(host_args, name)
         for name in ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale", "embedded_cfg_scale", "use_fp8")
     }
     session = Session(
         args,
-        lines,
+        {"magcache_thresh": MAGCACHE_THRESH, "magcache_K": MAGCACHE_K, "retention_ratio": RETENTION_RATIO},
         "hunyuanvideo-t2v",
         f"{width}x{height}",
-        args.video_length,
-        published(args, width * height),
+        host_args.video_length,
+        host_args.infer_steps,
+        published(host_args.model, width * height),
         about,
         videos=lambda outputs: 2 * outputs["samples"] - 1,
     )
-    folder = f"{args.save_path}_{args.save_path_suffix}" if args.save_path_suffix else args.save_path
-    session.check(f"{folder}/video.mp4")
+    suffix = f"_{host_args.save_path_suffix}" if host_args.save_path_suffix else ""
+    session.check(f"{host_args.save_path}{suffix}/video.mp4")
     return session
 
 
-def published(args, pixels):
+def published(model, pixels):
     """The name of the published table whose pictures are nearest in size; None for other checkpoints."""
     return min(
-        TABLES.get(args.model, ()),
+        TABLES.get(model, ()),
         default=None,
         key=lambda name: abs(math.log(volume({**load(name).sampler, "frames": 1}) / pixels)),
     )
@@ -114,4 +120,4 @@ def cached(sampler_class, session):
 
 
 if __name__ == "__main__":
-    run_script(run, globals())
+    main()

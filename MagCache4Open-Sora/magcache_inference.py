@@ -6,7 +6,13 @@
 Lies in the root of an Open-Sora checkout, 2.0, 1.3 or 1.2, with `common/`.
 """
 
-from common.opensora import main
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from magcache_opensora import main  # noqa: E402
 
 # Settings of each version; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
 # version: (bound on the accumulated error, most reuses in a row, share of the steps that always computes)
@@ -23,4 +29,4 @@ TABLES = {"1.2 STDiT3-XL/2": "open-sora-1.2"}
 VERSIONS = {"OpenSoraVAE_V1_2": "1.2", "OpenSoraVAE_V1_3": "1.3"}
 
 if __name__ == "__main__":
-    main(globals())
+    main(settings=SETTINGS, tables=TABLES, versions=VERSIONS)

@@ -6,7 +6,13 @@
 Lies beside generate.py in a Wan2.1 checkout, with `common/`.
 """
 
-from common.scripts.wan import main
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from common.scripts.wan import main  # noqa: E402
 
 # Settings of each task; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
 # task: (bound on the accumulated error, most reuses in a row, share of the steps that always computes)
@@ -31,8 +37,7 @@ TABLES = {
     "vace 1536": "wan2.1-vace-1.3b",
 }
 
-UPSTREAM, FOLDER = "Wan2.1", "MagCache4Wan2.1"
 PIPELINES = ("WanT2V", "WanI2V", "WanFLF2V", "WanVace")
 
 if __name__ == "__main__":
-    main(globals())
+    main(settings=SETTINGS, tables=TABLES, pipelines=PIPELINES, upstream="Wan2.1", folder="MagCache4Wan2.1")

@@ -6,7 +6,13 @@
 Lies beside generate.py in a Wan2.2 checkout, with `common/`.
 """
 
-from common.scripts.wan import main
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+from common.scripts.wan import main  # noqa: E402
 
 # Settings of each task; the flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
 # task: (bound on the accumulated error, most reuses in a row, share of each expert's steps that always computes)
@@ -24,8 +30,7 @@ TABLES = {
     "ti2v 3072 ti2v-5B-i2v": "wan2.2-ti2v-5b-i2v",
 }
 
-UPSTREAM, FOLDER = "Wan2.2", "MagCache4Wan2.2"
 PIPELINES = ("WanT2V", "WanI2V", "WanTI2V")
 
 if __name__ == "__main__":
-    main(globals())
+    main(settings=SETTINGS, tables=TABLES, pipelines=PIPELINES, upstream="Wan2.2", folder="MagCache4Wan2.2")

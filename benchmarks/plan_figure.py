@@ -25,7 +25,7 @@ def main(table="demo", computed=11, path=REPOSITORY / "docs" / "beyond-the-paper
     rows = {
         "the paper's rule, reuse": nearest_by_the_rule(table, levels, rule_of(table), computed),
         "planned, reuse": Target(computed, predictor="reuse").plan(table, levels),
-        "planned, linear": Target(computed).plan(table, levels),
+        "planned, linear": Target(computed, predictor="linear").plan(table, levels),
     }
     figure = needs("matplotlib.figure", "matplotlib").Figure(figsize=(9, 6), layout="constrained")
     panels = figure.subplots(len(rows), 1, sharex=True, sharey=True)

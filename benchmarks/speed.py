@@ -195,8 +195,8 @@ def methods(sampler, steps):
         "un-cached": nullcontext,
         "skipping off": patched(Settings(1e9, 0, 0.0)),
         "paper's rule": patched(Settings(1e9, 1, 0.0)),
-        "planned, linear": patched(Target(half)),
-        "planned, linear, output": patched(Target(half, payload="output")),
+        "planned, linear": patched(Target(half, predictor="linear")),
+        "planned, linear, output": patched(Target(half, predictor="linear", payload="output")),
         HOOK: hook,
     }
 
@@ -270,7 +270,7 @@ def planner_text():
     parts = []
     for steps in (28, 50, 100):
         table, begin = table_of(steps), time.process_time()
-        Target(steps // 2).plan(table, table.sigmas)
+        Target(steps // 2, predictor="linear").plan(table, table.sigmas)
         parts.append(f"{time.process_time() - begin:.2f} s for {steps} steps")
     return f"Planning takes {', '.join(parts)}."
 

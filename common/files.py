@@ -8,6 +8,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from .errors import MagCacheError
 
@@ -23,7 +24,7 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing. Raises MagCacheError when the place cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{crc32(path.name.encode()):08x}.{os.getpid()}.part")  # the name may fill all 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text)

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from .tables import RatioTable, save_calibration
 def magcache_forward(
     model: torch.nn.Module | Sequence[torch.nn.Module],
     host: Host,
-    table: RatioTable,
+    table: RatioTable | None,
     settings: Settings | Target,
     timesteps: Callable[[], Sequence[float]],
     rule: Rule | None = None,
@@ -38,13 +39,16 @@ def magcache_forward(
     dtype: torch.dtype | None = None,
     announce: Callable[[str], None] | None = tqdm.write,
     boundary: float | None = None,
+    scheduler: Any = None,
+    corrector: bool = True,
 ) -> MagCache:
     """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
 
     model: the transformer, also compiled, offloaded or sharded, or a list of those among which the sampler divides its
         steps (a high-noise and a low-noise expert); host: `blocks.Host`, the facts of its class.
-    table: of its magnitude ratios; settings: `schedule.Settings` for the paper's rule, or `planner.Target` for a
-    planned schedule; rule: `schedule.Rule` of the settings (None: the table's own).
+    table: of its magnitude ratios, or None, which will do for a `planner.Target` without a calibration; settings:
+        `schedule.Settings` for the paper's rule, or a `planner.Target`; rule: `schedule.Rule` of the settings (None:
+        the table's own).
     timesteps: called without arguments at each forward; returns all timesteps of the sampler's run, noise level 1
         being 1000, as one object that lasts as long as the run. A diffusers pipeline: `lambda:
         pipe.scheduler.timesteps`.
@@ -52,6 +56,9 @@ def magcache_forward(
     device, dtype: where and how residuals are kept (None: as the model makes them).
     announce: gets the plan as text at the start of each run.
     boundary: with two experts, the noise level below which the second works (None: one model).
+    scheduler: the sampler's, by which skipped steps are made again when the next one is computed: an object with the
+        `step` of diffusers, a function called at the beginning of each run that returns it, or `corrector.EULER` for a
+        plain Euler loop without one (None: not known, nothing is corrected). corrector: whether that is done.
     """
 
     def plan(levels):
@@ -63,7 +70,19 @@ def magcache_forward(
     def residuals():
         return Residuals(device, dtype, for_all=guard is not None)
 
-    return MagCache(model, host, timesteps, plan, residuals, announce, table, PAYLOADS[settings.payload], guard)
+    return MagCache(
+        model,
+        host,
+        timesteps,
+        plan,
+        residuals,
+        announce,
+        table,
+        PAYLOADS[settings.payload],
+        guard,
+        scheduler,
+        corrector,
+    )
 
 
 def magcache_calibration(
@@ -109,7 +128,7 @@ class Expert:
             call = patch.begin_call(self, args, kwargs)
             try:
                 output = self.original(*args, **kwargs) if call.output is None else call.output
-                patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
+                output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
             except BaseException:
                 patch.cancel_call(call)
                 raise
@@ -256,12 +275,13 @@ class Patch:
 
     @torch.compiler.disable
     def finish_call(self, call, output, rehearse):
-        """After a call. rehearse: makes it again."""
-        call.finish(output, rehearse)
+        """After a call. rehearse: makes it again. Returns the output that the sampler is to get."""
+        output = call.finish(output, rehearse)
         sampling = self.sampling
         last = sampling.last_step
         if call.parts[0].call.step == last and sampling.calls_at(last) >= max(1, sampling.calls_at(last - 1)):
             self.complete_run(sampling.run)
+        return output
 
     @torch.compiler.disable
     def cancel_call(self, call):
@@ -312,9 +332,22 @@ class MagCache(Patch):
     plan: (noise levels of a run) -> `schedule.Schedule`; new_residuals: () -> `Residuals` of a run.
     """
 
-    def __init__(self, models, host, timesteps, plan, new_residuals, announce, table, payload=BlockStack, guard=None):
+    def __init__(
+        self,
+        models,
+        host,
+        timesteps,
+        plan,
+        new_residuals,
+        announce,
+        table,
+        payload=BlockStack,
+        guard=None,
+        scheduler=None,
+        corrector=True,
+    ):
         self.plan, self.new_residuals, self.announce, self.table = plan, new_residuals, announce, table
-        self.guard = guard
+        self.guard, self.scheduler, self.corrector = guard, scheduler, corrector
         super().__init__(models, host, timesteps, payload)
 
     @property
@@ -323,13 +356,14 @@ class MagCache(Patch):
         return self.sampling.run.residuals if self.sampling else self.new_residuals()
 
     def new_run(self, levels, expert, arguments, latent):
-        run = CachedRun(self.plan(levels), levels, self.new_residuals(), self.guard)
+        scheduler = self.scheduler() if inspect.isroutine(self.scheduler) else self.scheduler
+        run = CachedRun(self.plan(levels), levels, self.new_residuals(), self.guard, scheduler, self.corrector)
         if self.announce:
             bytes_a_branch, size = None, expert.payload.size(arguments, latent)
             if size is not None:
                 elements, dtype = size
                 bytes_a_branch = elements * (run.residuals.dtype or dtype).itemsize * run.schedule.depth
-            self.announce(plan_text(run.schedule, levels, self.table, bytes_a_branch))
+            self.announce(plan_text(run.schedule, levels, self.table, bytes_a_branch, run.why_uncorrected))
         return run
 
 

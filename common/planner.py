@@ -1,25 +1,31 @@
-"""Schedules for a number of computed steps, a speed-up or an error, from the Gram matrix of one calibration run.
+"""Schedules for a number of computed steps, a speed-up or an error: without a calibration, or from its Gram matrix.
 
-G[i, j] = <r_i, r_j>, for the block-stack residuals of a run or for the model's outputs. From it follows the exact
-squared error, on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it least.
-So the schedule whose relative errors, each to the fourth power so that peaks count, add up to the least is a shortest
-path over pairs of neighbouring computed steps. Where only ratios are known, their changes stand in for the errors
-(`ratio_errors`): weaker, and named so. numpy only.
+Without one the computed steps are spread evenly (`spread_steps`), and a skipped output is predicted along the line
+through the two newest (`corrector.Trajectory`).
+
+With one, G[i, j] = <r_i, r_j> for the block-stack residuals of a run or for the model's outputs. From it follows the
+exact squared error, on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it
+least. So the schedule whose relative errors, each to the fourth power so that peaks count, add up to the least is a
+shortest path over pairs of neighbouring computed steps. numpy only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import MagCacheError
-from .schedule import Schedule, Settings, magcache_schedule
+from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
+
+if TYPE_CHECKING:
+    from .tables import RatioTable
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
 POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves
-TURN = 0.05  # how much a residual is taken to change a step besides its magnitude, where only ratios are known
+INDEX_SHARE = 0.75  # of the step's index in the measure that computed steps are spread evenly in; the rest: noise level
 GRAMS = {
     "residual": "gram",
     "output": "gram_of_outputs",
@@ -37,7 +43,7 @@ def newest(anchors, products):
     return np.zeros(products.shape) + np.array([[1.0], [0.0]])
 
 
-PREDICTORS = {"linear": least_squares, "reuse": newest}
+PREDICTORS = {"linear": least_squares, "reuse": newest}  # of a calibration; the third, "line", needs none
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,24 @@ class Target:
     `magcache_speedup`, by the calibration's step times where it has some, else by the bound steps / computed; the
     fewest with no expected relative error above `magcache_max_error`.
 
-    predictor: "linear" weighs the two newest, "reuse" takes the newest as it is (None: linear, or reuse where the table
-    has ratios only). payload: what is kept and predicted, the block stack's "residual" or the model's "output".
+    predictor: "line" needs no calibration and no facts of the model: computed steps spread evenly, outputs predicted
+        along the line through the two newest. "linear" and "reuse" plan from a calibration and weigh the two newest or
+        take the newest as it is. None: line, or linear where magcache_max_error or magcache_guard are asked for.
+    payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: what line takes,
+        the output, else the residual).
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
     first on, that compute (None: the first).
     magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
     """
 
-    magcache_steps: int = None
-    magcache_speedup: float = None
-    predictor: str = None
-    magcache_K: int = None
-    retention_ratio: float = None
-    magcache_max_error: float = None
-    payload: str = "residual"
-    magcache_guard: float = None
+    magcache_steps: int | None = None
+    magcache_speedup: float | None = None
+    predictor: str | None = None
+    magcache_K: int | None = None
+    retention_ratio: float | None = None
+    magcache_max_error: float | None = None
+    payload: str | None = None
+    magcache_guard: float | None = None
 
     def __post_init__(self):
         asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
@@ -87,44 +96,107 @@ class Target:
                 f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}."
             )
 
-    def plan(self, table, levels, switch_step=None, rule=None, interpolation="sigma"):
+        measured = self.magcache_max_error is not None or self.magcache_guard is not None
+        predictor = self.predictor or ("linear" if measured else "line")
+        object.__setattr__(self, "predictor", predictor)
+        object.__setattr__(self, "payload", self.payload or ("output" if predictor == "line" else "residual"))
+        if predictor == "line" and (measured or self.payload != "output"):
+            raise MagCacheError(
+                "The predictor line needs no calibration and predicts the model's output: for magcache_max_error, "
+                "magcache_guard or the payload residual ask for the predictor linear."
+            )
+
+    def plan(
+        self,
+        table: RatioTable | None,
+        levels: np.ndarray,
+        switch_step: int | None = None,
+        rule: object = None,
+        interpolation: str = "sigma",
+    ) -> Schedule:
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
-        rule, interpolation: of `Settings.plan`, and no part of this plan.
+        table: None will do for the predictor line. rule: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
-        target = replace(self, predictor=self.predictor or "linear") if has_gram(table) else self.for_ratios(table)
-        forecast = Forecast.of_table(table, levels, target.predictor, self.payload, switch_step)
-        return replace(
-            target.place(forecast, reused_share(table, self.payload), switch_step),
-            settings=target,
-            ratios=table.at(levels),
+        ratios = None if table is None else table.at(levels, interpolation)
+        if self.predictor == "line":
+            return replace(self.spread(levels, switch_step), settings=self, ratios=ratios)
+        if table is None or not has_gram(table):
+            has = "There is no calibration" if table is None else f"{table.name} has magnitude ratios only"
+            raise MagCacheError(
+                f"{has}; the predictors linear and reuse, magcache_max_error and the guard need the Gram matrix that a "
+                "calibration measures."
+            )
+        forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
+        share = reused_share(table, self.payload)
+        return replace(self.place(forecast, share, switch_step), settings=self, ratios=ratios)
+
+    def spread(self, levels: np.ndarray, switch_step: int | None = None) -> Schedule:
+        """The Schedule whose computed steps, the first and the last among them, are spread evenly."""
+        steps, few = len(levels), Rule().min_steps
+        kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step)
+        if steps < few:
+            why = f"a run of {steps} steps has nothing to gain (MagCache starts at {few})"
+            return compute_all(steps, why)
+        reuse = np.ones(steps, dtype=bool)
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step)] = False
+        return Schedule(
+            reuse,
+            np.arange(steps) < kept,
+            why_none="" if reuse.any() else "every step was asked to compute",
+            fewest_computed=computed,
         )
 
-    def for_ratios(self, table):
-        """This target where only ratios are known: with the published magcache_K and retention_ratio if none are asked
-        for."""
-        if self.predictor == "linear" or self.payload == "output" or self.magcache_guard is not None:
-            raise MagCacheError(
-                f"{table.name} has magnitude ratios only; the linear predictor, the payload output and the guard "
-                "need the Gram matrix that a calibration measures."
-            )
-        given = {name: getattr(self, name) for name in ("magcache_K", "retention_ratio")}
-        caps = {name: table.settings.get(name) if value is None else value for name, value in given.items()}
-        return replace(self, predictor="reuse", **caps)
+    def kept(self, steps: int) -> int:
+        """How many steps, from the first on, compute in any case."""
+        return max(1, int(steps * (self.retention_ratio or 0)))
 
     def place(self, forecast, share=0.0, switch_step=None):
         """The Schedule that these errors ask for; share: cost of a reused step, in computed ones."""
-        steps = forecast.steps
-        kept = max(1, int(steps * (self.retention_ratio or 0)))
-        least = fewest_computed(steps, self.magcache_K, kept, switch_step)
-        computed = self.magcache_steps
+        computed = self.computed_of(forecast.steps, share, switch_step)
+        return plan_steps(forecast, computed, self.magcache_K, self.kept(forecast.steps), self.magcache_max_error)
+
+    def computed_of(self, steps: int, share: float = 0.0, switch_step: int | None = None) -> int | None:
+        """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones."""
+        least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step)
         if self.magcache_speedup is not None:
             counts = np.arange(least, steps + 1)
-            computed = int(counts[np.abs(speedup(steps, counts, share) - self.magcache_speedup).argmin()])
-        elif computed is not None:
-            computed = steps if self.magcache_K == 0 else min(computed, steps)
-            if computed < least:
-                raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
-        return plan_steps(forecast, computed, self.magcache_K, kept, self.magcache_max_error)
+            return int(counts[np.abs(speedup(steps, counts, share) - self.magcache_speedup).argmin()])
+        if self.magcache_steps is None:
+            return None
+        computed = steps if self.magcache_K == 0 else min(self.magcache_steps, steps)
+        if computed < least:
+            raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
+        return computed
+
+
+def spread_steps(
+    levels: np.ndarray,
+    computed: int,
+    magcache_K: int | None = None,
+    kept: int = 1,
+    switch_step: int | None = None,
+) -> list[int]:
+    """Indices of `computed` steps, spread evenly in INDEX_SHARE of the index and the rest of the noise level, both from
+    0 to 1. The first and the last compute, since only what lies between two is corrected; so do the first and the last
+    of each expert where there are enough. magcache_K: most between two; kept: how many compute from the first on."""
+    levels, steps = np.asarray(levels, dtype=float), len(levels)
+    if switch_step is not None and 0 < switch_step < steps:
+        # Each expert's share, and no less than its own cap needs.
+        least = [fewest_computed(switch_step, magcache_K, min(kept, switch_step)), 0]
+        least[1] = fewest_computed(steps - switch_step, magcache_K)
+        first = int(np.clip(round(computed * switch_step / steps), least[0], computed - least[1]))
+        late = spread_steps(levels[switch_step:], computed - first, magcache_K)
+        return spread_steps(levels[:switch_step], first, magcache_K, kept) + [switch_step + step for step in late]
+    fall = (levels[0] - levels) / max(levels[0] - levels[-1], 1e-9)
+    place = INDEX_SHARE * np.arange(steps) / max(1, steps - 1) + (1 - INDEX_SHARE) * fall
+    apart = steps if magcache_K is None else magcache_K + 1
+    chosen = list(range(min(kept, computed)))
+    last = min(steps - 1, chosen[-1] + (computed - len(chosen)) * apart)
+    wanted = np.linspace(place[chosen[-1]], place[-1], computed - len(chosen) + 1)[1:]
+    for left, where in zip(range(len(wanted) - 1, -1, -1), wanted):
+        possible = np.arange(max(chosen[-1] + 1, last - left * apart), min(steps - 1 - left, chosen[-1] + apart) + 1)
+        chosen.append(int(possible[np.abs(place[possible] - where).argmin()]))
+    return chosen
 
 
 def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None):
@@ -203,11 +275,7 @@ class Forecast:
     @classmethod
     def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
         """Of a `RatioTable` at the noise levels of a run."""
-        forecast = (
-            cls.of_ratios(table.at(levels))
-            if not has_gram(table)
-            else cls.of_grams(table_grams(table, levels, payload), predictor)
-        )
+        forecast = cls.of_grams(table_grams(table, levels, payload), predictor)
         return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
 
     @classmethod
@@ -218,11 +286,6 @@ class Forecast:
             np.mean([errors for errors, _ in by_branch], axis=0),
             None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]),
         )
-
-    @classmethod
-    def of_ratios(cls, ratios):
-        """ratios: (branches, steps)."""
-        return cls(np.mean([ratio_errors(row) for row in ratios], axis=0))
 
     def of_experts(self, second):
         """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's
@@ -271,17 +334,6 @@ def pair_errors(gram, predictor="linear"):
     i, j, k = np.indices((steps,) * 3)
     errors = np.where((k <= j) & (j < i), (np.maximum(missed, 0) / energy).transpose(2, 0, 1), np.inf)
     return errors, weights.transpose(3, 0, 1, 2)
-
-
-def ratio_errors(ratios):
-    """Errors, as in `Forecast`, of taking the newest as it is, guessed from one branch's ratios (steps,).
-
-    Every change of the magnitude counts, up or down, so that ratios above and below 1 do not cancel (FLUX, Qwen-Image);
-    and TURN a step for the change of direction, which ratios do not show.
-    """
-    way = np.cumsum(np.abs(np.log(ratios)) + TURN)
-    i, j, k = np.indices((len(ratios),) * 3)
-    return np.where((k <= j) & (j < i), np.expm1(way[i] - way[j]) ** 2, np.inf)
 
 
 def fourth_powers(errors):

@@ -31,42 +31,50 @@ class PlanLine(NamedTuple):
 
     kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over), "notes" (of a
     borrowed table), "nothing" (why nothing will be reused), "gain" (computed steps and speed-up), "out of reach" (the
-    speed-up asked for), "weaker" (planned from ratios alone), "error" (expected), "other error" (of the other way to
-    plan as many computed steps), "memory".
+    speed-up asked for), "error" (expected), "other error" (of the other way to plan as many computed steps),
+    "corrector" (whether skipped steps are made again), "memory".
     """
 
     kind: str
     text: str
 
 
-def plan_text(schedule, levels, table, bytes_a_branch=None) -> str:
+def plan_text(schedule, levels, table, bytes_a_branch=None, why_uncorrected=None) -> str:
     """The plan of a run as text, known before its first step."""
-    return "\n".join(line.text for line in plan_lines(schedule, levels, table, bytes_a_branch))
+    return "\n".join(line.text for line in plan_lines(schedule, levels, table, bytes_a_branch, why_uncorrected))
 
 
-def plan_lines(schedule, levels, table, bytes_a_branch=None) -> list[PlanLine]:
-    """The plan of a run. levels: its noise levels; table: the `RatioTable` that it was made from; bytes_a_branch: what
-    one residual of a branch takes (None: not known)."""
+def plan_lines(schedule, levels, table, bytes_a_branch=None, why_uncorrected=None) -> list[PlanLine]:
+    """The plan of a run. levels: its noise levels; table: the `RatioTable` that it was made from (None: from none);
+    bytes_a_branch: what one residual of a branch takes (None: not known); why_uncorrected: why skipped steps are not
+    made again ("": they are; None: not known)."""
+    of_table = "no calibration needed" if table is None else f"ratios of {table.name} ({table.origin})"
     lines = [
         PlanLine(
             "asked",
-            f"MagCache plan: {schedule.steps} steps, ratios of {table.name} ({table.origin}), "
-            f"{settings_text(schedule.settings)}",
+            f"MagCache plan: {schedule.steps} steps, {of_table}, {settings_text(schedule.settings)}",
         ),
         PlanLine("strip", f"  {schedule.strip}   # computes, . reuses"),
     ]
-    if not table.fits(levels):
+    if table is not None and not table.fits(levels):
         lines.append(
             PlanLine("resampled", f"  ratios of {table.steps} steps carried over to the noise levels of this run")
         )
-    if table.origin == "borrowed":
+    if table is not None and table.origin == "borrowed":
         lines.append(PlanLine("notes", f"  {table.notes}"))
     if schedule.why_none:
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
+    elif schedule.predictor == "line":
+        lines.append(gain_line(schedule))
     elif schedule.expected_error is None:
         lines += rule_lines(schedule, levels, table)
     else:
         lines += target_lines(schedule, levels, table)
+    if why_uncorrected is not None and not schedule.why_none:
+        how = "on: skipped steps are made again when the next one is computed"
+        lines.append(
+            PlanLine("corrector", f"  corrector {f'off, because {why_uncorrected}' if why_uncorrected else how}")
+        )
     if bytes_a_branch is not None and not schedule.why_none:
         lines.append(PlanLine("memory", f"  extra memory: {memory_text(bytes_a_branch)} a branch"))
     return lines
@@ -84,7 +92,7 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
     ]
     if has_gram(table):
         errors = error_by_gram(schedule, levels, table)
-        other = Target(schedule.computed).plan(table, levels, table.switch_step(levels))
+        other = Target(schedule.computed, predictor="linear").plan(table, levels, table.switch_step(levels))
         lines += [
             PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"),
             PlanLine(
@@ -96,16 +104,22 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
     return lines
 
 
+def gain_line(schedule, more="") -> PlanLine:
+    """How many steps compute, and what that allows."""
+    text = f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster{more}"
+    return PlanLine("gain", text)
+
+
 def target_lines(schedule, levels, table) -> list[PlanLine]:
     """What a planned run is expected to gain and to lose."""
     asked, share = schedule.settings, reused_share(table, schedule.settings.payload)
     expected = speedup(schedule.steps, schedule.computed, share)
-    gain = f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster"
+    more = ""
     if share:
-        gain += f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
+        more = f", {expected:.2f}x by the calibration's step times (a reused step takes {share:.1%} of a computed one)"
     elif asked.payload == "residual":
-        gain += " (the table has no step times)"
-    lines = [PlanLine("gain", gain)]
+        more = " (the table has no step times)"
+    lines = [gain_line(schedule, more)]
     if asked.magcache_speedup and expected < 0.9 * asked.magcache_speedup:
         lines.append(
             PlanLine(
@@ -114,12 +128,6 @@ def target_lines(schedule, levels, table) -> list[PlanLine]:
                 "step allow this",
             )
         )
-    if not has_gram(table):
-        weaker = (
-            "  planned from magnitude ratios alone, the weaker kind: they do not show how the direction changes; a "
-            "calibration measures it"
-        )
-        return [*lines, PlanLine("weaker", weaker)]
     rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
     errors = schedule.expected_error[schedule.reuse]
     return [

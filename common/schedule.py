@@ -114,6 +114,16 @@ class Schedule:
         return int(self.steps - self.reuse.sum())
 
     @property
+    def predictor(self) -> str:
+        """How a skipped step is predicted: "reuse", "linear" or "line" (`planner.Target`)."""
+        return getattr(self.settings, "predictor", "reuse")
+
+    @property
+    def longest_gap(self) -> int:
+        """Steps skipped in a row, at most."""
+        return max(map(len, self.strip.split("#")))
+
+    @property
     def skipped_steps(self) -> list[int]:
         return np.flatnonzero(self.reuse).tolist()
 

@@ -1,39 +1,34 @@
-"""A drop-in beside an upstream checkout's own script: the script's parser with the MagCache flags, its rendering
-cached, calibrated or compared, its output saved whole with a report beside it."""
+"""Ways of reaching into an upstream checkout: its own script, its schedulers, its loaders."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import sys
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+
+import torch
 
 from ..calibration import fingerprint
 from ..errors import MagCacheError
-from .flags import add_magcache_flags
-
-SETTING_FLAGS = (
-    "magcache_thresh",
-    "magcache_K",
-    "retention_ratio",
-    "magcache_speedup",
-    "magcache_steps",
-    "magcache_max_error",
-    "mag_ratios",
-)
+from ..ranks import is_writer
 
 
-def run_script(run, script):
-    """Run a drop-in, given its settings by name (`globals()`); a mistake of the user ends it with one sentence."""
-    try:
-        run(script)
-    except MagCacheError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+def one_sentence(main):
+    """A decorator: a mistake of the user ends `main` with one sentence, told by one process."""
+
+    @functools.wraps(main)
+    def told(*args, **kwargs):
+        try:
+            main(*args, **kwargs)
+        except MagCacheError as error:
+            # Until the processes are a group they make the same mistake, each for itself.
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            sys.exit(f"{Path(sys.argv[0]).name}: {error}" if is_writer() or distributed else 1)
+
+    return told
 
 
 def checkouts_script(name, upstream, folder):
@@ -55,50 +50,6 @@ def script_at(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@contextmanager
-def flags_added(module, add):
-    """For its duration, every ArgumentParser that `module` makes also has the flags of `add(parser)`."""
-
-    class Parser(argparse.ArgumentParser):
-        def parse_args(self, *args, **kwargs):
-            add(self)
-            return super().parse_args(*args, **kwargs)
-
-    module.argparse, plain = SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser}), module.argparse
-    try:
-        yield
-    finally:
-        module.argparse = plain
-
-
-def add_flags(parser):
-    """The MagCache flags of a drop-in whose host computes everything unless it is asked not to."""
-    group = add_magcache_flags(parser)
-    group.add_argument(
-        "--use_magcache",
-        action="store_true",
-        help="render with MagCache, by the settings of the task; any setting of this group implies it",
-    )
-
-
-def flags_taken(add):
-    """Take the flags of `add(parser)` out of sys.argv, for hosts whose own parser knows of nothing else. Returns them
-    parsed. Raises MagCacheError for a flag that looks like one of them and is none: such hosts may pass over it in
-    silence."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
-    add(parser)
-    args, rest = parser.parse_known_args(sys.argv[1:])
-    ours = {action.option_strings[0].replace("-", "_"): action.option_strings[0] for action in parser._actions}
-    for flag in (flag.split("=")[0] for flag in rest if flag.startswith("--")):
-        near = get_close_matches(flag.replace("-", "_"), ours, n=1, cutoff=0.8)
-        if near or "magcache" in flag:
-            raise MagCacheError(f"There is no flag {flag}" + (f"; {ours[near[0]]} is the nearest." if near else "."))
-    if {"-h", "--help"} & set(rest):
-        print(parser.format_help())
-    sys.argv[1:] = rest
-    return args
 
 
 @contextmanager
@@ -142,10 +93,3 @@ def checkpoints_noted(loader_class):
         yield noted
     finally:
         loader_class.from_pretrained = plain
-
-
-def switched_on(args):
-    """Whether the flags ask for MagCache: --use_magcache itself, or any of its settings."""
-    return args.magcache and (
-        args.use_magcache or args.compare or any(getattr(args, name) is not None for name in SETTING_FLAGS)
-    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
-from pathlib import Path
+from difflib import get_close_matches
 
 from ..errors import MagCacheError, needs
 from ..planner import GRAMS, PREDICTORS, Target
 from ..schedule import Settings
-from ..tables import calibrations_folder, find, load
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -70,6 +70,52 @@ def add_magcache_flags(parser):
     return group
 
 
+def add_opt_in_flags(parser):
+    """The MagCache group of a host that computes everything unless it is asked not to."""
+    add_magcache_flags(parser).add_argument(
+        "--use_magcache",
+        action="store_true",
+        help="render with MagCache, by the settings of the task; any other flag of this group implies it",
+    )
+
+
+def flags_taken(add):
+    """Take the flags of `add(parser)` out of sys.argv and leave the rest to the host's own parser; returns them as
+    `parsed` does."""
+    args, sys.argv[1:] = parsed(add, sys.argv[1:])
+    return args
+
+
+def parsed(add, argv: list) -> tuple:
+    """(the flags of `add(parser)` with the set of those that were `given` by name, the rest of argv).
+
+    Raises MagCacheError for a flag that looks like one of them and is none: a host may pass over it in silence.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    add(parser)
+    untouched = object()
+    args = argparse.Namespace(**{action.dest: untouched for action in parser._actions})
+    args, rest = parser.parse_known_args(argv, args)
+    given = {name for name, value in vars(args).items() if value is not untouched}
+    args = argparse.Namespace(
+        **{name: value if name in given else parser.get_default(name) for name, value in vars(args).items()},
+        given=given,
+    )
+    ours = {action.option_strings[0].replace("-", "_"): action.option_strings[0] for action in parser._actions}
+    for flag in (flag.split("=")[0] for flag in rest if flag.startswith("--")):
+        near = get_close_matches(flag.replace("-", "_"), ours, n=1, cutoff=0.8)
+        if near or "magcache" in flag:
+            raise MagCacheError(f"There is no flag {flag}" + (f"; {ours[near[0]]} is the nearest." if near else "."))
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help())
+    return args, rest
+
+
+def switched_on(args):
+    """Whether the flags of `add_opt_in_flags` ask for MagCache: --use_magcache itself, or any setting."""
+    return args.magcache and bool(args.given - {"magcache_calibration"})
+
+
 def add_target_flags(group):
     """The flags of a planned run."""
     group.add_argument(
@@ -123,14 +169,18 @@ def target_of(args):
     )
 
 
-def check_flags(args):
-    """Find what cannot work before anything is loaded or rendered."""
+def check_flags(args, compared_with=("torchmetrics", "tabulate", "imageio")):
+    """Find what cannot work before anything is loaded or rendered. compared_with: the packages that --compare needs.
+    Raises MagCacheError."""
     import torch
 
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
-    for package in ("torchmetrics", "tabulate") * args.compare + ("matplotlib",) * args.magcache_plot:
-        needs(package, package)
+    if args.compare:
+        for package in compared_with:
+            needs(package, package)
+    if args.magcache_plot:
+        needs("matplotlib", "matplotlib")
     try:
         torch.empty(0, device=args.magcache_cache_device)
     except (RuntimeError, AssertionError):
@@ -160,38 +210,11 @@ def cache_options(args):
     }
 
 
-def settings_of(args, script_settings, mag_ratios, is_default_model):
-    """What a run is to do: a Target if steps, a speed-up or an error is asked for, else Settings. Of these a flag wins;
-    else the script's lines hold for the script's own model, and another takes what was published for it, where
-    something was."""
+def settings_of(args, otherwise: dict):
+    """What a run is to do: a Target if steps, a speed-up or an error is asked for, else Settings, where a flag wins
+    over `otherwise` (magcache_thresh, magcache_K and retention_ratio)."""
     target = target_of(args)
     if target is not None:
         return target
-    chosen = {**script_settings} if is_default_model else {**script_settings, **mag_ratios.settings}
-    given = {name: getattr(args, name) for name in chosen if getattr(args, name) is not None}
-    return Settings(**{**chosen, **given})
-
-
-def ratios_of(args, model, fingerprint):
-    """The ratio table of a run: the one named, else the checkpoint's own. Raises MagCacheError when there is none."""
-    if args.mag_ratios:
-        return load(args.mag_ratios)
-    found = find(model, fingerprint)
-    if found is None:
-        script = Path(sys.argv[0]).name
-        raise MagCacheError(
-            f"No magnitude ratios are known for {model}: measure them once with `python {script} --model "
-            f"{model} --magcache_calibration`, use another model's with --mag_ratios PRESET, or run with "
-            "--no-magcache."
-        )
-    return found
-
-
-def calibration_path(args, model, fingerprint):
-    """Where `--magcache_calibration` writes: the file named, else one that `find` knows by the weights' fingerprint."""
-    name = Path(str(model)).name
-    return (
-        Path(args.magcache_calibration)
-        if args.magcache_calibration
-        else calibrations_folder() / f"{name}-{fingerprint}.json"
-    )
+    given = {name: getattr(args, name) for name in otherwise if getattr(args, name) is not None}
+    return Settings(**{**otherwise, **given})

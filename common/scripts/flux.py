@@ -3,61 +3,72 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..calibration import fingerprint
 from ..errors import MagCacheError
 from ..hosts import FLUX
-from ..patch import magcache_calibration, magcache_forward
-from ..report import write_report
-from ..schedule import rule_of
-from ..tables import find
-from .flags import (
-    DTYPES,
-    add_magcache_flags,
-    cache_options,
-    calibration_path,
-    check_flags,
-    check_writable,
-    ratios_of,
-    settings_of,
-)
+from ..tables import published
+from .checkout import one_sentence
+from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken
 from .install import REPOSITORY
-from .plots import plot_schedule
-from .quality import MAGNIFIED, contact_sheet, magnified_difference, quality, quality_table, save_frames
+from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
+from .session import REPORT, Session, beside, check_calibration, files_of, own_place
 
 DEMO = REPOSITORY / "demo" / "image"
 
 
-def main(script):
-    """Run a script, given its settings by name (`globals()`): they are the defaults of the flags."""
-    try:
-        run(parse(script), script)
-    except MagCacheError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+@dataclass(frozen=True)
+class Script:
+    """The lines at the top of a script, the defaults of its flags."""
+
+    model: str
+    prompt: str
+    steps: int
+    seed: int
+    height: int
+    width: int
+    guidance_scale: float
+    output: str
+    magcache_thresh: float
+    magcache_K: int
+    retention_ratio: float
+    min_steps: int
+
+    @property
+    def settings(self):
+        return {name: getattr(self, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
 
 
-def parse(script):
+@one_sentence
+def main(*, description: str, **lines):
+    """Run a script. description: shown by --help; lines: the fields of `Script`."""
+    script = Script(**lines)
+    ours = flags_taken(add_magcache_flags)
+    args = parse(script, description)
+    check(args, ours)
+    choose_model(args, script)
+    run(args, ours, script)
+
+
+def parse(script, description):
     parser = argparse.ArgumentParser(
-        description=script["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", help=f"hub id or folder, or 'demo' for the bundled model; default {script['MODEL']}")
+    parser.add_argument("--model", help=f"hub id or folder, or 'demo' for the bundled model; default {script.model}")
     parser.add_argument("--prompt", nargs="+", help="one or more prompts")
     parser.add_argument("--prompt_file", type=Path, help="a text file with a prompt a line")
     parser.add_argument("--negative_prompt", help="with --true_cfg_scale: two calls of the model a step")
     parser.add_argument("--true_cfg_scale", type=float, default=4.0, help="guidance with a negative prompt")
-    parser.add_argument("--guidance_scale", type=float, default=script["GUIDANCE_SCALE"], help="embedded guidance")
+    parser.add_argument("--guidance_scale", type=float, default=script.guidance_scale, help="embedded guidance")
     parser.add_argument("--image", type=Path, help="reference picture, for FLUX.1-Kontext")
-    parser.add_argument("--steps", type=int, default=script["STEPS"])
-    parser.add_argument("--seed", type=int, default=script["SEED"])
+    parser.add_argument("--steps", type=int, default=script.steps)
+    parser.add_argument("--seed", type=int, default=script.seed)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -69,203 +80,110 @@ def parse(script):
     )
     parser.add_argument("--lora", help="hub id, folder or file of LoRA weights")
     parser.add_argument(
-        "--output", type=Path, default=Path(script["OUTPUT"]), help="picture to write; several are numbered"
+        "--output", type=Path, default=Path(script.output), help="picture to write; several are numbered"
     )
-    add_magcache_flags(parser)
     return parser.parse_args()
 
 
-def run(args, script):
-    check(args)
-    choose_model(args, script)
-    session = Session(args, script)
-    if args.magcache_calibration is not None:
-        calibrate(session)
-    elif args.magcache:
-        generate(session)
-    else:
-        generate_uncached(session)
-
-
-def check(args):
+def check(args, ours):
     """Find what cannot work before anything is loaded or rendered."""
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
-    check_flags(args)
-    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    check_flags(ours, ("torchmetrics", "tabulate", "matplotlib"))
+    check_calibration(ours, args.steps)
+    if args.output.suffix.lower() not in PICTURES:
         raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
     check_writable("--output", args.output)
     if not 0 <= args.seed < 2**63:
         raise MagCacheError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}.")
 
 
-class Session:
-    """A loaded pipeline, what every call of it gets, and the pictures to draw."""
-
-    def __init__(self, args, script):
-        self.args, self.script, self.is_default_model = args, script, args.model == script["MODEL"]
-        self.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.dtype = getattr(torch, args.dtype or ("float32" if self.device == "cpu" else "bfloat16"))
-        self.pipe = load_pipeline(args, self.dtype)
-        self.checkpoint = fingerprint(self.pipe.transformer)
-        own_size = self.pipe.vae.config.sample_size
-        self.height = (
-            args.height if args.height is not None else script["HEIGHT"] if self.is_default_model else own_size
+def run(args, ours, script):
+    """Draw the prompts; beside a picture that MagCache drew lie a report and what was asked for."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    pipe = load_pipeline(args, dtype)
+    checkpoint = fingerprint(pipe.transformer)
+    height, width = size_of(args, script, pipe)
+    call = pipeline_arguments(args, pipe, height, width)
+    session = None
+    if ours.magcache or ours.magcache_calibration is not None:
+        about = {"model": args.model, "lora": args.lora or "", "seed": args.seed, "device": device}
+        about["dtype"] = str(dtype).removeprefix("torch.")
+        session = session_of(
+            args, ours, script, pipe, checkpoint, f"{width}x{height}", {**about, "prompts": args.prompts}
         )
-        self.width = args.width if args.width is not None else script["WIDTH"] if self.is_default_model else own_size
-        multiple = 2 * self.pipe.vae_scale_factor
-        if min(self.height, self.width) < multiple or self.height % multiple or self.width % multiple:
-            raise MagCacheError(
-                f"--height and --width must be multiples of {multiple}, not {self.height} and {self.width}."
-            )
-        self.call = pipeline_arguments(args, self.pipe, self.height, self.width)
-        self.jobs = [
-            Job(prompt, output) for prompt, output in zip(args.prompts, numbered(args.output, len(args.prompts)))
-        ]
-        tables = {Path(name).resolve() for name in (args.mag_ratios, args.magcache_calibration) if name}
-        if any(job.report_path.resolve() in tables for job in self.jobs):
-            raise MagCacheError(
-                f"The report of --output {args.output} would overwrite a calibration file; rename one of them."
-            )
+        session.check(args.output)
+        session.patch(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, checkpoint, min_steps=script.min_steps)
+        say_what_a_lora_changes(args, session, checkpoint)
+    # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
+    place(pipe, args, device)
 
-    def timesteps(self):
-        return self.pipe.scheduler.timesteps
+    compared, outputs = [], numbered(args.output, len(args.prompts))
+    if session and ours.compare:
+        sheet = own_place(beside(args.output, "_compare.png"), files_of(beside(outputs[0], REPORT)))
+        session.files = [sheet.name]
+    for prompt, output in zip(args.prompts, outputs):
 
-    def render(self, job, steps, name):
-        """(uint8 picture, seconds of the whole pipeline)"""
-        self.pipe.set_progress_bar_config(desc=name)
-        begin = time.perf_counter()
-        image = self.pipe(
-            prompt=job.prompt,
-            num_inference_steps=steps,
-            output_type="np",
-            generator=torch.Generator("cpu").manual_seed(self.args.seed),
-            **self.call,
-        ).images[0]
-        return (image * 255).round().astype(np.uint8), time.perf_counter() - begin
+        def draw(steps, prompt=prompt):
+            pipe.set_progress_bar_config(desc=f"{steps} steps")
+            generator = torch.Generator("cpu").manual_seed(args.seed)
+            image = pipe(prompt=prompt, num_inference_steps=steps, output_type="np", generator=generator, **call)
+            return (image.images * 255).round().astype(np.uint8)
 
-    def about(self):
-        """What a file written by this session says of its circumstances."""
-        return {
-            "size": f"{self.width}x{self.height}",
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device,
-        }
+        if session:
+            session.about = {**about, "prompt": prompt}
+        picture = session.render(draw, args.steps) if session else draw(args.steps)
+        save_frames(output, picture)
+        print(f"{output}  ({prompt})")
+        if session:
+            session.saved(output, sheet=False)
+            if session.comparison:
+                compared.append((prompt, session.frames_rendered, session.comparison))
+    if compared:
+        with session.bookkeeping("The side-by-side picture"):
+            show_comparison(compared, sheet)
 
 
-class Job:
-    """One prompt and what came of it."""
+def size_of(args, script, pipe):
+    """(height, width): asked for, else the script's for its own model, else the model's."""
+    own = pipe.vae.config.sample_size
+    height, width = (script.height, script.width) if args.model == script.model else (own, own)
+    height = args.height if args.height is not None else height
+    width = args.width if args.width is not None else width
+    multiple = 2 * pipe.vae_scale_factor
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        raise MagCacheError(f"--height and --width must be multiples of {multiple}, not {height} and {width}.")
+    return height, width
 
-    def __init__(self, prompt, output):
-        self.prompt, self.output, self.report_path, self.quality = prompt, output, output.with_suffix(".json"), None
 
-
-def calibrate(session):
-    """Draw the prompts un-cached and save the magnitude ratios; a known checkpoint keeps its published settings and
-    rule."""
-    args, pipe = session.args, session.pipe
-    path, published, about = calibration_path(args, args.model, session.checkpoint), find(args.model), session.about()
-    sampler = {
-        "scheduler": type(pipe.scheduler).__name__,
-        "size": about.pop("size"),
-        "guidance_scale": args.guidance_scale,
-    }
+def session_of(args, ours, script, pipe, checkpoint, size, about):
+    table = published(args.model, checkpoint)
+    sampler = {"scheduler": type(pipe.scheduler).__name__, "guidance_scale": args.guidance_scale}
     if args.negative_prompt is not None:
         sampler["true_cfg_scale"] = args.true_cfg_scale
-    handle = magcache_calibration(
-        pipe.transformer,
-        FLUX,
-        session.timesteps,
+    return Session(
+        ours,
+        script.settings,
         Path(args.model).name,
-        path,
-        {
-            "models": [] if Path(args.model).is_dir() and args.model != "demo" else [args.model],
-            "settings": published.settings if published else {},
-            "rule": published.rule if published else {},
-            "sampler": sampler,
-            "provenance": {
-                "fingerprint": session.checkpoint,
-                "lora": args.lora or "",
-                "prompts": args.prompts,
-                "seed": args.seed,
-                **about,
-                "torch": torch.__version__,
-                "date": time.strftime("%Y-%m-%d"),
-            },
-        },
+        size,
+        1,
+        args.steps,
+        table.name if table else None,
+        about,
+        one_task=True,
+        published_settings=args.model != script.model,
+        sampler=sampler,
+        models=() if Path(args.model).is_dir() and args.model != "demo" else (args.model,),
     )
-    place(pipe, args, session.device)
-    with handle:
-        for job in session.jobs:
-            save_frames(job.output, session.render(job, args.steps, "calibrating")[0][None])
-    path = handle.path  # beside the one asked for, where that covers more
-    hint = (
-        f"use it with --mag_ratios {path}."
-        if args.magcache_calibration
-        else "runs of this checkpoint use it from now on."
-    )
-    print(f"Measured in {len(session.jobs)} un-cached run{'s' * (len(session.jobs) > 1)}, saved as {path}; {hint}")
 
 
-def generate_uncached(session):
-    place(session.pipe, session.args, session.device)
-    for job in session.jobs:
-        save_frames(job.output, session.render(job, session.args.steps, "un-cached")[0][None])
-        print(f"{job.output}  ({job.prompt})")
-
-
-def generate(session):
-    """Draw the prompts with MagCache; a report, on request a plot and a comparison, lie beside the pictures."""
-    args = session.args
-    mag_ratios = ratios_of(args, args.model, session.checkpoint)
-    if args.lora and mag_ratios.provenance.get("fingerprint") != session.checkpoint:
-        print(
-            f"The LoRA changes the model; {mag_ratios.name} was measured without it. --magcache_calibration measures "
-            f"anew."
+def say_what_a_lora_changes(args, session, checkpoint):
+    if args.lora and session.table and session.table.provenance.get("fingerprint") != checkpoint:
+        session.say(
+            f"The LoRA changes the model; {session.table.name} was measured without it. --magcache_calibration "
+            "measures anew."
         )
-    handle = patch(session, mag_ratios)
-    # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
-    place(session.pipe, args, session.device)
-    for job in session.jobs:
-        job.image, job.seconds = session.render(job, args.steps, "MagCache")
-        save_frames(job.output, job.image[None])
-        handle.require_reached()
-        job.report = handle.reports[-1]
-        print(f"{job.output}  ({job.prompt})\n  {job.report.line()}")
-        if args.magcache_plot:
-            plot_schedule(
-                job.output.with_suffix(".schedule.png"), job.report.schedule, job.report.levels, mag_ratios.name
-            )
-    if args.compare:
-        with handle.paused():
-            compare(session)
-    for job in session.jobs:
-        write_report(
-            job.report_path,
-            job.report,
-            model=args.model,
-            prompt=job.prompt,
-            seed=args.seed,
-            **session.about(),
-            mag_ratios_of=mag_ratios.name,
-            seconds_whole_pipeline=round(job.seconds, 4),
-            quality=job.quality,
-        )
-
-
-def patch(session, mag_ratios):
-    """Put MagCache on the session's transformer, with the settings of flags, script and table; returns the handle."""
-    args, script = session.args, session.script
-    lines = {name: script[name.upper()] for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
-    return magcache_forward(
-        session.pipe.transformer,
-        FLUX,
-        mag_ratios,
-        settings_of(args, lines, mag_ratios, session.is_default_model),
-        session.timesteps,
-        replace(rule_of(mag_ratios), min_steps=script["MIN_STEPS"]),
-        **cache_options(args),
-    )
 
 
 def choose_model(args, script):
@@ -281,7 +199,7 @@ def choose_model(args, script):
             "CPU."
         )
         args.model = "demo"
-    args.model = args.model or script["MODEL"]
+    args.model = args.model or script.model
     is_demo = args.model == "demo"
     if is_demo:
         if not (DEMO / "model").is_dir():
@@ -296,9 +214,7 @@ def choose_model(args, script):
         if not args.prompts:
             raise MagCacheError(f"--prompt_file {args.prompt_file} has no prompts.")
     else:
-        args.prompts = args.prompt or (
-            (DEMO / "prompts.txt").read_text().splitlines() if is_demo else [script["PROMPT"]]
-        )
+        args.prompts = args.prompt or ((DEMO / "prompts.txt").read_text().splitlines() if is_demo else [script.prompt])
 
 
 def load_pipeline(args, dtype):
@@ -358,56 +274,32 @@ def place(pipe, args, device):
         pipe.to(device)
 
 
-def compare(session):
-    """Un-cached, cached and the plain sampler with as many steps as were computed, at one seed."""
-    args, jobs, render = session.args, session.jobs, session.render
-    columns = {"un-cached": [], "MagCache": [], "fewer steps": []}
-    for job in tqdm(jobs, desc="comparing", disable=len(jobs) < 2):
-        computed = job.report.schedule.computed
-        columns["un-cached"].append(render(job, args.steps, "un-cached"))
-        columns["MagCache"].append((job.image, job.seconds))
-        columns["fewer steps"].append(render(job, computed, f"{computed} steps"))
-    figures = {
-        name: [
-            quality(reference[None], image[None]) | {"seconds": seconds}
-            for (reference, _), (image, seconds) in zip(columns["un-cached"], column)
-        ]
-        for name, column in columns.items()
-    }
-    titles = {
-        "un-cached": f"un-cached, {args.steps} steps",
-        "MagCache": f"MagCache, {computed} of {args.steps}",
-        "fewer steps": f"plain sampler, {computed} steps",
-    }
-    table = {
-        titles[name]: mean_figures(rows) | {"steps": args.steps if name == "un-cached" else computed}
-        for name, rows in figures.items()
-    }
-    table[titles["un-cached"]].update(psnr=None, ssim=None, ms_ssim=None)
-    print(quality_table(table))
-    print(
-        f"Whole pipeline {table[titles['un-cached']]['seconds'] / table[titles['MagCache']]['seconds']:.2f}x faster "
-        f"than "
-        f"un-cached; PSNR, SSIM and MS-SSIM are against the un-cached pictures, averaged over {len(jobs)} "
-        f"prompt{'s' * (len(jobs) > 1)}."
-    )
-    for index, job in enumerate(jobs):
-        job.quality = {name: rows[index] for name, rows in figures.items() if name != "un-cached"}
-        job.quality["un-cached"] = {"seconds": figures["un-cached"][index]["seconds"]}
-    sheet = args.output.with_name(f"{args.output.stem}_compare.png")
-    others = ("MagCache", "fewer steps")
+def show_comparison(compared, sheet):
+    """The figures of all pictures on average, and the pictures with their differences on one sheet.
+
+    compared: (prompt, {title: [uint8 (1, height, width, 3)]}, {title: figures}) of each picture.
+    """
+    titles = list(compared[0][1])
+    if len(compared) > 1:
+        table = {title: mean_figures([figures[title] for _, _, figures in compared]) for title in titles}
+        print(f"Averaged over {len(compared)} prompts:\n{quality_table(table)}")
+    seconds = [sum(figures[title]["seconds"] for _, _, figures in compared) for title in titles]
+    print(f"Whole pipeline {seconds[0] / seconds[1]:.2f}x faster than un-cached.")
     rows, labels = [], []
-    for index, job in enumerate(jobs):
-        images = {name: column[index][0] for name, column in columns.items()}
-        rows.append([*images.values(), *(magnified_difference(images["un-cached"], images[name]) for name in others)])
-        scores = [f"{job.quality[name]['psnr']:.1f} dB, SSIM {job.quality[name]['ssim']:.3f}" for name in others]
-        labels.append([job.prompt, *scores, "", ""])
-    contact_sheet(sheet, rows, [*titles.values(), *(f"difference x{MAGNIFIED}: {name}" for name in others)], labels)
+    for prompt, pictures, figures in compared:
+        uncached, *others = (frames[0][0] for frames in pictures.values())
+        rows.append([uncached, *others, *(magnified_difference(uncached, other) for other in others)])
+        scores = [f"{figures[title]['psnr']:.1f} dB, SSIM {figures[title]['ssim']:.3f}" for title in titles[1:]]
+        labels.append([prompt, *scores, "", ""])
+    differences = [f"difference x{MAGNIFIED}: {name}" for name in ("MagCache", "fewer steps")]
+    contact_sheet(sheet, rows, [*titles, *differences], labels)
     print(f"Side by side: {sheet}")
 
 
 def mean_figures(rows):
-    return {key: None if rows[0][key] is None else float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return {
+        key: None if value is None else float(np.mean([row[key] for row in rows])) for key, value in rows[0].items()
+    }
 
 
 def numbered(output, count):

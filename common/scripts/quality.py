@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import MagCacheError, needs
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 MAGNIFIED = 10
 MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window

@@ -1,11 +1,13 @@
-"""One command of a drop-in beside an upstream checkout: cached, calibrated or compared, its output saved whole."""
+"""One command of a drop-in: rendered with MagCache, calibrated or compared, its output saved whole."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,126 +19,185 @@ from ..errors import MagCacheError
 from ..patch import magcache_calibration, magcache_forward
 from ..ranks import is_writer, told_by_writer
 from ..report import write_report
-from ..tables import calibrations_folder, load, read
+from ..schedule import rule_of
+from ..tables import best, calibrations, calibrations_folder, load
 from .flags import cache_options, check_writable, settings_of
 from .plots import plot_schedule
-from .quality import VIDEO_SUFFIXES, quality, quality_table, side_by_side
+from .quality import quality, quality_table, side_by_side
 
-SETTING_FLAGS = (
-    "magcache_thresh",
-    "magcache_K",
-    "retention_ratio",
-    "magcache_speedup",
-    "magcache_steps",
-    "magcache_max_error",
-    "mag_ratios",
-)
+LEAST_STEPS = 5  # that a host measures unasked; shorter runs have nothing to skip
+REPORT = ".magcache.json"
+NAME_BYTES = 255  # of a file's name, in every common file system
 
 
 class Session:
     """One command of a drop-in: what its models' forward is replaced by, and what came of it.
 
-    args: the parsed flags, the host's and ours; lines: the script's (magcache_thresh, magcache_K, retention_ratio) for
-    this task; task: what ratios hold for besides the checkpoint ("t2v-14B"); size: "832x480"; frames: their number;
-    preset: name of the published table, or None; about: further entries of reports and calibration files;
-    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1; measures: where
-    no ratios are known, the first rendering is computed in full and measured, and the next ones use what was found.
+    args: the flags of MagCache, parsed. script_settings: the script's magcache_thresh, magcache_K and retention_ratio
+    for this task.
+    task: what files and sentences call it ("t2v-14B"), and what ratios hold for besides the checkpoint.
+    size: "832x480"; frames: their number; steps: of the sampler.
+    preset: name of the published table, or None; about: further entries of reports and calibration files.
+    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1, or uint8 arrays
+    (frames, height, width, 3).
+    measures: where no ratios are known, the first rendering is computed in full and measured, and the next ones use
+    what was found.
+    one_task: the checkpoint serves one task, so its calibration is found whatever the task was called.
+    published_settings: the settings of the table, where it has some, win over the script's.
+    sampler, models: of `RatioTable`, for a calibration.
     """
 
-    def __init__(self, args, lines, task, size, frames, preset, about, videos=lambda result: [result], measures=False):
-        self.args, self.lines, self.task, self.size, self.frames, self.preset = args, lines, task, size, frames, preset
-        self.about, self.videos, self.measures = about, videos, measures
+    def __init__(
+        self,
+        args,
+        script_settings: dict,
+        task: str,
+        size: str,
+        frames: int,
+        steps: int,
+        preset: str | None,
+        about: dict,
+        videos=lambda result: [result],
+        measures: bool = False,
+        one_task: bool = False,
+        published_settings: bool = False,
+        sampler: dict | None = None,
+        models: tuple = (),
+    ):
+        self.args, self.script_settings, self.task = args, script_settings, task
+        self.size, self.frames, self.steps = size, frames, steps
+        self.preset, self.about, self.videos = preset, about, videos
+        self.measures, self.one_task, self.published_settings = measures, one_task, published_settings
+        self.sampler, self.models = sampler or {}, models
         self.calibrating = args.magcache_calibration is not None
+        self.measuring = False
         self.statistics = Statistics()
-        self.mag_ratios = self.comparison = None
-        self.reports, self.frames_rendered, self.files_saved, self.said = [], {}, 0, set()
+        self.table = self.handle = self.calibration_path = None
+        self.reports, self.said = [], set()
+        self.seconds = 0.0
+        self.comparison, self.frames_rendered, self.files_saved = None, {}, 0
+        self.files = []  # beside the outputs, written by the script itself
 
-    def check(self, output):
-        """Find what cannot work before anything is loaded. output: the file that the user named, or None."""
-        check_writable("The output", Path(output or "output"))
-        fitting_ends = (".png", ".jpg", ".jpeg", ".webp") if self.frames == 1 else VIDEO_SUFFIXES
-        if output and Path(output).suffix.lower() not in fitting_ends:
-            raise MagCacheError(f"The output {output} has no ending that can be written: use {fitting_ends[0]}.")
-        if self.calibrating and self.args.compare:
-            raise MagCacheError(
-                "--compare renders with MagCache, --magcache_calibration measures without: one at a time."
-            )
-        if self.calibrating:
-            if Path(self.args.magcache_calibration or ".json").suffix not in ("", ".json"):
-                raise MagCacheError(
-                    f"--magcache_calibration {self.args.magcache_calibration} is no calibration file: end it in "
-                    ".json, or leave it out and put the flag last."
-                )
+    # Before anything is loaded
+
+    def check(self, output: str | Path, endings: tuple = ()):
+        """Find what cannot work. output: the file to write, or one beside those that the host names; endings: those
+        that the host can write, () for whatever it names itself. Raises MagCacheError."""
+        if not is_writer():
             return
-        named, own = self.args.mag_ratios or self.preset, [] if self.args.mag_ratios else own_tables(self.task)
+        output = Path(output)
+        check_writable("The output", output)
+        if endings and output.suffix.lower() not in endings:
+            raise MagCacheError(f"The output {output} has no ending that can be written: use {endings[0]}.")
+        if len(output.name.encode()) > NAME_BYTES:
+            raise MagCacheError(f"The name of the output is longer than {NAME_BYTES} bytes: {output.name}.")
+        if self.calibrating:
+            check_calibration(self.args, self.steps)
+            return
+        settings = settings_of(self.args, self.script_settings)
+        named = self.args.mag_ratios or self.preset
+        own = [] if self.args.mag_ratios else self.own_tables()
         if not named and not own and not self.measures:
             raise MagCacheError(self.no_table())
-        settings = settings_of(self.args, self.lines, None, True)
         if named and not own:  # else only the weights tell which
             table = load(named)
-            settings.plan(table, np.asarray(table.sigmas))
+            settings.plan(table, table.levels(self.steps))
 
     def no_table(self):
         return (
             f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same "
-            f"command with "
-            "--magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with --no-magcache."
+            "command with --magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with "
+            "--no-magcache."
         )
 
-    def table(self, checkpoint):
-        """The ratios to use: those named, else this checkpoint's own for this task, else the published ones; None where
-        there are none and they are to be measured."""
+    # Which ratios, and the patch
+
+    def own_tables(self, checkpoint: str | None = None):
+        """The calibrations of this machine that are for this task, and for this checkpoint where it is named."""
+        found = calibrations(f"*-{checkpoint}*.json" if checkpoint else "*.json", self.say_once).values()
+        return [
+            table
+            for table in found
+            if checkpoint in (None, table.provenance.get("fingerprint"))
+            and (self.one_task or table.sampler.get("task") == self.task)
+        ]
+
+    def find_table(self, checkpoint: str):
+        """The ratios to use: those named, else this checkpoint's own for this task and the nearest size, else the
+        published ones; None where there are none and they are to be measured."""
         if self.args.mag_ratios:
             return load(self.args.mag_ratios)
-        own = [table for table in own_tables(self.task) if table.provenance.get("fingerprint") == checkpoint]
-        if own:
-            return min(
-                own, key=lambda table: abs(volume(table.sampler) - volume({"size": self.size, "frames": self.frames}))
-            )
+        own = self.own_tables(checkpoint)
+        fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
+        for table in own:
+            if table not in fine:
+                self.say_once(f"Passed over: {table.name} has {table.steps} steps, too few for a run of {self.steps}.")
+        if fine:
+            away = [abs(volume(table.sampler) - volume(vars(self))) for table in fine]
+            return best(table for table, distance in zip(fine, away) if distance == min(away))
         if not self.preset and not self.measures:
             raise MagCacheError(self.no_table())
         return load(self.preset) if self.preset else None
 
-    def patch(self, models, host, timesteps, checkpoint, boundary=None):
-        """Put MagCache, or the calibration, on the pipeline's transformer or its experts: beneath whatever takes hold
-        of their forward afterwards. checkpoint: fingerprint of the weights."""
-        self.mag_ratios = None if self.calibrating else told_by_writer(lambda: self.table(checkpoint))
-        self.measuring = self.mag_ratios is None
-        if self.measuring:
+    def patch(self, models, host, timesteps, checkpoint: str, boundary: float | None = None, min_steps=None):
+        """Put MagCache, or the calibration, on the pipeline's transformer or its experts, in the place of an earlier
+        patch: beneath whatever takes hold of their forward afterwards. checkpoint: fingerprint of the weights;
+        min_steps: runs with fewer compute every step."""
+        self.unpatch()
+        self.table = None if self.calibrating else told_by_writer(lambda: self.find_table(checkpoint))
+        self.measuring = self.table is None
+        if not self.measuring:
+            rule = rule_of(self.table)
+            self.handle = magcache_forward(
+                models,
+                host,
+                self.table,
+                self.settings(),
+                timesteps,
+                rule if min_steps is None else replace(rule, min_steps=min_steps),
+                announce=self.say_once,
+                boundary=boundary,
+                **cache_options(self.args),
+            )
+        elif self.calibrating or self.steps >= LEAST_STEPS:
             if not self.calibrating:
                 self.say(
                     f"No magnitude ratios are known for {self.task} with this checkpoint: this rendering is computed "
-                    f"in "
-                    "full to measure them."
+                    "in full to measure them."
                 )
             self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
-            return
-        self.handle = magcache_forward(
-            models,
-            host,
-            self.mag_ratios,
-            settings_of(self.args, self.lines, self.mag_ratios, True),
-            timesteps,
-            announce=self.say_once,
-            boundary=boundary,
-            **cache_options(self.args),
-        )
+        else:
+            self.say_once(f"A run of {self.steps} steps has nothing to skip; it is computed in full.")
+
+    def unpatch(self):
+        """Leave the models as they were."""
+        if self.handle:
+            self.handle.remove()
+        self.handle = None
+
+    def settings(self):
+        """Of a run with `self.table`."""
+        published = self.table.settings if self.published_settings else {}
+        return settings_of(self.args, {**self.script_settings, **published})
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
         """A patch that renders un-cached and saves the magnitude ratios, from the writing rank alone."""
-        name = f"{self.task}-{self.size}x{self.frames}"
-        self.path = Path(self.args.magcache_calibration or calibrations_folder() / f"{name}-{checkpoint}.json")
-        check_writable("The calibration file", self.path)
-        sampler = {
-            "task": self.task,
-            "size": self.size,
-            "frames": self.frames,
-            **({"boundary": boundary} if boundary else {}),
-        }
+        size = f"{self.size}x{self.frames}" if self.frames > 1 else self.size
+        name = f"{self.task}-{size}"
+        self.calibration_path = named_calibration(self.args) or calibrations_folder() / f"{name}-{checkpoint}.json"
+        if is_writer():
+            check_writable("The calibration file", self.calibration_path)
+        sampler = {**self.sampler, "size": self.size, "frames": self.frames}
+        if not self.one_task:
+            sampler["task"] = self.task
+        if boundary:
+            sampler["boundary"] = boundary
+        published = load(self.preset) if self.preset else None
         description = {
             "sampler": sampler,
-            "settings": self.lines,
-            "rule": load(self.preset).rule if self.preset else {},
+            "models": self.models,
+            "settings": published.settings if published and self.published_settings else self.script_settings,
+            "rule": published.rule if published else {},
             "provenance": {
                 "fingerprint": checkpoint,
                 **self.about,
@@ -144,37 +205,48 @@ class Session:
                 "date": time.strftime("%Y-%m-%d"),
             },
         }
-        return magcache_calibration(models, host, timesteps, name, self.path, description, self.statistics)
+        return magcache_calibration(models, host, timesteps, name, self.calibration_path, description, self.statistics)
 
-    def render(self, draw, steps):
-        """Render as asked for, with the patch on. draw: steps -> what the host's pipeline returns. Returns that for the
-        host to save."""
+    # Rendering
+
+    def render(self, draw, steps: int):
+        """Render as asked for. draw: steps -> what the host's pipeline returns. Returns that for the host to save."""
         if self.files_saved:  # of an earlier rendering
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
+        if self.handle is None:
+            return draw(steps)
         if not self.measuring:
             self.say_what_differs()
-        with self.handle:
+        try:
             result, self.seconds = timed(draw, steps)
-        if self.measuring:
-            self.path = self.handle.path  # beside the one asked for, where that covers more
-            hint = (
-                f"use it with --mag_ratios {self.path}."
-                if self.args.magcache_calibration
-                else f"runs of {self.task} with this checkpoint use it from now on."
-            )
-            self.say(f"Measured in an un-cached run, saved as {self.path}; {hint}")
-            self.mag_ratios = self.handle.table
-            if not self.calibrating:
+        except BaseException:
+            self.handle.end_run()
+            raise
+        with self.bookkeeping("The report"):
+            self.handle.settle()
+            self.handle.require_reached()
+            if self.measuring:
+                self.tell_measured()
+            else:
                 self.reports.append(self.handle.reports[-1])
-            return result
-        self.reports.append(self.handle.reports[-1])
-        self.say(self.report.line())
-        if self.args.compare:
-            try:
+                self.say(self.report.line())
+        if self.args.compare and self.report and not self.measuring:
+            with self.bookkeeping("The comparison"), self.handle.paused():
                 self.compare(draw, steps, result)
-            except (KeyboardInterrupt, RuntimeError) as error:  # hours may lie in what is rendered already
-                self.say(f"The comparison broke off ({type(error).__name__} {error}); what MagCache rendered is kept.")
         return result
+
+    def tell_measured(self):
+        self.table, self.calibration_path = self.handle.table, self.handle.path
+        hint = (
+            f"use it with --mag_ratios {self.calibration_path}."
+            if self.args.magcache_calibration
+            else f"runs of {self.task} with this checkpoint use it from now on."
+        )
+        count = self.table.statistics["runs"]
+        runs = "an un-cached run" if count == 1 else f"{count} un-cached runs"
+        self.say(f"Measured in {runs}, saved as {self.calibration_path}; {hint}")
+        if not self.calibrating:
+            self.reports.append(self.handle.reports[-1])
 
     @property
     def report(self):
@@ -191,32 +263,33 @@ class Session:
         }
         if not is_writer():
             return
-        self.frames_rendered = {
-            title: [as_frames(video) for video in self.videos(rendered)] for title, (rendered, _) in rows.items()
-        }
-        (first, reference), *others = self.frames_rendered.items()
+        frames = {title: [as_frames(video) for video in self.videos(rendered)] for title, (rendered, _) in rows.items()}
+        (first, reference), *others = frames.items()
         self.comparison = {first: {"steps": steps}} | {
             title: {"steps": computed} | quality(np.concatenate(reference), np.concatenate(videos))
             for title, videos in others
         }
         for title, (_, seconds) in rows.items():
             self.comparison[title]["seconds"] = seconds
+        self.frames_rendered = frames
         self.say(quality_table(self.comparison))
         self.say(
             "PSNR, SSIM and MS-SSIM are against the un-cached rendering at the same seed; seconds are the whole "
             "pipeline's."
         )
 
+    # Saving
+
     def saving(self, write, rename=None):
         """The host's `write(tensor=..., save_file=..., ...)`, made whole: under a temporary name, renamed, with a
-        report."""
+        report. rename: name of the host's file -> name to give it."""
 
         @functools.wraps(write)
         def save(tensor, save_file, **kwargs):
             target = Path(save_file)
             if rename and self.report:
                 target = target.with_name(rename(target.name))
-            target = fitting(target)
+            target = target.with_name(fitting(target.stem, target.suffix))
             part = target.with_name(f".{os.getpid()}.part{target.suffix}")
             try:
                 write(tensor=tensor, save_file=str(part), **kwargs)
@@ -231,36 +304,54 @@ class Session:
 
         return save
 
-    def saved(self, target, fps):
-        """What lies beside the output: a report, on request a plot and a comparison."""
+    def saved(self, target: Path, fps: float | None = None, sheet: bool = True):
+        """What lies beside the output: on request a plot and a comparison (sheet: side by side), and a report."""
         self.say(f"Saved {target}")
+        number, self.files_saved = self.files_saved, self.files_saved + 1
         if not self.report:
             return
+        report_path = beside(target, REPORT)
+        files = [*files_of(report_path), *self.files]
         if self.args.magcache_plot and not self.measuring:
-            plot_schedule(
-                target.with_suffix(".schedule.png"), self.report.schedule, self.report.levels, self.mag_ratios.name
+            with self.bookkeeping("The plot"):
+                path = own_place(beside(target, ".schedule.png"), files)
+                plot_schedule(path, self.report.schedule, self.report.levels, self.table.name)
+                files.append(path.name)
+        if self.frames_rendered and sheet:
+            with self.bookkeeping("The side-by-side video" if fps else "The side-by-side picture"):
+                path = own_place(beside(target, f"_compare{target.suffix}"), files)
+                side_by_side(path, [videos[number] for videos in self.frames_rendered.values()], fps)
+                files.append(path.name)
+                self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {path}")
+        with self.bookkeeping("The report"):
+            write_report(
+                own_place(report_path, [report_path.name] if is_report(report_path) else []),
+                self.report,
+                task=self.task,
+                size=self.size,
+                frames=self.frames,
+                **self.about,
+                mag_ratios_of=self.table.name,
+                seconds_whole_pipeline=round(self.seconds, 4),
+                quality=self.comparison,
+                files=sorted(set(files)),
+                **({"measured": str(self.calibration_path)} if self.measuring else {}),
+                **({"earlier_clips": [report.to_dict() for report in self.reports[:-1]]} if self.reports[1:] else {}),
             )
-        if self.frames_rendered:
-            sheet = target.with_name(f"{target.stem}_compare{target.suffix}")
-            side_by_side(sheet, [videos[self.files_saved] for videos in self.frames_rendered.values()], fps)
-            self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {sheet}")
-        write_report(
-            target.with_suffix(".json"),
-            self.report,
-            task=self.task,
-            size=self.size,
-            frames=self.frames,
-            **self.about,
-            mag_ratios_of=self.mag_ratios.name,
-            seconds_whole_pipeline=round(self.seconds, 4),
-            quality=self.comparison,
-            **({"measured": str(self.path)} if self.measuring else {}),
-            **({"earlier_clips": [report.to_dict() for report in self.reports[:-1]]} if self.reports[1:] else {}),
-        )
-        self.files_saved += 1
+
+    @contextmanager
+    def bookkeeping(self, what: str):
+        """What goes wrong in here is told in one sentence: hours may lie in what is rendered already."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            why = str(error).strip() if isinstance(error, MagCacheError) else f"{type(error).__name__}: {error}"
+            self.say(f"{what} broke off ({why.rstrip('.')}); what was rendered is kept.")
+
+    # Speaking
 
     def say_what_differs(self):
-        sampler = self.mag_ratios.sampler
+        sampler = self.table.sampler
         if "size" in sampler and (sampler["size"], sampler.get("frames", self.frames)) != (self.size, self.frames):
             frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
             self.say_once(
@@ -268,27 +359,90 @@ class Session:
                 "frames. --magcache_calibration measures anew."
             )
 
-    def say_once(self, text):
+    def say_once(self, text: str):
         """What would be the same for every video of a session."""
         if text not in self.said:
             self.said.add(text)
             self.say(text)
 
-    def say(self, text):
+    def say(self, text: str):
         if is_writer():
             tqdm.write(text)
 
 
-def own_tables(task):
-    """The calibrations of this machine that are for this task."""
-    tables = (read(path) for path in sorted(calibrations_folder().glob(f"{task}-*.json")))
-    return [table for table in tables if table.sampler.get("task") == task]
+def named_calibration(args):
+    """The file that --magcache_calibration names, or None."""
+    if not args.magcache_calibration:
+        return None
+    path = Path(args.magcache_calibration)
+    return path if path.suffix else path.with_name(f"{path.name}.json")
+
+
+def check_calibration(args, steps: int):
+    """Find what makes a calibration in a run of so many steps impossible. Raises MagCacheError."""
+    if args.magcache_calibration is not None:
+        if steps < 2:
+            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
+        if args.compare:
+            raise MagCacheError(
+                "--compare renders with MagCache, --magcache_calibration measures without: one at a time."
+            )
+        check_calibration_file(args)
+
+
+def check_calibration_file(args):
+    """Raises MagCacheError where --magcache_calibration names a file that cannot be written."""
+    path = named_calibration(args)
+    if path is not None and path.suffix != ".json":
+        raise MagCacheError(
+            f"--magcache_calibration {path} is no calibration file: end it in .json, or leave it out and put the flag "
+            "last."
+        )
+    if path is not None:
+        check_writable("The calibration file", path)
+
+
+def is_report(path: Path):
+    return files_of(path, None) is not None
+
+
+def files_of(report_path: Path, otherwise=()):
+    """Names of the files that lie beside an output by an earlier report of ours."""
+    try:
+        content = json.loads(report_path.read_text())
+        return [*content["files"]] if "strip" in content else otherwise
+    except (OSError, ValueError, TypeError, KeyError):
+        return None if otherwise is None else [*otherwise]
+
+
+def own_place(path: Path, ours):
+    """The path, or one with a number where a file lies there that is not `ours` by its name."""
+    number, free = 1, path
+    while free.exists() and free.name not in ours:
+        number += 1
+        free = path.with_name(fitting(path.name.partition(".")[0], f"_{number}.{path.name.partition('.')[2]}"))
+    return free
+
+
+def beside(target: Path, ending: str):
+    """A file beside an output: "x.mp4", "_compare.mp4" -> "x_compare.mp4"."""
+    return target.with_name(fitting(target.stem, ending))
+
+
+def fitting(stem: str, ending: str):
+    """A name of at most 255 bytes. What is too long loses its middle: hosts put the prompt there, and the time or the
+    number that tells two outputs apart at the end."""
+    room = NAME_BYTES - len(ending.encode())
+    if len(stem.encode()) <= room:
+        return stem + ending
+    head, tail = stem.encode()[: room - 41], stem.encode()[-40:]
+    return f"{head.decode(errors='ignore')}_{tail.decode(errors='ignore')}{ending}"
 
 
 def volume(sampler):
     """Pixels of all frames: how alike two sizes are."""
     width, height = map(int, sampler["size"].split("x"))
-    return width * height * sampler["frames"]
+    return width * height * sampler.get("frames", 1)
 
 
 def timed(draw, steps):
@@ -297,11 +451,8 @@ def timed(draw, steps):
 
 
 def as_frames(video):
-    """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3)."""
+    """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3); such an array as it
+    is."""
+    if isinstance(video, np.ndarray):
+        return video
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-
-
-def fitting(path):
-    """The path, its name cut where it leaves no room for the longer names beside it: a file system takes 255 bytes, and
-    hosts put the prompt there."""
-    return path.with_name(path.stem.encode()[:200].decode(errors="ignore") + path.suffix)

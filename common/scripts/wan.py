@@ -16,70 +16,80 @@ from ..errors import MagCacheError
 from ..hosts import WAN
 from ..patch import inner_module
 from ..ranks import is_writer
-from .checkout import (
-    add_flags,
-    checkouts_script,
-    checkpoints_noted,
-    flags_added,
-    run_script,
-    switched_on,
-    timesteps_noted,
-)
-from .flags import check_flags
+from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
+from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on
+from .quality import PICTURES, VIDEO_SUFFIXES
 from .session import Session
 
-SAVERS = (
-    "cache_video",
-    "cache_image",
-    "save_video",
-)  # what generate.py writes its result with, in one version or another
+SAVERS = ("cache_video", "cache_image", "save_video")  # what one generate.py or another writes its result with
 
 
-def main(script):
-    """Run a magcache_generate.py, given its settings by name (`globals()`)."""
-    run_script(run, script)
+@one_sentence
+def main(*, settings: dict, tables: dict, pipelines: tuple, upstream: str, folder: str):
+    """Run the checkout's generate.py with MagCache.
 
-
-def run(script):
-    generate = checkouts_script("generate", script["UPSTREAM"], script["FOLDER"])
-    with flags_added(generate, add_flags):
-        args = generate._parse_args()
+    settings: {task: (magcache_thresh, magcache_K, retention_ratio)}; tables: see `published`; pipelines: classes of the
+    package `wan` that render; upstream, folder: names of the checkout and of this script's folder.
+    """
+    generate = checkouts_script("generate", upstream, folder)
+    args = flags_taken(add_opt_in_flags)
+    host_args = generate._parse_args()
     check_flags(args)
     if args.magcache_calibration is None and not switched_on(args):
         if is_writer() and args.magcache:
             print("MagCache is off; --use_magcache turns it on.")
-        return generate.generate(args)
+        return generate.generate(host_args)
     wan = importlib.import_module("wan")
-    session = session_of(args, script)
-    session.check(args.save_file)
-    for name in script["PIPELINES"]:
+    session = session_of(args, host_args, settings, tables)
+    if host_args.save_file:
+        session.check(host_args.save_file, (*PICTURES, ".tiff", ".gif") if "t2i" in host_args.task else VIDEO_SUFFIXES)
+    else:
+        session.check("output")
+    for name in pipelines:
         if hasattr(wan, name):
             setattr(wan, name, cached(getattr(wan, name), session))
-    rename = None if args.save_file else "magcache_{}".format
+    rename = None if host_args.save_file else "magcache_{}".format
+
+    def saving(write):
+        save = session.saving(write, rename)
+
+        def save_and_tell(**kwargs):  # generate.py puts the sound into the video afterwards
+            host_args.save_file = save(**kwargs)
+
+        return save_and_tell
+
     for name in SAVERS:
         if hasattr(generate, name):
-            setattr(generate, name, session.saving(getattr(generate, name), rename))
-    generate.generate(args)
+            setattr(generate, name, saving(getattr(generate, name)))
+    generate.generate(host_args)
 
 
-def session_of(args, script):
+def session_of(args, host_args, settings, tables):
     """The Session of a command line. Raises MagCacheError for a task that MagCache does not know."""
-    if args.task not in script["SETTINGS"]:
+    if host_args.task not in settings:
         raise MagCacheError(
-            f"MagCache knows the tasks {', '.join(script['SETTINGS'])}, not {args.task}; leave out --use_magcache."
+            f"MagCache knows the tasks {', '.join(settings)}, not {host_args.task}; leave out --use_magcache."
         )
-    lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), script["SETTINGS"][args.task]))
-    task = args.task if args.task != "ti2v-5B" else f"ti2v-5B-{'i2v' if args.image else 't2v'}"
-    width, height = map(int, args.size.split("*"))
+    task = host_args.task
+    if task == "ti2v-5B":
+        task = f"ti2v-5B-{'i2v' if host_args.image else 't2v'}"
+    width, height = map(int, host_args.size.split("*"))
     about = {
-        "prompt": args.prompt,
-        "seed": args.base_seed,
-        "solver": args.sample_solver,
-        "shift": args.sample_shift,
-        "guide_scale": args.sample_guide_scale,
+        "prompt": host_args.prompt,
+        "seed": host_args.base_seed,
+        "solver": host_args.sample_solver,
+        "shift": host_args.sample_shift,
+        "guide_scale": host_args.sample_guide_scale,
     }
     return Session(
-        args, lines, task, f"{width}x{height}", args.frame_num, published(args, script["TABLES"], task), about
+        args,
+        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings[host_args.task])),
+        task,
+        f"{width}x{height}",
+        host_args.frame_num,
+        host_args.sample_steps,
+        published(host_args, tables, task),
+        about,
     )
 
 
@@ -89,7 +99,7 @@ def published(args, tables, task):
     tables: {"model_type dim": preset}, with the task after it where one checkpoint serves two, or 480p or 720p where
     checkpoints differ in nothing but the size that they were trained for.
     """
-    config = checkpoint_config(args)
+    config = checkpoint_config(args.ckpt_dir)
     kind = f"{config.get('model_type')} {config.get('dim')}"
     width, height = map(int, args.size.split("*"))
     size = "480p" if width * height <= 832 * 480 else "720p"
@@ -98,12 +108,19 @@ def published(args, tables, task):
     return next((tables[key] for key in (f"{kind} {task}", f"{kind} {size}", kind) if key in tables), None)
 
 
-def checkpoint_config(args):
-    """config.json of the transformer, or of the high-noise expert; empty where the host will miss it too."""
-    folder = Path(args.ckpt_dir)
+def checkpoint_config(folder):
+    """config.json of the transformer, or of the high-noise expert; empty where the host will miss it too. Raises
+    MagCacheError where there is no such folder."""
+    folder = Path(folder)
+    if is_writer() and not folder.is_dir():
+        raise MagCacheError(f"There is no folder {folder}: --ckpt_dir names the folder of the checkpoint.")
     for path in (folder / "high_noise_model" / "config.json", folder / "config.json"):
         if path.is_file():
-            return json.loads(path.read_text())
+            try:
+                return dict(json.loads(path.read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                if is_writer():
+                    print(f"Passed over: {path} cannot be read ({error}), so no published ratios are looked for.")
     return {}
 
 
@@ -124,7 +141,10 @@ def cached(pipeline_class, session):
             plain = super().generate
             with timesteps_noted(schedulers_of(pipeline_class)) as timesteps:
                 session.patch(models, host, timesteps, checkpoint, self.boundary if len(models) == 2 else None)
-                return session.render(lambda steps: plain(*args, sampling_steps=steps, **kwargs), sampling_steps)
+                try:
+                    return session.render(lambda steps: plain(*args, sampling_steps=steps, **kwargs), sampling_steps)
+                finally:
+                    session.unpatch()
 
     Cached.__name__ = pipeline_class.__name__
     return Cached

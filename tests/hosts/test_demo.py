@@ -85,7 +85,7 @@ def alone(pipe):
 
 @pytest.fixture(scope="module")
 def alone_planned(pipe):
-    return each_alone(pipe, target=Target(6))
+    return each_alone(pipe, target=Target(6, predictor="linear"))
 
 
 @pytest.mark.parametrize("second", RUNS)
@@ -98,7 +98,7 @@ def test_a_run_leaves_nothing_behind(pipe, alone, first, second):
 
 @pytest.mark.parametrize("second", RUNS)
 def test_a_planned_run_leaves_nothing_behind(pipe, alone_planned, second):
-    with patched(pipe, target=Target(6)) as handle:
+    with patched(pipe, target=Target(6, predictor="linear")) as handle:
         draw(pipe, **RUNS["guidance"])
         assert np.array_equal(draw(pipe, **RUNS[second]), alone_planned[second])
         assert handle.residuals.bytes == 0
@@ -213,7 +213,7 @@ def test_planned_quality_is_above_fewer_steps(pipe, floor):
     for seed, prompt in enumerate(FLOORS["prompts"]):
         uncached = draw(pipe, prompt, 28, seed=seed)
         for payload, values in psnr.items():
-            with patched(pipe, target=Target(floor["computed"], payload=payload)):
+            with patched(pipe, target=Target(floor["computed"], predictor="linear", payload=payload)):
                 values.append(quality(uncached, draw(pipe, prompt, 28, seed=seed))["psnr"])
         control.append(quality(uncached, draw(pipe, prompt, floor["computed"], seed=seed))["psnr"])
     for payload, values in psnr.items():

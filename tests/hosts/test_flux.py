@@ -3,9 +3,11 @@ structure."""
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, Flux
 from PIL import Image
 
 from common.calibration import fingerprint
+from common.hosts import FLUX
 from common.schedule import Settings, magcache_schedule, rule_of
 from common.scripts import flux
 from common.scripts.quality import quality
@@ -36,21 +39,14 @@ def own_home(tmp_path, monkeypatch):
 
 
 def run(capsys, script, *arguments):
-    """Run a script's main in this process; returns what it printed."""
-    settings = script_settings(script)
-    argv, sys.argv = sys.argv, [str(script), *map(str, arguments)]
+    """Run a script in this process; returns what it printed."""
+    argv, path = sys.argv, [*sys.path]
+    sys.argv = [str(script), *map(str, arguments)]
     try:
-        flux.main(settings)
+        runpy.run_path(str(script), run_name="__main__")
     finally:
-        sys.argv = argv
+        sys.argv, sys.path[:] = argv, path
     return capsys.readouterr().out
-
-
-def script_settings(script):
-    """The script's lines at the top, without running it as the main program."""
-    settings = {"__name__": "script", "__file__": str(script)}
-    exec(compile(script.read_text(), script, "exec"), settings)
-    return settings
 
 
 def complaint(capsys, script, *arguments):
@@ -89,7 +85,7 @@ def test_demo_runs_where_there_is_no_gpu_and_no_model(capsys):
         "running the small bundled demo model" in text and "MagCache plan: 28 steps, ratios of demo (measured)" in text
     )
     assert Image.open("magcache_flux.png").size == (64, 64)
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     ran = ["#" if call["kind"] == "computed" else "." for call in report["by_call"]]
     assert "".join(ran) == report["strip"] and 0 < report["reused"] == 28 - report["computed"]
     assert report["complete"] and report["unplanned"] == {} and report["extra_bytes"] == 64 * 160 * 4
@@ -110,7 +106,7 @@ def test_threshold_zero_and_no_magcache_are_the_plain_pipeline(capsys):
     ).images[0]
     for name in ("zero.png", "off.png"):
         assert np.array_equal(np.asarray(Image.open(name)), np.asarray(plain))
-    assert not Path("off.json").exists()
+    assert not Path("off.magcache.json").exists()
 
 
 def test_compare_writes_pictures_figures_and_the_control(capsys):
@@ -122,13 +118,15 @@ def test_compare_writes_pictures_figures_and_the_control(capsys):
         "magcache_flux_1.schedule.png",
     ):
         assert Image.open(name).size[0] >= 64
-    report = json.loads(Path("magcache_flux_1.json").read_text())
+    report = json.loads(Path("magcache_flux_1.magcache.json").read_text())
     computed = report["computed"]
-    assert f"plain sampler, {computed} steps" in text and "Whole pipeline" in text
+    cached, fewer = f"MagCache, {computed} of 28", f"plain sampler, {computed} steps"
+    assert text.count(fewer) == 3 and "Averaged over 2 prompts" in text and "Whole pipeline" in text
+    assert "magcache_flux_compare.png" in report["files"] and "magcache_flux_1.schedule.png" in report["files"]
     run(capsys, DEV, "--prompt", PROMPT, "--no-magcache", "--output", "off.png")
     pictures = [np.asarray(Image.open(name))[None] for name in ("off.png", "magcache_flux_1.png")]
-    assert report["quality"]["MagCache"]["psnr"] == pytest.approx(quality(*pictures)["psnr"])
-    assert set(report["quality"]["fewer steps"]) == {"psnr", "ssim", "ms_ssim", "seconds"}
+    assert report["quality"][cached]["psnr"] == pytest.approx(quality(*pictures)["psnr"])
+    assert set(report["quality"][fewer]) == {"psnr", "ssim", "ms_ssim", "seconds", "steps"}
 
 
 def test_calibration_is_found_again_by_itself(capsys, tmp_path):
@@ -169,7 +167,7 @@ def test_true_guidance_has_two_branches_that_skip_together(capsys):
     )
     assert read("two.json").mag_ratios.keys() == {"cond", "uncond"}
     run(capsys, DEV, "--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2, "--mag_ratios", "two.json")
-    calls = json.loads(Path("magcache_flux.json").read_text())["by_call"]
+    calls = json.loads(Path("magcache_flux.magcache.json").read_text())["by_call"]
     by_step = {}
     for call in calls:
         by_step.setdefault(call["step"], []).append(call["kind"])
@@ -181,13 +179,13 @@ def test_structure_of_flux_dev(capsys, dev_like):
     """57 blocks, embedded guidance, the published table and settings: 9 of 28 steps, as the release."""
     text = run(capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--prompt", PROMPT)
     assert "ratios of flux-dev (published), magcache_thresh 0.24, magcache_K 5, retention_ratio 0.1" in text
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     # The demo's scheduler has shift 3, FLUX.1-dev's 3.16 at 1024 pixels: the ratios are carried over.
     assert report["computed"] + report["reused"] == 28 and report["reused"] >= 18
     text = run(
         capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--magcache_interp", "nearest", "--prompt", PROMPT
     )
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["strip"] == "###..#...#.#.....#.....#..#." and report["computed"] == 9
 
 
@@ -213,7 +211,7 @@ def test_published_schedule_at_the_noise_levels_of_diffusers(name, steps, schedu
 def test_half_precision_walks_the_same_steps(capsys):
     """A bfloat16 timestep is off by up to 0.4 %, more than some steps are apart."""
     run(capsys, DEV, "--prompt", PROMPT, "--steps", 50, "--dtype", "bfloat16")
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert [call["step"] for call in report["by_call"]] == list(range(50)) and report["complete"]
     assert "".join("#" if call["kind"] == "computed" else "." for call in report["by_call"]) == report["strip"]
 
@@ -231,7 +229,7 @@ def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
         "--prompt",
         PROMPT,
     )
-    assert json.loads(Path("magcache_flux_schnell.json").read_text())["strip"] == "##.#"
+    assert json.loads(Path("magcache_flux_schnell.magcache.json").read_text())["strip"] == "##.#"
     text = run(capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--prompt", PROMPT, "--steps", 3)
     assert "a run of 3 steps has nothing to gain" in text
 
@@ -239,13 +237,14 @@ def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
 def test_planned_run_computes_as_many_steps_as_asked(capsys):
     """Two residuals are kept, and the picture beats the plain sampler with as many steps."""
     run(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["strip"].count("#") == report["computed"] == 10 and report["unplanned"] == {}
     assert report["extra_bytes"] == 2 * 64 * 160 * 4
-    assert report["quality"]["MagCache"]["psnr"] > report["quality"]["fewer steps"]["psnr"] + 3
+    _, cached, fewer = report["quality"].values()
+    assert cached["psnr"] > fewer["psnr"] + 3
     text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_speedup", 2, "--steps", 20, "--magcache_predictor", "reuse")
     assert "computes 10 of 20" in text
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["computed"] == 10 and report["extra_bytes"] == 64 * 160 * 4
 
 
@@ -254,16 +253,17 @@ def test_planned_guidance_weighs_each_branch(capsys):
     run(capsys, DEV, *two, "--magcache_calibration", "two.json")
     assert read("two.json").statistics["gram"].keys() == {"cond", "uncond"}
     run(capsys, DEV, *two, "--mag_ratios", "two.json", "--magcache_steps", 12, "--compare")
-    report = json.loads(Path("magcache_flux.json").read_text())
+    report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["computed"] == 24 and report["extra_bytes"] == 4 * 64 * 160 * 4
-    assert report["quality"]["MagCache"]["psnr"] > report["quality"]["fewer steps"]["psnr"] + 3
+    _, cached, fewer = report["quality"].values()
+    assert cached["psnr"] > fewer["psnr"] + 3
 
 
 def test_prompt_file_seed_and_size(capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\na robot\n")
     run(capsys, DEV, "--prompt_file", "prompts.txt", "--height", 32, "--width", 48, "--steps", 6, "--seed", 7)
     assert Image.open("magcache_flux_2.png").size == (48, 32)
-    assert json.loads(Path("magcache_flux_2.json").read_text())["seed"] == 7
+    assert json.loads(Path("magcache_flux_2.magcache.json").read_text())["seed"] == 7
 
 
 def test_group_offload_gives_the_same_picture(capsys):
@@ -274,7 +274,7 @@ def test_group_offload_gives_the_same_picture(capsys):
 
 def test_residuals_in_another_type(capsys):
     run(capsys, DEV, "--prompt", PROMPT, "--magcache_cache_dtype", "bfloat16", "--magcache_cache_device", "cpu")
-    assert json.loads(Path("magcache_flux.json").read_text())["extra_bytes"] == 64 * 160 * 2
+    assert json.loads(Path("magcache_flux.magcache.json").read_text())["extra_bytes"] == 64 * 160 * 2
 
 
 def test_fingerprint_tells_checkpoints_apart_and_not_their_types():
@@ -330,12 +330,12 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     monkeypatch.setattr(sys.modules[FluxKontextPipeline.__module__], "PREFERRED_KONTEXT_RESOLUTIONS", [(64, 64)])
     Image.new("RGB", (64, 64), "red").save("reference.png")
     counted = []
-    compare = flux.FLUX.noise_tokens
+    compare = FLUX.noise_tokens
     monkeypatch.setattr(
         flux,
         "FLUX",
-        flux.replace(
-            flux.FLUX,
+        replace(
+            FLUX,
             noise_tokens=lambda forward: (
                 counted.append((compare(forward), forward["hidden_states"].shape[1])),
                 compare(forward),
@@ -346,7 +346,7 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
     run(capsys, DEV, *arguments, "--magcache_calibration", "kontext.json")
     assert set(counted) == {(64, 128)}
     run(capsys, DEV, *arguments, "--mag_ratios", "kontext.json", "--magcache_thresh", 9, "--output", "edit.png")
-    report = json.loads(Path("edit.json").read_text())
+    report = json.loads(Path("edit.magcache.json").read_text())
     assert report["reused"] > 0 and Image.open("edit.png").size == (64, 64)
 
 
@@ -373,7 +373,6 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
         (["--image", "missing.png"], "--image needs FLUX.1-Kontext"),
         (["--output", "/proc/nowhere/x.png"], "cannot be written"),
         (["--output", "x.txt"], "is no picture format"),
-        (["--output", "flux.png", "--mag_ratios", "flux.json"], "would overwrite a calibration file"),
         (["--magcache_cache_device", "nonsense"], "is no device of this machine"),
         (["--seed", "99999999999999999999999"], "--seed must be between"),
         (["--height", "0"], "must be multiples of 8"),
@@ -394,7 +393,8 @@ def test_a_checkpoint_without_a_table_names_the_calibration(capsys, dev_like):
 
 
 def test_interrupted_calibration_leaves_the_old_file(capsys, monkeypatch):
-    Path("old.json").write_text("old")
+    shutil.copy(REPOSITORY / "common/presets/demo.json", "old.json")
+    before = Path("old.json").read_text()
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -402,7 +402,7 @@ def test_interrupted_calibration_leaves_the_old_file(capsys, monkeypatch):
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
     with pytest.raises(KeyboardInterrupt):
         run(capsys, DEV, "--prompt", PROMPT, "--magcache_calibration", "old.json")
-    assert Path("old.json").read_text() == "old"
+    assert Path("old.json").read_text() == before
 
 
 def test_copied_by_hand_and_by_install(tmp_path):
@@ -422,4 +422,4 @@ def test_copied_by_hand_and_by_install(tmp_path):
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert (folder / "magcache_flux.png").is_file() and (folder / "magcache_flux.json").is_file()
+        assert (folder / "magcache_flux.png").is_file() and (folder / "magcache_flux.magcache.json").is_file()

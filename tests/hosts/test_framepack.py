@@ -5,24 +5,27 @@ import argparse
 import copy
 import importlib
 import json
+import os
 import queue
+import subprocess
 import sys
 import threading
 import time
 import types
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
+import magcache_framepack_page as framepack_page
 import numpy as np
 import pytest
 import torch
 from framepack_cpu import IMAGE_WIDTH, TEXT_WIDTH, tiny_transformer
+from magcache_framepack import Jobs, sections, timesteps_noted
 from packages import unpacked
 
-from common import framepack_page
 from common.errors import MagCacheError
-from common.framepack import Jobs, sections, timesteps_noted
 from common.hosts import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
@@ -624,35 +627,76 @@ def test_the_plan_is_drawn(demo):
     assert framepack_page.in_lines(["a < b"]) == "<div>a &lt; b</div>"
 
 
-def test_the_gradio_that_the_checkout_pins_is_asked_for(tmp_path):
-    (tmp_path / "requirements.txt").write_text("accelerate==1.6.0\ngradio==5.23.0\n")
-    gradio = types.SimpleNamespace(__version__="6.31.0")
+def test_the_gradio_that_the_checkout_pins_is_asked_for(monkeypatch, tmp_path):
+    pinned = tmp_path / "requirements.txt"
+    pinned.write_text("accelerate==1.6.0\ngradio==5.23.0\n")
+    monkeypatch.setattr(framepack_page, "version", lambda package: "6.31.0")
     with pytest.raises(MagCacheError, match="pip install gradio==5.23.0"):
-        framepack_page.check_gradio(gradio, tmp_path / "requirements.txt")
+        framepack_page.check_gradio(pinned)
+    framepack_page.check_gradio(tmp_path / "absent.txt")
     for fine in ("5.23.0", "5.50.0"):
-        framepack_page.check_gradio(types.SimpleNamespace(__version__=fine), tmp_path / "requirements.txt")
-    framepack_page.check_gradio(gradio, tmp_path / "absent.txt")
+        monkeypatch.setattr(framepack_page, "version", lambda package, fine=fine: fine)
+        framepack_page.check_gradio(pinned)
+    monkeypatch.undo()
+    with pytest.raises(MagCacheError, match="This needs the package gradio"):
+        monkeypatch.setattr(framepack_page, "version", lambda package: version("a-package-that-nobody-has"))
+        framepack_page.check_gradio(pinned)
 
 
-def test_flags_join_those_of_a_script_that_parses_when_imported(monkeypatch, capsys):
-    checked = []
-    monkeypatch.setattr(sys, "argv", ["magcache_demo_gradio.py", "--port", "7", "--mag_ratios", "framepack-f1"])
-    plain = argparse.ArgumentParser.parse_args
-    with framepack_page.import_time_flags(framepack_page.add_flags, checked.append):
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--port", type=int)
-        args = parser.parse_args()
-        with pytest.raises(SystemExit):
-            argparse.ArgumentParser().parse_args(["--help"])
-    assert (args.port, args.mag_ratios, args.magcache_calibration) == (7, "framepack-f1", None) and checked == [args]
-    assert "--magcache_calibration" in capsys.readouterr().out and argparse.ArgumentParser.parse_args is plain
+TOY_DEMO = """
+import os
+
+os.environ["HF_HOME"] = "beside the demo"
+import toy_gradio
+
+port = __import__("sys").argv[1:]
+block = toy_gradio.Blocks()
+block.launch(7, share=False)
+"""
+TOY_GRADIO = """
+import os
+
+HF_HOME = os.environ.get("HF_HOME")
+
+
+class Blocks:
+    def launch(self, *args, **kwargs):
+        raise AssertionError("launched")
+"""
+
+
+def test_the_page_is_held_back_by_a_gradio_that_the_demo_imports(monkeypatch, tmp_path):
+    """Whatever reads HF_HOME finds what the demo set, since nobody imports it before the demo does."""
+    (tmp_path / "toy_demo.py").write_text(TOY_DEMO)
+    (tmp_path / "toy_gradio.py").write_text(TOY_GRADIO)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HF_HOME", "elsewhere")
+    finders = [*sys.meta_path]
+    with framepack_page.launch_held_back("toy_gradio") as launches:
+        demo = importlib.import_module("toy_demo")
+    assert launches == [((7,), {"share": False})] and demo.toy_gradio.HF_HOME == "beside the demo"
+    assert sys.meta_path == finders
+    with pytest.raises(AssertionError, match="launched"):
+        demo.block.launch()
+
+
+def test_importing_the_drop_in_reads_no_environment_of_the_hub():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, magcache_framepack_page; print(*sys.modules)"],
+        cwd=REPOSITORY / "MagCache4FramePack",
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"gradio", "huggingface_hub", "diffusers", "transformers"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize(
     "given, sentence",
     [
         ({"mag_ratios": "nothing.json"}, "no calibration file nothing.json"),
-        ({"magcache_calibration": "/proc/none/x.json"}, "--magcache_calibration /proc/none/x.json cannot be written"),
+        ({"magcache_calibration": "/proc/none/x.json"}, "calibration file /proc/none/x.json cannot be written"),
     ],
 )
 def test_flags_are_checked_before_weights_are_loaded(given, sentence):
@@ -675,4 +719,4 @@ def test_install_knows_the_checkout(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert install("MagCache4FramePack", tmp_path) == "python magcache_demo_gradio.py"
-    assert (tmp_path / "magcache_demo_gradio_f1.py").is_file() and (tmp_path / "common" / "framepack.py").is_file()
+    assert (tmp_path / "magcache_demo_gradio_f1.py").is_file() and (tmp_path / "magcache_framepack.py").is_file()

@@ -27,7 +27,6 @@ from common.planner import Target
 from common.ratios import flow_sigmas
 from common.report import memory_text
 from common.schedule import Settings, magcache_schedule
-from common.scripts.checkout import run_script
 from common.scripts.quality import read_frames
 from common.tables import RatioTable, load, read
 
@@ -575,8 +574,8 @@ def test_two_ranks_render_and_measure_what_one_does(tmp_path):
 # The command line, on a checkout of a few lines
 
 
-def host_flags(module_argparse):
-    parser = module_argparse.ArgumentParser()
+def host_flags():
+    parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="HYVideo-T/2-cfgdistill")
     parser.add_argument("--video-size", type=int, nargs="+", default=(720, 1280))
     numbers = {
@@ -631,8 +630,7 @@ def save_videos_grid(videos, path, rescale=False, n_rows=1, fps=24):
 @pytest.fixture
 def checkout(monkeypatch, tmp_path):
     """Runs magcache_sample_video.py with flags; returns what was printed."""
-    config, sample_video = types.ModuleType("hyvideo.config"), types.ModuleType("sample_video")
-    config.argparse = argparse
+    sample_video = types.ModuleType("sample_video")
 
     def main():
         args = sample_video.parse_args()
@@ -651,19 +649,17 @@ def checkout(monkeypatch, tmp_path):
             sample_video.save_videos_grid(sample.unsqueeze(0), name, fps=24)
 
     sample_video.main = main
-    monkeypatch.setitem(sys.modules, "hyvideo", types.ModuleType("hyvideo"))
-    monkeypatch.setitem(sys.modules, "hyvideo.config", config)
     monkeypatch.setitem(sys.modules, "sample_video", sample_video)
     monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        sample_video.parse_args = lambda: host_flags(config.argparse)
+        sample_video.parse_args = host_flags
         sample_video.HunyuanVideoSampler, sample_video.save_videos_grid = Sampler, save_videos_grid
         monkeypatch.setattr(
             sys, "argv", ["magcache_sample_video.py", "--prompt", "A cat", "--seed", "3", *map(str, flags)]
         )
-        run_script(SCRIPT["run"], SCRIPT)
+        SCRIPT["main"]()
 
     return run
 
@@ -675,7 +671,7 @@ def videos(folder="results"):
 
 
 def reports(folder="results"):
-    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.magcache.json"))]
 
 
 @pytest.mark.parametrize(
@@ -741,7 +737,7 @@ def test_several_videos_with_comparison(checkout, capsys):
 def test_a_long_prompt_does_not_lose_the_video(checkout, monkeypatch):
     checkout("--flow-reverse", "--infer-steps", 8, "--prompt", "雨" * 100, "--magcache_plot")
     (name,) = videos()
-    assert name.startswith("seed3_雨雨") and len(name.encode()) <= 204
+    assert name.startswith("seed3_雨雨") and len(name.encode()) <= 255
     assert {path.suffix for path in Path("results").iterdir()} == {".mp4", ".json", ".png"}
 
 
@@ -765,7 +761,7 @@ def test_calibration_is_used_from_then_on(checkout, capsys):
 
 
 def test_the_lines_at_the_top_and_the_flags(checkout, monkeypatch):
-    monkeypatch.setitem(SCRIPT, "MAGCACHE_K", 2)
+    monkeypatch.setitem(SCRIPT["published"].__globals__, "MAGCACHE_K", 2)
     checkout("--flow-reverse", "--magcache_thresh", 0.12)
     assert reports()[0]["settings"] == {"magcache_thresh": 0.12, "magcache_K": 2, "retention_ratio": 0.2}
     assert reports()[0]["strip"].count(".") == 25
@@ -790,7 +786,13 @@ def test_mistakes_are_found_before_loading(checkout, monkeypatch, flags, sentenc
 
 
 @pytest.mark.parametrize(
-    "flag, package", [("--compare", "torchmetrics"), ("--compare", "tabulate"), ("--magcache_plot", "matplotlib")]
+    "flag, package",
+    [
+        ("--compare", "torchmetrics"),
+        ("--compare", "tabulate"),
+        ("--compare", "imageio"),
+        ("--magcache_plot", "matplotlib"),
+    ],
 )
 def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, package):
     monkeypatch.setattr(Sampler, "__init__", lambda self, args: pytest.fail("loaded"))
@@ -800,12 +802,12 @@ def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, 
 
 
 def test_ranks_need_a_seed():
-    args = argparse.Namespace(flow_reverse=True, video_length=129, seed=None, ulysses_degree=8, ring_degree=1)
+    host_args = argparse.Namespace(flow_reverse=True, video_length=129, seed=None, ulysses_degree=8, ring_degree=1)
     with pytest.raises(MagCacheError, match="give --seed"):
-        SCRIPT["session_of"](args, SCRIPT)
+        SCRIPT["session_of"](argparse.Namespace(), host_args)
 
 
 def test_without_a_checkout(monkeypatch):
     monkeypatch.setitem(sys.modules, "sample_video", None)
     with pytest.raises(SystemExit, match="python -m common install MagCache4HunyuanVideo"):
-        run_script(SCRIPT["run"], SCRIPT)
+        SCRIPT["main"]()

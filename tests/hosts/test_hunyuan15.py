@@ -69,7 +69,7 @@ def generate(runs, tmp_path):
 
 
 def report(folder, name="cat"):
-    return json.loads((folder / "out" / f"{name}.json").read_text())
+    return json.loads((folder / "out" / f"{name}.magcache.json").read_text())
 
 
 def apart(one, other):
@@ -104,7 +104,7 @@ def test_the_published_table_of_the_nearest_step_count(generate, tmp_path, steps
 def test_super_resolution_comparison_and_the_video_before_it(generate, tmp_path):
     (done,) = generate("--sr", "true", "--save_pre_sr_video", "--compare", "--num_inference_steps", 10)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("cat.mp4", "cat.json", "cat_compare.mp4", "cat_before_sr.mp4", "cat_config.json")
+        *("cat.mp4", "cat.magcache.json", "cat_compare.mp4", "cat_before_sr.mp4", "cat_config.json")
     }
     assert list(report(tmp_path)["quality"])[0] == "un-cached, 10 steps" and "MS-SSIM" in done.output
 
@@ -146,7 +146,7 @@ def test_the_step_distilled_model_runs_as_it_is_until_asked(generate, tmp_path):
     flags = "--image_path", "cat.png", "--enable_step_distill", "--num_inference_steps", 12
     (done,) = generate(*flags)
     assert "MagCache is off: the step-distilled model" in done.output and done.entered[BLOCKS] == 36
-    assert not (tmp_path / "out" / "cat.json").exists()
+    assert not (tmp_path / "out" / "cat.magcache.json").exists()
     generate(*flags, "--magcache_calibration")
     (done,) = generate(*flags, "--magcache_steps", 9)
     assert done.entered[BLOCKS] == 27
@@ -179,5 +179,5 @@ def test_the_commands_of_the_readme(runs, generate, tmp_path):
     for line in commands():
         starts, flags = line.replace("/path/to/image.png", "cat.png").split(" magcache_generate.py ")
         generate(*shlex.split(flags), *SMALL[2:], count=1 if starts == "python" else 2)
-    written = json.loads((tmp_path / "outputs" / "cat.json").read_text())
+    written = json.loads((tmp_path / "outputs" / "cat.magcache.json").read_text())
     assert written["reused"] > 0 and len(list((tmp_path / "home").iterdir())) == 1

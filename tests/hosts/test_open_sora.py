@@ -233,7 +233,8 @@ class Toy:
         self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
         self.script = "scripts/diffusion/inference.py" if name == "open_sora_2" else "scripts/inference.py"
         shutil.copytree(REPOSITORY / "tests" / "hosts" / name, folder, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(REPOSITORY / "MagCache4Open-Sora" / "magcache_inference.py", folder)
+        for script in ("magcache_inference.py", "magcache_opensora.py"):
+            shutil.copy(REPOSITORY / "MagCache4Open-Sora" / script, folder)
         monkeypatch.setenv("MAGCACHE_HOME", str(folder / "home"))
         monkeypatch.chdir(folder)
         monkeypatch.syspath_prepend(str(folder))
@@ -265,7 +266,7 @@ class Toy:
         return str(end.value)
 
     def report(self, name):
-        return json.loads((self.folder / "samples" / f"{name}.json").read_text())
+        return json.loads((self.folder / "samples" / f"{name}.magcache.json").read_text())
 
 
 @pytest.fixture
@@ -307,7 +308,9 @@ def test_2_leaves_the_picture_model_alone(toy2):
     assert all(map(torch.equal, plain[pictures], result[pictures])) and torch.equal(plain[1], result[1])
     assert not torch.equal(plain[videos][1], result[videos][1])
     written = sorted(path.name for path in (toy2.folder / "samples/video").iterdir())
-    assert written == [f"prompt_000{i}{end}" for i in range(2) for end in (".png", "_video.json", "_video.mp4")]
+    assert written == [
+        f"prompt_000{i}{end}" for i in range(2) for end in (".png", "_video.magcache.json", "_video.mp4")
+    ]
     assert toy2.report("video/prompt_0001_video")["task"] == "open-sora-2.0-i2v_head"
 
 

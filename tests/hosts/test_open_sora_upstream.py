@@ -91,7 +91,7 @@ def same(results, others):
 
 
 def strip_of(folder, name):
-    (found,) = folder.rglob(f"{name}.json")
+    (found,) = folder.rglob(f"{name}.magcache.json")
     return json.loads(found.read_text())
 
 

@@ -151,7 +151,7 @@ def test_cached(command, name, solver, tmp_path):
     done = command(name, "--use_magcache", "--mag_ratios", preset, *REUSING, "--sample_solver", solver)
     report_name, video = written(tmp_path)
     report = json.loads((tmp_path / report_name).read_text())
-    assert video.startswith(f"magcache_{RUNS[name][3][2]}_") and report_name == video.replace(".mp4", ".json")
+    assert video.startswith(f"magcache_{RUNS[name][3][2]}_") and report_name == video.replace(".mp4", ".magcache.json")
     assert report["calls"] == 20 and report["reused"] >= 6 and report["unplanned"] == {} and report["complete"]
     assert report["mag_ratios_of"] == preset and report["prompt"] == "a cat / a dog" and report["solver"] == solver
     assert report["bound"] == pytest.approx(10 / report["planned_computed"], abs=1e-3)
@@ -164,8 +164,8 @@ def test_cached(command, name, solver, tmp_path):
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])
 def test_compare_into_a_file_that_is_named(command, name, tmp_path):
     done = command(name, "--compare", "--mag_ratios", RUNS[name][2], *REUSING, "--save_file", "out/cat.mp4")
-    assert written(tmp_path / "out") == ["cat.json", "cat.mp4", "cat_compare.mp4"]
-    uncached, cached, fewer = json.loads((tmp_path / "out" / "cat.json").read_text())["quality"].values()
+    assert written(tmp_path / "out") == ["cat.magcache.json", "cat.mp4", "cat_compare.mp4"]
+    uncached, cached, fewer = json.loads((tmp_path / "out" / "cat.magcache.json").read_text())["quality"].values()
     assert uncached["steps"] == 10 and cached["steps"] == fewer["steps"] < 10
     assert 0 < cached["psnr"] < 100 and 0 < cached["ssim"] <= 1
     plain = command(name, "--save_file", "plain.mp4", script="generate.py")
@@ -203,12 +203,12 @@ def test_two_processes_render_what_one_does(command, name, flags, tmp_path):
     cached = ("--mag_ratios", RUNS[name][2], *REUSING, "--save_file")
     one = command(name, *cached, "one.mp4")
     first, second = command(name, *cached, "two.mp4", *flags, ranks=2)
-    reports = [json.loads((tmp_path / f"{which}.json").read_text()) for which in ("one", "two")]
+    reports = [json.loads((tmp_path / f"{which}.magcache.json").read_text()) for which in ("one", "two")]
     assert reports[0]["strip"] == reports[1]["strip"] and reports[1]["unplanned"] == {} and reports[1]["reused"] >= 6
     torch.testing.assert_close(first.latents[0], one.latents[0], rtol=0, atol=1e-3)
     assert blocks_entered(first) == blocks_entered(second) == blocks_entered(one)
     assert not second.latents and "MagCache" not in second.output
-    assert written(tmp_path) == ["one.json", "one.mp4", "two.json", "two.mp4"]
+    assert written(tmp_path) == ["one.magcache.json", "one.mp4", "two.magcache.json", "two.mp4"]
 
 
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])

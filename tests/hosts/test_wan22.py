@@ -352,7 +352,7 @@ PRESET = {
 def test_cached(command, kind, tmp_path):
     settings = ("--magcache_thresh", "0.5", "--magcache_K", "3", "--retention_ratio", "0.2")
     done = command(kind, "--use_magcache", "--mag_ratios", PRESET[kind], *settings)
-    report = json.loads((tmp_path / f"magcache_{TASKS[kind][1]}_1.json").read_text())
+    report = json.loads((tmp_path / f"magcache_{TASKS[kind][1]}_1.magcache.json").read_text())
     assert report["calls"] == 24 and 0 < report["reused"] and report["unplanned"] == {} and report["complete"]
     assert done.entered["WanAttentionBlock"] == 4 * report["computed"] and done.entered["Head"] == 24
     assert report["settings"] == {"magcache_thresh": 0.5, "magcache_K": 3, "retention_ratio": 0.2}
@@ -368,7 +368,7 @@ def test_published_settings_are_the_default_and_printed(command, tmp_path):
         "t2v", "--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--sample_steps", "40", "--sample_shift", "12"
     )
     assert "magcache_thresh 0.06, magcache_K 2, retention_ratio 0.4" in done.output
-    strip = json.loads((tmp_path / "magcache_t2v-A14B_1.json").read_text())["strip"]
+    strip = json.loads((tmp_path / "magcache_t2v-A14B_1.magcache.json").read_text())["strip"]
     assert [step for step, letter in enumerate(strip) if letter == "."] == SKIPPED["wan2.2-t2v-a14b"]
 
 
@@ -386,11 +386,11 @@ def test_compare(command, tmp_path):
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "cat.mp4",
-        "cat.json",
+        "cat.magcache.json",
         "cat_compare.mp4",
         "cat.schedule.png",
     }
-    report = json.loads((tmp_path / "out" / "cat.json").read_text())
+    report = json.loads((tmp_path / "out" / "cat.magcache.json").read_text())
     uncached, cached, fewer = report["quality"].values()
     assert (uncached["steps"], cached["steps"], fewer["steps"]) == (
         12,
@@ -415,11 +415,11 @@ def test_calibration_is_found_by_the_next_run(command, tmp_path):
     assert table.origin == "measured" and table.steps == 12 and table.sampler["boundary"] == 0.9
     assert list(table.mag_ratios) == ["cond", "uncond"]
     planned = command("i2v", "--magcache_steps", "6")
-    report = json.loads((tmp_path / "magcache_i2v-A14B_1.json").read_text())
+    report = json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())
     assert report["mag_ratios_of"] == table.name and report["planned_computed"] == 6 and report["computed"] == 12
     assert planned.entered["WanAttentionBlock"] == 4 * 12
     command("i2v", "--use_magcache", "--magcache_thresh", "9")
-    assert json.loads((tmp_path / "magcache_i2v-A14B_1.json").read_text())["reused"] > 0
+    assert json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())["reused"] > 0
 
 
 def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
@@ -427,7 +427,7 @@ def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
     assert read(tmp_path / "mine.json").steps == 12 and not (tmp_path / "home").exists()
     assert "use it with --mag_ratios mine.json" in done.output
     command("ti2v-t2v", "--magcache_steps", "6", "--mag_ratios", "mine.json")
-    assert json.loads((tmp_path / "magcache_ti2v-5B_1.json").read_text())["planned_computed"] == 6
+    assert json.loads((tmp_path / "magcache_ti2v-5B_1.magcache.json").read_text())["planned_computed"] == 6
 
 
 def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path):
@@ -491,7 +491,7 @@ def test_a_save_that_fails_says_so_and_leaves_the_old_file(tmp_path):
         Path(save_file).with_suffix(".log").write_text("")
 
     (tmp_path / "cat.mp4").write_text("old")
-    session = Session(argparse.Namespace(magcache_calibration=None), {}, "t2v-A14B", "96x64", 5, None, {})
+    session = Session(argparse.Namespace(magcache_calibration=None), {}, "t2v-A14B", "96x64", 5, 12, None, {})
     with pytest.raises(MagCacheError, match=r"cat\.mp4 could not be written"):
         session.saving(write)(tensor=None, save_file=str(tmp_path / "cat.mp4"))
     assert (tmp_path / "cat.mp4").read_text() == "old" and not list(tmp_path.glob("*.part.mp4"))
@@ -524,7 +524,7 @@ ODD = ("--size", "480*832", "--frame_num", "9")
 )
 def test_two_processes_render_what_one_does(command, kind, flags, tmp_path):
     cached = ("--mag_ratios", PRESET[kind], "--magcache_thresh", "0.5")
-    name = f"magcache_{TASKS[kind][1]}_1.json"
+    name = f"magcache_{TASKS[kind][1]}_1.magcache.json"
     one = command(kind, *cached, *(ODD if "480*832" in flags else ()))
     report = json.loads((tmp_path / name).read_text())
     (tmp_path / name).unlink()

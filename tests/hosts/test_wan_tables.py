@@ -12,7 +12,8 @@ import torch
 
 from common.errors import MagCacheError
 from common.hosts import WAN
-from common.scripts.wan import add_flags, host_of, session_of
+from common.scripts.flags import add_opt_in_flags, parsed
+from common.scripts.wan import host_of, session_of
 from common.tables import calibrations_folder, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,12 +43,11 @@ def session(tmp_path, folder, task, size, frames, image, config):
     place = checkpoint / "high_noise_model" if "A14B" in task else checkpoint
     place.mkdir(parents=True)
     (place / "config.json").write_text(json.dumps(dict(zip(("model_type", "dim"), config))))
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
     host = {
         "task": task,
         "size": size,
         "frame_num": frames,
+        "sample_steps": 40,
         "image": image,
         "ckpt_dir": str(checkpoint),
         "prompt": "a cat",
@@ -56,8 +56,9 @@ def session(tmp_path, folder, task, size, frames, image, config):
         "sample_shift": 5.0,
         "sample_guide_scale": 5.0,
     }
-    args = argparse.Namespace(**host, **vars(parser.parse_args(["--use_magcache"])))
-    return session_of(args, runpy.run_path(str(REPOSITORY / folder / "magcache_generate.py")))
+    script = runpy.run_path(str(REPOSITORY / folder / "magcache_generate.py"))
+    args, _ = parsed(add_opt_in_flags, ["--use_magcache"])
+    return session_of(args, argparse.Namespace(**host), script["SETTINGS"], script["TABLES"])
 
 
 @pytest.fixture(autouse=True)
@@ -71,11 +72,11 @@ def test_table_and_settings(tmp_path, folder, task, size, frames, image, config,
     made = session(tmp_path, folder, task, size, frames, image, config)
     assert made.preset == preset
     if preset:
-        made.check(None)
-        assert made.table("0" * 12).name == preset
+        made.check("output")
+        assert made.find_table("0" * 12).name == preset
     else:
         with pytest.raises(MagCacheError, match=f"No magnitude ratios are known for {made.task} with this checkpoint"):
-            made.check(None)
+            made.check("output")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_table_and_settings(tmp_path, folder, task, size, frames, image, config,
     [case for case in CASES if case[-1] and (case[1], case[5]) != ("t2v-14B", T2V_1)],
 )
 def test_the_scripts_lines_are_what_was_published(tmp_path, folder, task, size, frames, image, config, preset):
-    assert session(tmp_path, folder, task, size, frames, image, config).lines == load(preset).settings
+    assert session(tmp_path, folder, task, size, frames, image, config).script_settings == load(preset).settings
 
 
 def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
@@ -98,16 +99,16 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
                     "origin": "measured",
                     "sigmas": list(table.sigmas),
                     "mag_ratios": table.mag_ratios,
-                    "sampler": {"task": "t2v-1.3B", "size": size, "frames": frames},
+                    "sampler": {**table.sampler, "task": "t2v-1.3B", "size": size, "frames": frames},
                     "provenance": {"fingerprint": fingerprint},
                 }
             )
         )
     made = session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 61, None, T2V_1)
-    assert made.table("a").name == "t2v-1.3B-832x480x81-a"
-    assert made.table("b").name == "wan2.1-t2v-1.3b"
+    assert made.find_table("a").name == "t2v-1.3B-832x480x81-a"
+    assert made.find_table("b").name == "wan2.1-t2v-1.3b"
     small = session(tmp_path / "small", "MagCache4Wan2.1", "t2v-1.3B", "832*480", 9, None, T2V_1)
-    assert small.table("a").name == "t2v-1.3B-832x480x5-a"
+    assert small.find_table("a").name == "t2v-1.3B-832x480x5-a"
 
 
 def test_a_task_that_is_not_known(tmp_path):

@@ -4,7 +4,6 @@ on models with random weights:
     wan_cases.py CASE CHECKPOINTS ARGUMENT ...     # leaves what the case returns in result.json
 """
 
-import argparse
 import copy
 import inspect
 import json
@@ -25,8 +24,9 @@ from common.patch import magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.scripts.checkout import timesteps_noted  # noqa: E402
+from common.scripts.flags import add_opt_in_flags, parsed  # noqa: E402
 from common.scripts.session import Session  # noqa: E402
-from common.scripts.wan import add_flags, cached, experts_of, host_of, schedulers_of  # noqa: E402
+from common.scripts.wan import cached, experts_of, host_of, schedulers_of  # noqa: E402
 from common.tables import RatioTable, load  # noqa: E402
 
 # kind: (class, task of its config, checkpoint)
@@ -106,10 +106,9 @@ def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
 
 
 def session(*flags, task="t2v-A14B"):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    lines = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
-    return Session(parser.parse_args(flags), lines, task, "96x64", 5, None, {})
+    args, _ = parsed(add_opt_in_flags, flags)
+    script_settings = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
+    return Session(args, script_settings, task, "96x64", 5, 9, None, {})
 
 
 class AddResidual(torch.nn.Module):
@@ -303,7 +302,7 @@ def calibration_serves_a_planned_run(kind):
     table = load(str(path))
     planned = session("--magcache_steps", "8")
     pipe = pipeline(kind, planned)
-    video, used = draw(pipe, kind, steps=16), planned.mag_ratios
+    video, used = draw(pipe, kind, steps=16), planned.table
     boundary = table.sampler.get("boundary")
     switch = sum(sigma >= boundary for sigma in table.sigmas) if boundary else 0
     ratios = [row[switch] for row in table.mag_ratios.values()]

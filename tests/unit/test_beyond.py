@@ -2,13 +2,13 @@
 
 import copy
 import json
-import multiprocessing
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from ranks import two_ranks
 
 from common.errors import MagCacheError
 from common.guard import Guard
@@ -61,7 +61,7 @@ def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, exe
     sampler, oracle = euler(copy.deepcopy(model)), euler(model)
     entered = []
     sampler.model.x_embedder.register_forward_hook(lambda *_: entered.append(None))
-    with planned(sampler, Target(5, payload="output")) as handle:
+    with planned(sampler, Target(5, predictor="linear", payload="output")) as handle:
         result = sampler.run(**run)
     report = handle.reports[0]
     branches = 2 if run.get("cfg") else 1
@@ -75,7 +75,7 @@ def test_plan_states_the_memory_of_the_payload(model, euler, planned, host):
     plans = []
     for payload, width in (("residual", 32), ("output", 16)):
         sampler = euler(copy.deepcopy(model))
-        with planned(sampler, Target(5, payload=payload), plans.append):
+        with planned(sampler, Target(5, predictor="linear", payload=payload), plans.append):
             sampler.run()
         assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
 
@@ -142,7 +142,7 @@ def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
 
 def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned):
     plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
-    with planned(plain, Target(6)):
+    with planned(plain, Target(6, predictor="linear")):
         result = plain.run(cfg=True, prompt=7)
     with planned(guarded, Target(6, magcache_guard=3)) as handle:
         assert torch.equal(guarded.run(cfg=True, prompt=7), result)
@@ -192,22 +192,14 @@ def test_a_guard_needs_a_planned_run(model, euler, ratios, host):
 
 
 def judged(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     made, predicted = torch.ones(1, 8, 4), torch.ones(1, 8, 4)
     if rank == 1:
         predicted = predicted - 0.5  # half the tokens of the video, and only they go astray
     why = Guard(2.0).judge(5, made, predicted, expected=0.1)
     (folder / f"{rank}.json").write_text(json.dumps(why))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_ranks_decide_alike(tmp_path):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=judged, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    two_ranks(judged, tmp_path)
     whys = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert whys == ["the guard saw step 5 predicted 3.5 times worse than calibrated"] * 2

@@ -3,12 +3,12 @@ residuals differ so much that a mix-up cannot hide. Compared bit for bit with ru
 
 import copy
 import itertools
-import multiprocessing
 import types
 
 import numpy as np
 import pytest
 import torch
+from ranks import two_ranks
 from test_planner import residuals, table
 
 from common.blocks import Host
@@ -255,7 +255,7 @@ def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
         {"sampler": {"boundary": boundary}},
     ):
         sampler.run()
-    with cached(sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6)) as handle:
+    with cached(sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6, predictor="linear")) as handle:
         result = sampler.run()
     (report,) = handle.reports
     assert report.computed == 12 and report.unplanned == {} and report.schedule.weights is not None
@@ -435,26 +435,17 @@ def test_calibration_has_ratio_1_at_the_switch_and_each_experts_own_elsewhere(sw
 
 def share_of_tokens(rank, folder):
     """One of two processes; the first holds five of the twelve tokens."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     sampler = Sampler(experts(), boundary_at(5))
     with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", f"{folder}/shared.json") as handle:
         sampler.run(tokens=slice(0, 5) if rank == 0 else slice(5, None))
-    torch.distributed.barrier()
     torch.save((handle.table.mag_ratios, handle.table.statistics), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_with_unequal_shares_measure_what_one_does(tmp_path):
     sampler = Sampler(experts(), boundary_at(5))
     with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", tmp_path / "one.json"):
         sampler.run()
-    context = multiprocessing.get_context("fork")  # spawned processes would import torch and diffusers once more each
-    processes = [context.Process(target=share_of_tokens, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    two_ranks(share_of_tokens, tmp_path)
     one, shared = read(tmp_path / "one.json"), read(tmp_path / "shared.json")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second and first[0] == shared.mag_ratios

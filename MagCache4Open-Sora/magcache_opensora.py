@@ -12,28 +12,29 @@ from pathlib import Path
 
 import torch
 
-from .calibration import fingerprint
-from .errors import MagCacheError
-from .hosts import STDIT3, mmdit
-from .ranks import is_writer
-from .scripts.checkout import add_flags, flags_taken, run_script, script_at, switched_on
-from .scripts.flags import check_flags
-from .scripts.session import Session
-from .steps import TRAIN_TIMESTEPS
+from common.calibration import fingerprint
+from common.errors import MagCacheError
+from common.hosts import STDIT3, mmdit
+from common.ranks import is_writer
+from common.scripts.checkout import one_sentence, script_at
+from common.scripts.flags import add_opt_in_flags, check_flags, flags_taken, switched_on
+from common.scripts.session import Session
+from common.steps import TRAIN_TIMESTEPS
 
 
-def main(script):
-    """Run a magcache_inference.py, given its settings by name (`globals()`)."""
-    run_script(run, script)
+@one_sentence
+def main(*, settings: dict, tables: dict, versions: dict):
+    """Run the checkout's inference script with MagCache.
 
-
-def run(script):
+    settings: {version: (magcache_thresh, magcache_K, retention_ratio)}; tables: {"version model": preset}; versions:
+    {type of the VAE: version}, of 1.2 and 1.3.
+    """
     path, version = inference_script(Path(sys.argv[0]).resolve().parent)
-    args = flags_taken(add_flags)
+    args = flags_taken(add_opt_in_flags)
     check_flags(args)
     inference = script_at(path)
     if args.magcache_calibration is not None or switched_on(args):
-        version(inference, args, script)
+        version(inference, args, settings, tables, versions)
     elif is_writer() and args.magcache:
         print("MagCache is off; --use_magcache turns it on.")
     inference.main()
@@ -56,19 +57,20 @@ class OpenSora:
     """An inference script of the checkout, some of whose functions are wrapped: they say what is rendered, and render
     it."""
 
-    def __init__(self, inference, args, script):
-        self.inference, self.args, self.script = inference, args, script
+    def __init__(self, inference, args, settings, tables, versions):
+        self.inference, self.args = inference, args
+        self.settings, self.tables, self.versions = settings, tables, versions
         self.timesteps = None  # of the sampler's run, noise level 1 being 1000
         self.wrap_functions()
 
-    def session_of(self, version, task, height, width, frames, cfg, preset=None, **options):
-        lines = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), self.script["SETTINGS"][version]))
+    def session_of(self, version, task, height, width, frames, steps, cfg, preset=None, **options):
         session = Session(
             self.args,
-            lines,
+            dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), self.settings[version])),
             f"open-sora-{version}-{task}",
             f"{width}x{height}",
             frames,
+            steps,
             preset,
             {"config": str(cfg.filename)},
             measures=True,
@@ -117,7 +119,14 @@ class OpenSora2(OpenSora):
         option = self.inference.sanitize_sampling_option(self.inference.SamplingOption(**self.cfg.sampling_option))
         cond_type = "i2v_head" if self.cfg.get("use_t2i2v") else self.cfg.get("cond_type", "t2v")
         self.session = self.session_of(
-            "2.0", cond_type, option.height, option.width, option.num_frames, self.cfg, videos=list
+            "2.0",
+            cond_type,
+            option.height,
+            option.width,
+            option.num_frames,
+            option.num_steps,
+            self.cfg,
+            videos=list,
         )
         return self.cfg
 
@@ -175,7 +184,7 @@ class OpenSora1(OpenSora):
 
     def configured(self, parse_configs, *args, **kwargs):
         cfg = parse_configs(*args, **kwargs)
-        version = self.script["VERSIONS"].get(cfg.vae["type"])
+        version = self.versions.get(cfg.vae["type"])
         if version is None or not cfg.model["type"].startswith("STDiT3"):
             raise MagCacheError(
                 "MagCache knows the configurations of Open-Sora 1.2 and 1.3, with an STDiT3 and their VAE; this "
@@ -184,8 +193,9 @@ class OpenSora1(OpenSora):
         size = cfg.get("image_size") or self.inference.get_image_size(cfg.resolution, cfg.aspect_ratio)
         frames = self.inference.get_num_frames(cfg.num_frames)
         task = "t2i" if frames == 1 else cfg.get("cond_type") or "t2v"
-        preset = self.script["TABLES"].get(f"{version} {cfg.model['type']}") if frames > 1 else None
-        self.session = self.session_of(version, task, *size, frames, cfg, preset, videos=self.decoded)
+        preset = self.tables.get(f"{version} {cfg.model['type']}") if frames > 1 else None
+        steps = cfg.scheduler["num_sampling_steps"]
+        self.session = self.session_of(version, task, *size, frames, steps, cfg, preset, videos=self.decoded)
         return cfg
 
     def built(self, build_module, *args, **kwargs):

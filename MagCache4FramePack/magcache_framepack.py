@@ -13,17 +13,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .calibration import fingerprint
-from .errors import MagCacheError
-from .files import write_json
-from .hosts import ALL_TOKENS, FRAMEPACK
-from .patch import magcache_calibration, magcache_forward
-from .planner import Target
-from .report import finite, plan_text
-from .schedule import Settings
-from .scripts.flags import check_writable
-from .steps import TRAIN_TIMESTEPS
-from .tables import calibrations_folder, find, load
+from common.calibration import fingerprint
+from common.errors import MagCacheError
+from common.files import write_json
+from common.hosts import ALL_TOKENS, FRAMEPACK
+from common.patch import magcache_calibration, magcache_forward
+from common.planner import Target
+from common.report import finite, plan_text
+from common.schedule import Settings
+from common.scripts.flags import check_writable
+from common.scripts.session import named_calibration
+from common.steps import TRAIN_TIMESTEPS
+from common.tables import calibrations_folder, find, load
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
 
@@ -81,9 +82,7 @@ class Jobs:
         self.model_name = demo.transformer.config.get("_name_or_path", "")
         self.checkpoint = fingerprint(demo.transformer)
         self.table = load(args.mag_ratios) if args.mag_ratios else find(self.model_name, self.checkpoint)
-        self.calibration_file = Path(
-            args.magcache_calibration or calibrations_folder() / f"{published}-{self.checkpoint}.json"
-        )
+        self.calibration_file = named_calibration(args) or calibrations_folder() / f"{published}-{self.checkpoint}.json"
         self.teacache_index = demo.ips.index(demo.use_teacache)
         self.host_process, self.host_worker, self.host_sample = demo.process, demo.worker, demo.sample_hunyuan
         self.sampler = sys.modules[demo.sample_hunyuan.__module__]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import sys
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import MagCacheError, needs
-from .framepack import SPEEDUPS, Jobs
-from .scripts.checkout import checkouts_script, run_script
-from .scripts.flags import check_writable
-from .tables import load
+from magcache_framepack import SPEEDUPS, Jobs
+
+from common.errors import MagCacheError, needs
+from common.scripts.checkout import checkouts_script, one_sentence
+from common.scripts.flags import flags_taken
+from common.scripts.session import check_calibration_file
+from common.tables import load
 
 NEEDED = (
     "block",
@@ -26,23 +29,23 @@ NEEDED = (
     "worker",
     "sample_hunyuan",
     "transformer",
-    "args",
 )
 
 
-def main(script):
-    """Run a magcache_demo_gradio.py, given its settings by name (`globals()`)."""
-    run_script(run, script)
+@one_sentence
+def main(*, page: str, settings: tuple, published: str, folder: Path):
+    """Run the checkout's demo with MagCache.
 
-
-def run(script):
-    gradio = needs("gradio", "gradio")
-    check_gradio(gradio, Path(script["__file__"]).with_name("requirements.txt"))
-    with launch_held_back(gradio) as launches, import_time_flags(add_flags, check_flags):
-        demo = checkouts_script(script["PAGE"], script["UPSTREAM"], script["FOLDER"])
+    page: name of its script; settings: (magcache_thresh, magcache_K, retention_ratio) that the sliders start at;
+    published: table of its checkpoint; folder: where the script and the demo lie.
+    """
+    args = flags_taken(add_flags)
+    check_flags(args)
+    check_gradio(folder / "requirements.txt")
+    with launch_held_back() as launches:
+        demo = checkouts_script(page, "FramePack", "MagCache4FramePack")
     click, missing = click_of(demo), [name for name in NEEDED if not hasattr(demo, name)]
     if not launches or click is None:
-        page = f"{script['PAGE']}.py"
         why = (
             f"no {', '.join(missing)}"
             if missing
@@ -51,13 +54,12 @@ def run(script):
             else "its button starts something else"
         )
         raise MagCacheError(
-            f"The page of this {page} has changed so that MagCache's controls do not fit ({why}); run {page} "
+            f"The page of this {page}.py has changed so that MagCache's controls do not fit ({why}); run {page}.py "
             "itself, or take a newer MagCache."
         )
-    jobs = Jobs(demo, demo.args, script["SETTINGS"], script["PUBLISHED"])
-    add_controls(demo, click, jobs, gradio)
-    args, kwargs = launches[0]
-    demo.block.launch(*args, **kwargs)
+    add_controls(demo, click, Jobs(demo, args, settings, published), sys.modules["gradio"])
+    launch_args, options = launches[0]
+    demo.block.launch(*launch_args, **options)
 
 
 def add_flags(parser):
@@ -83,19 +85,22 @@ def check_flags(args):
     """Find what cannot work before any weights are loaded."""
     if args.mag_ratios:
         load(args.mag_ratios)
-    if args.magcache_calibration:
-        check_writable("--magcache_calibration", Path(args.magcache_calibration))
-    torchvision = sys.modules.get("torchvision")
-    if torchvision and not hasattr(torchvision.io, "write_video"):
+    check_calibration_file(args)
+    torchvision = needs("torchvision", "torchvision")
+    if not hasattr(torchvision.io, "write_video"):
         raise MagCacheError(
             "FramePack saves its videos with torchvision.io.write_video, which torchvision "
             f"{torchvision.__version__} no longer has; install an older one with the torch that goes with it."
         )
 
 
-def check_gradio(gradio, requirements):
+def check_gradio(requirements):
     """The page is written for the gradio that the checkout pins; another major version fails after the weights are
-    loaded."""
+    loaded. It is not imported here: it reads HF_HOME, which the demo sets first."""
+    try:
+        installed = version("gradio")
+    except PackageNotFoundError:
+        raise MagCacheError(f"This needs the package gradio: pip install -r {requirements}") from None
     pins = (
         [
             line.partition("==")[2].strip()
@@ -105,45 +110,59 @@ def check_gradio(gradio, requirements):
         if requirements.is_file()
         else []
     )
-    if pins and pins[0].split(".")[0] != gradio.__version__.split(".")[0]:
+    if pins and pins[0].split(".")[0] != installed.split(".")[0]:
         raise MagCacheError(
-            f"This FramePack pins gradio {pins[0]} and its page does not run with gradio {gradio.__version__}; "
+            f"This FramePack pins gradio {pins[0]} and its page does not run with gradio {installed}; "
             f"pip install gradio=={pins[0]} puts that right."
         )
 
 
+class WhenImported:
+    """A finder that calls `then(module)` after the module `name` was imported."""
+
+    def __init__(self, name, then):
+        self.name, self.then = name, then
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.then(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
 @contextmanager
-def launch_held_back(gradio):
-    """For its duration no page is launched; a list of the (args, kwargs) with which one would have been."""
-    launches, plain = [], gradio.Blocks.launch
+def launch_held_back(package="gradio"):
+    """For its duration gradio launches no page; a list of the (args, kwargs) with which it would have. gradio is left
+    for the demo to import, which sets HF_HOME before."""
+    launches, plain = [], []
 
     def launch(self, *args, **kwargs):
         launches.append((args, kwargs))
 
-    gradio.Blocks.launch = launch
+    def hold_back(gradio):
+        plain.append((gradio.Blocks, gradio.Blocks.launch))
+        gradio.Blocks.launch = launch
+
+    finder = WhenImported(package, hold_back)
+    if package in sys.modules:
+        hold_back(sys.modules[package])
+    else:
+        sys.meta_path.insert(0, finder)
     try:
         yield launches
     finally:
-        gradio.Blocks.launch = plain
-
-
-@contextmanager
-def import_time_flags(add, check):
-    """For its duration, parsers also have the flags of `add(parser)`, and `check(args)` sees what they parsed: for a
-    script that parses while it is imported."""
-    plain = argparse.ArgumentParser.parse_args
-
-    def parse_args(self, *args, **kwargs):
-        add(self)
-        parsed = plain(self, *args, **kwargs)
-        check(parsed)
-        return parsed
-
-    argparse.ArgumentParser.parse_args = parse_args
-    try:
-        yield
-    finally:
-        argparse.ArgumentParser.parse_args = plain
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+        for blocks, of_gradio in plain:
+            blocks.launch = of_gradio
 
 
 def click_of(demo):

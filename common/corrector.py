@@ -1,0 +1,313 @@
+"""Skipped steps are made again, better, when the next step is computed.
+
+A skipped step uses a prediction, whose error would stay in the latent for good. When step m is computed, its fresh
+output says what the outputs of the steps skipped since the computed step j should have been: what was an extrapolation
+becomes an interpolation between j, m and the computed step before j. `Replay` runs the sampler's own scheduler over
+those steps once more, `Folded` does the same for a plain Euler loop inside the model's output. No call of the model is
+added.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM")  # in the names of schedulers that add noise at each step
+EULER = "euler"  # the scheduler of a loop x += (sigma' - sigma) * output without an object
+
+
+def line_share(levels: Sequence[float], step: int, newest: int, before: int) -> float:
+    """How far `step` is on the line from `before` through `newest`, in noise levels: 0 at newest, 1 as far again."""
+    return (levels[step] - levels[newest]) / (levels[newest] - levels[before])
+
+
+def interpolation_weights(levels: Sequence[float], step: int, anchors: Sequence[int]) -> list[float]:
+    """Of the outputs at the steps `anchors` in that at `step`: Lagrange's, a straight line through two, a parabola
+    through three."""
+    return [
+        float(np.prod([(levels[step] - levels[o]) / (levels[a] - levels[o]) for o in anchors if o != a]))
+        for a in anchors
+    ]
+
+
+class Trajectory:
+    """The two newest computed outputs of one sampler or one branch, what they predict, and what a third corrects.
+
+    The line through them is followed as far as it would have predicted the computed steps so far: `share`, a number
+    between 0 (the newest is held) and 1 for each sample of the batch, by least squares. Strong guidance and long gaps
+    make it small, smooth trajectories large. Outputs are of any shape with the batch first.
+    """
+
+    def __init__(self, levels: Sequence[float]) -> None:
+        """levels: noise levels of the run's steps, all different."""
+        self.levels = levels
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: another model or another run follows."""
+        self.anchors: list[tuple[int, torch.Tensor]] = []  # newest first
+        # Sums over computed steps, a number a sample: how far their outputs went along the line, its length squared.
+        self.seen: torch.Tensor | None = None
+        self.length: torch.Tensor | None = None
+
+    def line(self, step: int) -> torch.Tensor | None:
+        """What the straight line in the noise level through the two newest adds to the newest. None: there is none; the
+        first output of a run, made of noise alone, lies off it."""
+        if len(self.anchors) < 2 or self.anchors[1][0] == 0:
+            return None
+        (newest, output), (before, older) = self.anchors
+        return line_share(self.levels, step, newest, before) * (output.float() - older.float())
+
+    def predicted(self, step: int, held: torch.Tensor) -> torch.Tensor:
+        """The output of a skipped step. held: what the newest computed outputs give if they are held."""
+        line = self.line(step)
+        if line is None or self.seen is None:
+            return held
+        share = (self.seen / self.length).nan_to_num(0.0).clamp(0, 1)
+        return (held.float() + share.view(-1, *[1] * (held.ndim - 1)) * line).to(held.dtype)
+
+    def corrected(self, skipped: int, step: int, output: torch.Tensor) -> torch.Tensor:
+        """The output of a skipped step as the fresh output of `step` and the kept ones have it."""
+        known = [(step, output), *self.anchors]
+        if len(known) == 3 and known[2][0] == 0:
+            known.pop()
+        weights = interpolation_weights(self.levels, skipped, [at for at, _ in known])
+        return sum(weight * one.float() for weight, (_, one) in zip(weights, known)).to(output.dtype)
+
+    def computed(self, step: int, output: torch.Tensor) -> None:
+        """Keep the output of a computed step, and learn how well the line would have predicted it."""
+        line = self.line(step)
+        if line is not None and line.shape == output.shape:
+            newest, fresh = self.anchors[0][1].float(), output.float()
+            size = fresh.square().flatten(1).sum(1)
+            seen, length = ((fresh - newest) * line).flatten(1).sum(1) / size, line.square().flatten(1).sum(1) / size
+            self.seen = seen if self.seen is None else self.seen + seen
+            self.length = length if self.length is None else self.length + length
+        self.anchors = [(step, output), *(one for one in self.anchors if one[0] != step)][:2]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept."""
+        return [output for _, output in self.anchors]
+
+
+class Skipped(NamedTuple):
+    """One skipped step as the pipeline made it: what `scheduler.step` was given, and the sample that it returned."""
+
+    step: int
+    timestep: Any
+    sample: torch.Tensor
+    after: torch.Tensor
+    args: tuple
+    kwargs: dict
+
+
+class Replay:
+    """Follows `scheduler.step` of one run, and corrects the sample before a computed step.
+
+    The scheduler, with its history, is set back to where it was after the last computed step and runs over the skipped
+    steps with corrected outputs. What that changes is carried on as a difference to the samples that the pipeline
+    passed in, so that masks, blends and callbacks between steps keep their effect. It sees guided outputs.
+    """
+
+    def __init__(self, scheduler: Any, levels: Sequence[float], predicts: bool = False) -> None:
+        """predicts: whether skipped outputs are moved along the line, too; else they are taken as they come."""
+        self.scheduler, self.predicts = scheduler, predicts
+        self.trajectory = Trajectory(sigmas_of(scheduler, levels))
+        self.step: int | None = None  # of the model's calls since the last step of the sampler
+        self.reused = False
+        self.original = scheduler.step
+        self.clear()
+
+        @functools.wraps(getattr(self.original, "__func__", self.original))
+        def step(this, model_output, timestep, sample, *args, **kwargs):
+            if this is not scheduler:  # a copy, as for the audio of a video
+                return type(this).step(this, model_output, timestep, sample, *args, **kwargs)
+            return self.advance(model_output, timestep, sample, *args, **kwargs)
+
+        self.wrapper = types.MethodType(step, scheduler)
+        scheduler.step = self.wrapper
+
+    def clear(self) -> None:
+        """Forget what was kept: another expert takes over."""
+        self.trajectory.clear()
+        self.gap: list[Skipped] = []
+        self.state: dict = {}
+
+    def detach(self) -> None:
+        """Put the scheduler's own `step` back."""
+        if self.scheduler.__dict__.get("step") is self.wrapper:
+            del self.scheduler.step
+            if self.scheduler.step != self.original:
+                self.scheduler.step = self.original
+        self.clear()
+
+    @property
+    def bytes(self) -> int:
+        """What is kept besides the model's residuals or outputs."""
+        return size_of([*self.trajectory.tensors, *(one for skipped in self.gap for one in skipped[2:4])])
+
+    def follow(self, call: Any, output: Any) -> Any:
+        """After each call of the model (`run.ModelCall`): its output, as it came."""
+        step = call.parts[0].call.step
+        self.reused = call.reused or (self.reused and step == self.step)
+        self.step = step
+        return output
+
+    def advance(self, model_output, timestep, sample, *args, **kwargs):
+        """One step of the sampler, in place of the scheduler's own."""
+        step, self.step = self.step, None
+        if step is None:  # not after a call of the model that was followed
+            self.clear()
+            return self.original(model_output, timestep, sample, *args, **kwargs)
+        if self.reused:
+            if self.predicts:
+                model_output = self.trajectory.predicted(step, model_output)
+            result = self.original(model_output, timestep, sample, *args, **kwargs)
+            if not self.trajectory.anchors:
+                return result
+            # Copied: pipelines may write into what they are given.
+            self.gap.append(Skipped(step, timestep, sample, result[0].clone(), args, kwargs))
+            return result
+        if self.gap:
+            sample = self.replayed(step, model_output, sample)
+        result = self.original(model_output, timestep, sample, *args, **kwargs)
+        self.trajectory.computed(step, model_output)
+        self.state = {
+            name: list(value) if isinstance(value, list) else value
+            for name, value in self.scheduler.__dict__.items()
+            if name != "step"
+        }
+        return result
+
+    def replayed(self, step, model_output, sample):
+        """The sample of a computed step as it would be if the skipped steps had used corrected outputs."""
+        gap, self.gap = self.gap, []
+        self.scheduler.__dict__.update(self.state)
+        corrected = gap[0].sample
+        for one, given in zip(gap, [*(later.sample for later in gap[1:]), sample]):
+            output = self.trajectory.corrected(one.step, step, model_output)
+            after = self.original(output, one.timestep, corrected, *one.args, **one.kwargs)[0]
+            corrected = (given.float() + (after.float() - one.after.float())).to(given.dtype)
+        return corrected
+
+
+class Folded:
+    """The same inside the model's outputs, for plain Euler loops: the output of a computed step also carries what the
+    skipped steps before it missed, (sum over them of dsigma * (corrected - predicted)) / dsigma of the computed step.
+
+    Each branch by itself: linear guidance of constant strength commutes with it. Where nothing can be corrected it
+    still predicts.
+    """
+
+    def __init__(
+        self, levels: Sequence[float], predicts: bool = False, corrects: bool = True, last_level: float = 0.0
+    ) -> None:
+        """levels: of the run's steps; predicts, corrects: what is done; last_level: where the last step ends."""
+        self.levels, self.predicts, self.corrects = [*levels, last_level], predicts, corrects
+        self.branches: dict[Hashable, tuple[Trajectory, list]] = {}
+
+    def clear(self) -> None:
+        """Forget what was kept: another expert takes over."""
+        self.branches.clear()
+
+    def detach(self) -> None:
+        """The run is over."""
+        self.clear()
+
+    @property
+    def bytes(self) -> int:
+        """What is kept besides the model's residuals or outputs."""
+        branches = self.branches.values()
+        return size_of([one for kept, gap in branches for one in (*kept.tensors, *(made for _, made in gap))])
+
+    def follow(self, call: Any, output: Any) -> Any:
+        """After each call of the model (`run.ModelCall`): its output, predicted further or corrected."""
+        leaves, form = pytree.tree_flatten(output)
+        step, act = call.parts[0].call.step, self.skipped if call.reused else self.computed
+        keys = tuple(part.key for part in call.parts)
+        leaves = [
+            act((keys, index, leaf.shape), step, leaf) if torch.is_tensor(leaf) else leaf
+            for index, leaf in enumerate(leaves)
+        ]
+        return pytree.tree_unflatten(leaves, form)
+
+    def skipped(self, key: Hashable, step: int, held: torch.Tensor) -> torch.Tensor:
+        """The output of a skipped step of the branch `key`. held: what its kept outputs or residuals give."""
+        trajectory, gap = self.branches.get(key, (None, None))
+        if trajectory is None:
+            return held
+        output = trajectory.predicted(step, held) if self.predicts else held
+        if self.corrects:
+            gap.append((step, output.clone()))
+        return output
+
+    def computed(self, key: Hashable, step: int, output: torch.Tensor) -> torch.Tensor:
+        """The output of a computed step, corrected for those skipped before it."""
+        trajectory, gap = self.branches.setdefault(key, (Trajectory(self.levels[:-1]), []))
+        missed = sum(
+            (self.levels[at + 1] - self.levels[at]) * (trajectory.corrected(at, step, output).float() - made.float())
+            for at, made in gap
+        )
+        # A branch that was left out in between (guidance that ends and begins again) is not made again.
+        whole = bool(gap) and [at for at, _ in gap] == list(range(trajectory.anchors[0][0] + 1, step))
+        gap.clear()
+        trajectory.computed(step, output.clone())
+        if not whole:
+            return output
+        return (output.float() + missed / (self.levels[step + 1] - self.levels[step])).to(output.dtype)
+
+
+def size_of(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+def sigmas_of(scheduler: Any, levels: Sequence[float]) -> list[float]:
+    """The scheduler's own noise levels, which may be finer than its timesteps, where it has as many that agree with
+    `levels`; else these."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) > len(levels):
+        own = [float(one) for one in sigmas[-len(levels) - 1 : -1]]
+        if np.allclose(own, levels, atol=2e-3) and len(set(own)) == len(own):
+            return own
+    return [float(level) for level in levels]
+
+
+def why_off(scheduler: Any) -> str:
+    """Why skipped steps of this scheduler cannot be made again; "" where they can."""
+    if scheduler is None:
+        return "this sampler's steps cannot be followed"
+    if scheduler == EULER:
+        return ""
+    name = type(scheduler).__name__
+    parameters = list(inspect.signature(scheduler.step).parameters)
+    if parameters[:3] != ["model_output", "timestep", "sample"]:
+        return f"{name} keeps a history of its own"
+    if getattr(scheduler, "order", 1) != 1:
+        return f"{name} calls the model twice a step"
+    config = getattr(scheduler, "config", {})
+    told = (config.get("stochastic_sampling"), "sde" in str(config.get("algorithm_type", "")))
+    if any(told) or any(part in name for part in STOCHASTIC):
+        return f"{name} adds noise at each step"
+    return ""
+
+
+def follower_of(
+    scheduler: Any, levels: Sequence[float], predicts: bool, wanted: bool = True
+) -> tuple[Replay | Folded | None, str]:
+    """(what follows a run's outputs, why it corrects nothing). scheduler: an object with diffusers' `step`, EULER, or
+    None where none is known; levels: noise levels of the run's steps; predicts: as `Replay` and `Folded` have it."""
+    if len({float(level) for level in levels}) < len(levels):
+        return None, "two steps have one noise level"
+    why = why_off(scheduler) if wanted else "it was turned off"
+    if why:
+        return (Folded(levels, True, corrects=False) if predicts else None), why
+    return (Folded(levels, predicts) if scheduler == EULER else Replay(scheduler, levels, predicts)), ""
