@@ -62,7 +62,7 @@ class MagCache(Patch):
 
     def begin(self, about: Circumstances) -> Pass:
         schedule, table, notes = self.plan(about)
-        payload = getattr(schedule.settings, "payload", "residual")
+        payload = schedule.settings.payload if schedule.reuse.any() else "output"
         follower = follower_of(about, schedule, self.corrector) if schedule.reuse.any() else None
         made = Pass(about, BoundedRun(about, schedule, Residuals(self.device), follower, LIMIT), payload)
         text = plan_text(schedule, about.levels, table)
@@ -98,9 +98,11 @@ class MagCache(Patch):
         caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
         if self.window != (0, -1):
             raise MagCacheError("start_step and end_step go with ratios, and none are known for this model.")
+        target = Target(magcache_speedup=self.speedup or SPEEDUP, **caps)
         if self.thresholds.get("magcache_thresh") == 0:
-            return compute_all(len(about.levels), "magcache_thresh is 0, which turns MagCache off")
-        return Target(magcache_speedup=self.speedup or SPEEDUP, **caps).plan(None, about.levels)
+            why = "magcache_thresh is 0, which turns MagCache off"
+            return replace(compute_all(len(about.levels), why), settings=target)
+        return target.plan(None, about.levels)
 
     def by_the_rule(self, about, table, published):
         recommended = table.settings or (published.settings if published else UNPUBLISHED)

@@ -18,8 +18,8 @@ class Circumstances:
     """One run.
 
     sigmas: of the sampler, one a step and the last one's end; levels: the noise levels of its steps, high to low, in
-    0..1. latent: its shape. cfg: scale of the guidance. euler: the sampler is Euler's method. deterministic:
-    no noise is added between its steps.
+    0..1. latent: its shape. cfg: scale of the guidance. euler: the sampler is Euler's method, and what it
+    follows is smooth enough to be corrected. deterministic: no noise is added between its steps.
     """
 
     patcher: object
@@ -53,7 +53,7 @@ class Circumstances:
                 midway=sigmas[-1] > 0 or goes_on,
             ),
             float(getattr(guider, "cfg", 1.0)),
-            is_euler(sampler),
+            is_euler(sampler) and corrects(sampling),
             is_deterministic(sampler),
         )
 
@@ -74,6 +74,7 @@ class Circumstances:
 
 
 SIGMA_TOLERANCE = 1e-4  # relative, for samplers that compute with sigmas in float32
+UNEVEN = ("V_PREDICTION", "V_PREDICTION_DDPM", "X0", "IMG_TO_IMG_FLOW")  # kinds of models
 STOCHASTIC = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")  # in the names of samplers
 START_IMAGE = {"concat_latent_image", "guiding_frame_index", "ref_latent"}  # conditionings that hold a first frame
 
@@ -87,6 +88,13 @@ def is_euler(sampler) -> bool:
     function = getattr(sampler, "sampler_function", None)
     churn = getattr(sampler, "extra_options", {}).get("s_churn", 0)
     return function is comfy.k_diffusion.sampling.sample_euler and not churn
+
+
+def corrects(sampling) -> bool:
+    """Whether the direction (x - denoised) / sigma of a model changes smoothly: that of flows and of models that
+    predict noise does. Of those that predict velocities at large sigmas, or pictures, it does not."""
+    kinds = [getattr(comfy.model_sampling, name, ()) for name in UNEVEN]
+    return not isinstance(sampling, tuple(kind for kind in kinds if kind))
 
 
 def is_deterministic(sampler) -> bool:

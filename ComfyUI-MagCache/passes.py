@@ -8,7 +8,7 @@ import torch
 
 from .circumstances import Circumstances
 from .common.blocks import BlockStack, TokensChanged
-from .common.corrector import Folded
+from .common.corrector import Folded, Trajectory
 from .common.errors import MagCacheError
 from .common.hosts import host_of
 from .common.patch import inner_module
@@ -156,6 +156,8 @@ class BoundedRun(CachedRun):
                 after = self.follower.skipped(part.key, step, before)
             else:
                 self.forget_past(part.key, step)
+                # Between 0 and 1 also where sigmas are not: what lies on a line or a parabola there does not in sigma.
+                self.follower.branches.setdefault(part.key, (Trajectory(self.about.levels), []))
                 after = self.follower.computed(part.key, step, before)
             made.append(denoised if after is before else kept.replace(after))
         return made[0] if len(made) == 1 else torch.cat(made)

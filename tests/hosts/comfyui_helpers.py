@@ -72,8 +72,8 @@ def sample(
         cfg,
         sampler,
         scheduler,
-        positive or prompt(0),
-        negative or prompt(1),
+        positive or prompt(0, family),
+        negative or prompt(1, family),
         {"samples": latent(family, batch) if samples is None else samples},
         denoise,
     )

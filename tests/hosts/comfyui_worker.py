@@ -41,6 +41,7 @@ def main():
     sys.path.insert(0, str(Path(__file__).parent))
     import comfyui_fault_checks
     import comfyui_measure_checks
+    import comfyui_model_checks
     import comfyui_package_checks
     import comfyui_plan_checks
     import comfyui_run_checks
@@ -48,6 +49,7 @@ def main():
     modules = (
         comfyui_fault_checks,
         comfyui_measure_checks,
+        comfyui_model_checks,
         comfyui_package_checks,
         comfyui_plan_checks,
         comfyui_run_checks,

@@ -248,5 +248,19 @@ def test_package(worker, check):
     worker.run(check)
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["sd15", "sd3", "zimage", "ltxv", "ltxav", "cosmos2", "auraflow", "hidream", "omnigen2"]
+    + ["ernie", "krea2", "camera", "humo", "kandinsky5", "cogvideox", "wan", "qwen"],
+)
+def test_output(worker, family):
+    worker.run("output_is_predicted", family)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+def test_models(worker):
+    worker.run("models_are_as_the_table_says")
+
+
 def test_recognition(worker):
     worker.run("recognised")
