@@ -5,7 +5,6 @@ import nodes
 import numpy as np
 import torch
 from comfyui_helpers import (
-    SETTINGS,
     STEPS,
     Said,
     Watched,
@@ -125,20 +124,15 @@ def interrupted_calibration_writes_nothing():
 
 
 def planned_speedup():
-    """The corrector puts skipped steps of Euler's method right: closer to the plain picture, at no further call."""
+    """Half of the steps compute, without a calibration; the corrector brings them closer at no further call."""
     patcher = build("wan", seed=14)
-    plain, missed = sample(patcher, "wan"), {}
+    plain, missed = sample(patcher, "wan"), []
     for corrector in (True, False):
-        for name, computed, options in (
-            ("planned", 6, {"speedup": 2.0, "thresholds": {}}),
-            ("rule", 7, {"thresholds": {**SETTINGS, "magcache_K": 1}}),
-        ):
-            patched, said = cached(patcher, corrector=corrector, **options)
-            missed[name, corrector] = float((sample(patched, "wan") - plain).norm())
-            assert f"computes {computed} of 12" in said[0] and "--" not in said[0], said
-            assert f"MagCache: {computed} of 12 model calls computed" in said[1], said
-    assert missed["planned", True] < missed["planned", False], missed
-    assert missed["rule", True] < missed["rule", False], missed
+        patched, said = cached(patcher, corrector=corrector, speedup=2.0, thresholds={})
+        missed.append(float((sample(patched, "wan") - plain).norm()))
+        assert "no calibration needed" in said[0] and "computes 6 of 12" in said[0] and "--" not in said[0], said
+        assert "MagCache: 6 of 12 model calls computed" in said[1], said
+    assert missed[0] < missed[1], missed
 
 
 def loras_have_calibrations_of_their_own():
