@@ -130,3 +130,30 @@ def without_common_it_says_what_to_do():
         logging.getLogger().removeHandler(listener)
         nodes.NODE_CLASS_MAPPINGS.clear()
         nodes.NODE_CLASS_MAPPINGS.update(ours)
+
+
+def a_whole_clone_loads():
+    """This repository as a folder of custom_nodes: its nodes, its script for the page, and no word of two packages."""
+    import asyncio
+    import logging
+
+    clone = WORK.parent / "cloned" / "MagCache"
+    clone.parent.mkdir()
+    clone.symlink_to(Path(PACKAGE.replace("_x_", ".")).resolve().parent)
+    ours, heard = dict(nodes.NODE_CLASS_MAPPINGS), []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger().addHandler(listener)
+    folder_paths.add_model_folder_path("custom_nodes", str(clone.parent))
+    for name in [name for name in nodes.NODE_CLASS_MAPPINGS if name.startswith(("MagCache", "CompileModel"))]:
+        del nodes.NODE_CLASS_MAPPINGS[name]
+    try:
+        assert asyncio.run(nodes.load_custom_node(str(clone)))
+        assert nodes.NODE_CLASS_MAPPINGS["MagCache"].__module__.endswith("MagCache.ComfyUI-MagCache.nodes")
+        (script,) = [path for name, path in nodes.EXTENSION_WEB_DIRS.items() if path.startswith(str(clone))]
+        assert (Path(script) / "magcache.js").is_file()
+        assert not any("MagCache package" in line or "Cannot import" in line for line in heard), heard
+    finally:
+        logging.getLogger().removeHandler(listener)
+        nodes.NODE_CLASS_MAPPINGS.clear()
+        nodes.NODE_CLASS_MAPPINGS.update(ours)

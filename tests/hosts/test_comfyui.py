@@ -243,7 +243,9 @@ def test_example(worker, name):
     worker.run("example_is_valid", name)
 
 
-@pytest.mark.parametrize("check", ["the_released_package_is_not_replaced", "without_common_it_says_what_to_do"])
+@pytest.mark.parametrize(
+    "check", ["the_released_package_is_not_replaced", "without_common_it_says_what_to_do", "a_whole_clone_loads"]
+)
 def test_package(worker, check):
     worker.run(check)
 
@@ -255,6 +257,16 @@ def test_package(worker, check):
 )
 def test_output(worker, family):
     worker.run("output_is_predicted", family)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+@pytest.mark.parametrize(
+    "sampler",
+    ["euler", "ddim", "euler_ancestral", "heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "uni_pc", "lcm"]
+    + ["res_multistep", "euler_cfg_pp", "er_sde", "ipndm"],
+)
+def test_output_with_a_sampler(worker, sampler):
+    worker.run("output_with_a_sampler", sampler)
 
 
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)

@@ -255,7 +255,9 @@ def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
         {"sampler": {"boundary": boundary}},
     ):
         sampler.run()
-    with cached(sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6, predictor="linear")) as handle:
+    with cached(
+        sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6, predictor="linear")
+    ) as handle:
         result = sampler.run()
     (report,) = handle.reports
     assert report.computed == 12 and report.unplanned == {} and report.schedule.weights is not None

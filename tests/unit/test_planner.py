@@ -192,7 +192,10 @@ def test_a_target_plans_for_the_steps_of_the_run():
         schedule = target.plan(synthetic, flow_sigmas(steps, 3.0))
         assert schedule.computed == computed and schedule.steps == steps and not schedule.reuse[0]
     assert Target(9, magcache_K=0, predictor="linear").plan(synthetic, flow_sigmas(28, 3.0)).computed == 28
-    assert Target(28, predictor="linear").plan(synthetic, flow_sigmas(28, 3.0)).why_none == "every step was asked to compute"
+    assert (
+        Target(28, predictor="linear").plan(synthetic, flow_sigmas(28, 3.0)).why_none
+        == "every step was asked to compute"
+    )
 
 
 @pytest.mark.parametrize("share, wanted, computed", [(0.01, 2.0, 14), (0.1, 2.0, 12), (0.1, 100, 1), (0.5, 1.5, 9)])
@@ -245,7 +248,13 @@ def test_error_by_gram_is_that_of_reusing_the_newest():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Target(40, predictor="linear"), lambda: Target(40), lambda: Target(magcache_max_error=0.05), lambda: Target(40, predictor="reuse")]
+    "make",
+    [
+        lambda: Target(40, predictor="linear"),
+        lambda: Target(40),
+        lambda: Target(magcache_max_error=0.05),
+        lambda: Target(40, predictor="reuse"),
+    ],
 )
 def test_a_hundred_steps_take_few_operations(make):
     """Calls of Python and numpy functions; the arrays they work on have at most 4 million numbers. A second is some
@@ -283,11 +292,15 @@ def test_a_hundred_steps_take_few_operations(make):
             "the Gram matrix that a cal",
         ),
         (
-            lambda: Target(14, predictor="linear", payload="output").plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
+            lambda: Target(14, predictor="linear", payload="output").plan(
+                table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)
+            ),
             "without the Gram matrix of the output",
         ),
         (
-            lambda: Target(5, magcache_K=2, predictor="linear").plan(table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)),
+            lambda: Target(5, magcache_K=2, predictor="linear").plan(
+                table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)
+            ),
             "between 7 and 20 can be computed, not 5",
         ),
         (
