@@ -49,7 +49,8 @@ def output_is_predicted(family):
 
 class Smooth(torch.nn.Module):
     """A transformer whose output changes smoothly with the noise level and with x; or, with `denoises`, a flow whose
-    denoised latent does, whatever noise x holds. Models look for a few things on theirs; channels: of the latent, which others (masks, pictures) may follow in x."""
+    denoised latent does, whatever noise x holds. Models look for a few things on theirs; channels: of the latent, which
+    others (masks, pictures) may follow in x."""
 
     def __init__(self, channels=4, **config):
         super().__init__()
