@@ -9,7 +9,7 @@ import numpy as np
 import comfy.k_diffusion.sampling
 import comfy.model_sampling
 
-from .common.patch import inner_module
+from .common.expert import inner_module
 from .models import Signs, recognise
 
 

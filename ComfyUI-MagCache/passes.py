@@ -11,7 +11,7 @@ from .common.blocks import BlockStack, TokensChanged
 from .common.corrector import Folded, Trajectory
 from .common.errors import MagCacheError
 from .common.hosts import host_of
-from .common.patch import inner_module
+from .common.expert import inner_module
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part
 from .controls import Hints

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,47 +18,27 @@ from common.errors import MagCacheError
 from common.files import write_json
 from common.hosts import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
-from common.planner import Target
-from common.report import finite, plan_text
-from common.schedule import Settings
+from common.report import finite
+from common.scripts.controls import Choice, PagePlan, page_plan
 from common.scripts.flags import check_writable
-from common.scripts.session import named_calibration
+from common.scripts.outputs import report_place
+from common.scripts.session import named_calibration, needs_no_table
 from common.steps import TRAIN_TIMESTEPS
-from common.tables import calibrations_folder, find, load
-
-SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the page's controls say, in their order there. speedup: a key of SPEEDUPS."""
-
-    use_magcache: bool
-    calibrate: bool
-    magcache_thresh: float
-    magcache_K: int
-    retention_ratio: float
-    speedup: str
-
-    @property
-    def settings(self):
-        """What a run with MagCache is to do: a Target where a speed-up is asked for, which the three settings have no
-        part in."""
-        if SPEEDUPS[self.speedup]:
-            return Target(magcache_speedup=SPEEDUPS[self.speedup])
-        return Settings(self.magcache_thresh, int(self.magcache_K), self.retention_ratio)
+from common.tables import best, calibrations, calibrations_folder, load
+from common.tables import published as published_table
 
 
 class Job:
     """One press of "Start Generation": what is to be done, and the lines that the page shows below its controls.
 
-    settings: of a run with MagCache, else None; calibrate: measure instead; handle: of the patch, while and after it is
-    on.
+    settings, table: of a run with MagCache, else None; calibrate: measure instead; handle: of the patch, while and
+    after it is on.
     """
 
     def __init__(self, choice):
         self.settings = choice.settings if choice.use_magcache and not choice.calibrate else None
-        self.calibrate, self.handle, self.lines, self.announced = choice.calibrate, None, [], False
+        self.calibrate, self.table, self.handle, self.lines = choice.calibrate, None, None, []
+        self.announced = False
 
     def announce(self, plan):
         """The plan on the console, once a job: its sections have the same."""
@@ -81,9 +61,12 @@ class Jobs:
         self.settings = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings))
         self.model_name = demo.transformer.config.get("_name_or_path", "")
         self.checkpoint = fingerprint(demo.transformer)
-        self.table = load(args.mag_ratios) if args.mag_ratios else find(self.model_name, self.checkpoint)
+        self.named = load(args.mag_ratios) if args.mag_ratios else None
+        self.own = [*calibrations(f"*-{self.checkpoint}*.json").values()]
+        self.of_model = published_table(self.model_name, self.checkpoint)
         self.calibration_file = named_calibration(args) or calibrations_folder() / f"{published}-{self.checkpoint}.json"
-        self.teacache_index = demo.ips.index(demo.use_teacache)
+        self.measured = False  # since a page last asked
+        self.teacache_index, self.steps_index = demo.ips.index(demo.use_teacache), demo.ips.index(demo.steps)
         self.host_process, self.host_worker, self.host_sample = demo.process, demo.worker, demo.sample_hunyuan
         self.sampler = sys.modules[demo.sample_hunyuan.__module__]
         if not hasattr(self.sampler, "sample_unipc"):
@@ -95,56 +78,72 @@ class Jobs:
         self.job, self.idle = None, threading.Event()
         self.idle.set()
 
-    def plan(self, steps, seconds, window, *values):
-        """What the controls' values skip: lines of text; the second is the strip of steps where there is one."""
-        choice = Choice(*values)
-        count = sections(seconds, window)
-        if choice.calibrate:
-            return [
-                f"Calibration: every step computes; the mean ratios of {counted(count)} go to {self.calibration_file}."
-            ]
-        if not choice.use_magcache:
-            return ["MagCache is off: every step computes."]
-        table = self.known_table()
-        levels = table.levels(int(steps))
-        schedule = choice.settings.plan(table, levels)
-        return [
-            *plan_text(schedule, levels, table).splitlines(),
-            f"{counted(count)}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute",
-        ]
+    def starts_cached(self):
+        """Whether Use MagCache is ticked in a page that is opened now."""
+        known = self.named or self.own or self.of_model
+        return bool(known) and self.args.magcache_calibration is None
 
-    def known_table(self):
-        if self.table is None:
+    def plan(self, steps, seconds, window, teacache, choice):
+        """The PagePlan of a job."""
+        job = counted(sections(seconds, window))
+        if choice.calibrate:
+            return PagePlan(f"the next job measures {job}", lines=(f"The mean ratios go to {self.calibration_file}.",))
+        if not choice.use_magcache:
+            return PagePlan("off, TeaCache decides" if teacache else "off, every step computes")
+        settings = choice.settings
+        table = self.table_for(settings, int(steps))
+        levels = (table or load(self.published)).levels(int(steps))
+        schedule = settings.plan(table, levels)
+        plan, count = page_plan(schedule, levels, table), sections(seconds, window)
+        whole = f"{job}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute"
+        return replace(plan, lines=(whole, *plan.lines))
+
+    def table_for(self, settings, steps):
+        """The ratios of a job, or None where it needs none."""
+        return None if needs_no_table(settings) else self.known_table(steps)
+
+    def known_table(self, steps):
+        """The ratios of a job: those named, else the checkpoint's own that are fine enough for its steps, else the
+        published ones. Raises MagCacheError where there are none."""
+        if self.named:
+            return self.named
+        fine = [table for table in self.own if table.fine_enough(table.levels(steps))]
+        table = best(fine, fine[0].levels(steps)) if fine else self.of_model
+        if table is None:
+            known = "were measured at too few steps for this job" if self.own else "are not known"
             raise MagCacheError(
-                f"No magnitude ratios are known for {self.model_name or 'this checkpoint'}: tick Calibrate and "
-                "run one job, or start with --mag_ratios PRESET|FILE."
+                f"The magnitude ratios of {self.model_name or 'this checkpoint'} {known}: tick Calibrate under "
+                "MagCache and run one job."
             )
-        return self.table
+        return table
+
+    def newly_measured(self):
+        measured, self.measured = self.measured, False
+        return measured
 
     def process(self, *values):
-        """The demo's `process`, given the values of the controls after its own inputs. Yields (its outputs, the lines
-        of the job so far, False); after a calibration also (None, lines, whether it was saved). Raises MagCacheError
-        before it starts."""
+        """The demo's `process`, given the values of the controls after its own inputs. Yields (its outputs or None, the
+        lines of the job so far). Raises MagCacheError before it starts."""
         inputs, job = list(values[: len(self.demo.ips)]), Job(Choice(*values[len(self.demo.ips) :]))
         if job.calibrate:
             check_writable("The calibration", self.calibration_file)
         elif job.settings:
-            self.known_table()
+            job.table = self.table_for(job.settings, int(inputs[self.steps_index]))
         if job.calibrate or job.settings:
             inputs[self.teacache_index] = False
         outputs = self.host_process(*inputs)
-        yield next(outputs), [] if self.idle.is_set() else ["The job before this one is still ending ..."], False
+        yield next(outputs), [] if self.idle.is_set() else ["The job before this one is still ending ..."]
         # A host's worker that was cancelled tells the newest stream that it has ended: wait until it did.
         self.idle.wait()
         self.idle.clear()
         self.demo.worker = functools.partial(self.work, job)
         for shown in outputs:
             if isinstance(shown[0], str) and job.settings:
-                self.write_report(shown[0], job)
-            yield shown, job.lines, False
+                self.write_report(Path(shown[0]), job)
+            yield shown, job.lines
         if job.calibrate:
             self.idle.wait()
-            yield None, job.lines, job.handle.table is not None
+            yield None, job.lines
 
     def work(self, job, *inputs):
         """The demo's `worker`, in its own thread."""
@@ -188,19 +187,19 @@ class Jobs:
             )
         if job.settings:
             return magcache_forward(
-                self.demo.transformer, FRAMEPACK, self.table, job.settings, timesteps, announce=job.announce
+                self.demo.transformer, FRAMEPACK, job.table, job.settings, timesteps, announce=job.announce
             )
 
     def calibrated(self, job):
         """Use the ratios of the job's complete sections from now on."""
-        if job.handle.table is None:
-            job.lines.append("The calibration broke off in its first section; nothing was saved.")
+        if job.handle.failure or job.handle.table is None:
+            why = job.handle.failure or "The calibration broke off in its first section."
+            job.lines.append(f"{why} Nothing was saved.")
             return
-        self.table = job.handle.table
-        count = self.table.statistics["runs"]
-        job.lines.append(
-            f"Measured in {counted(count)}, saved as {self.calibration_file}; jobs of this page use it from now on."
-        )
+        self.own.append(job.handle.table)
+        self.measured = True
+        count = counted(job.handle.table.statistics["runs"])
+        job.lines.append(f"Measured in {count}, saved as {job.handle.path}; jobs of this page use it from now on.")
 
     def sample(self, *args, **kwargs):
         """The demo's `sample_hunyuan`: one section. Its residuals are gone before the VAE decodes it, also after a
@@ -221,16 +220,14 @@ class Jobs:
         return latents
 
     def write_report(self, video, job):
-        """JSON beside a video: what was computed and saved in each section."""
-        write_json(
-            Path(video).with_suffix(".json"),
-            finite(
-                {
-                    "mag_ratios_of": job.handle.table.name,
-                    "sections": [report.to_dict() for report in job.handle.reports],
-                }
-            ),
-        )
+        """JSON beside a video: what was computed and saved in each section. The job goes on without it."""
+        reports = [report.to_dict() for report in job.handle.reports]
+        try:
+            write_json(
+                report_place(video), finite({"mag_ratios_of": job.table and job.table.name, "sections": reports})
+            )
+        except (MagCacheError, OSError) as error:
+            job.lines.append(f"The report could not be written ({error}).")
 
 
 def sections(seconds, window):

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import html
 import sys
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from magcache_framepack import SPEEDUPS, Jobs
+from magcache_framepack import Jobs
 
 from common.errors import MagCacheError, needs
 from common.scripts.checkout import checkouts_script, one_sentence
+from common.scripts.controls import SILENT, Choice, Controls, in_lines, updates
 from common.scripts.flags import flags_taken
 from common.scripts.session import check_calibration_file
-from common.tables import load
+from common.tables import load, preset_names
 
 NEEDED = (
     "block",
@@ -29,6 +28,7 @@ NEEDED = (
     "worker",
     "sample_hunyuan",
     "transformer",
+    "progress_bar",
 )
 
 
@@ -85,6 +85,8 @@ def check_flags(args):
     """Find what cannot work before any weights are loaded."""
     if args.mag_ratios:
         load(args.mag_ratios)
+        if args.mag_ratios in preset_names() and not args.mag_ratios.startswith("framepack"):
+            raise MagCacheError(f"{args.mag_ratios} holds the ratios of another model; take framepack or framepack-f1.")
     check_calibration_file(args)
     torchvision = needs("torchvision", "torchvision")
     if not hasattr(torchvision.io, "write_video"):
@@ -171,110 +173,38 @@ def click_of(demo):
         return next((event for event in demo.block.fns.values() if event.fn is demo.process), None)
 
 
-def add_controls(demo, click, jobs, gr):
-    """Put MagCache's controls below "Use TeaCache", and its values and lines into the click that starts a job."""
-    starts_calibrating = jobs.args.magcache_calibration is not None
-    starts_cached = jobs.table is not None and not starts_calibrating
-
-    def updates(count, **what):
-        return [gr.update(**what) for _ in range(count)]  # gradio takes each apart, so they must not be one
-
-    silent = {"queue": False, "show_progress": "hidden", "api_name": False}
-    demo.use_teacache.value = demo.use_teacache.value and not (starts_cached or starts_calibrating)
+def add_controls(demo, click, jobs, gradio):
+    """Put MagCache's controls below "Use TeaCache", its values into the click that starts a job and the job's lines
+    below the progress bar."""
+    calibrating = jobs.args.magcache_calibration is not None
+    start = Choice(jobs.starts_cached(), calibrating, *jobs.settings.values(), "off")
+    demo.use_teacache.value = demo.use_teacache.value and not (start.use_magcache or calibrating)
     with demo.block:
         with demo.use_teacache.parent as group:
             before = len(group.children)
-            use = gr.Checkbox(
-                label="Use MagCache", value=starts_cached, info="Skips the steps that the plan below shows."
-            )
-            calibrate = gr.Checkbox(
-                label="Calibrate",
-                value=starts_calibrating,
-                info="Runs un-cached, measures the magnitude "
-                "ratios of this checkpoint over all sections and uses them from then on.",
-            )
-            thresh = gr.Slider(
-                label="MagCache_thresh",
-                minimum=0,
-                maximum=1,
-                step=0.005,
-                value=jobs.settings["magcache_thresh"],
-                info="Bound on the accumulated error. Larger is faster and less exact; 0 turns it off.",
-            )
-            most = gr.Slider(
-                label="MagCache_K",
-                minimum=0,
-                maximum=5,
-                step=1,
-                value=jobs.settings["magcache_K"],
-                info="Most reuses in a row; 0 turns it off.",
-            )
-            retention = gr.Slider(
-                label="MagCache retention ratio",
-                minimum=0,
-                maximum=1,
-                step=0.01,
-                value=jobs.settings["retention_ratio"],
-                info="Share of the steps, from the first, that computes.",
-            )
-            speedup = gr.Radio(
-                label="MagCache target speed-up",
-                choices=list(SPEEDUPS),
-                value="off",
-                info="Instead of the three settings above; best after a calibration.",
-            )
-            controls = [use, calibrate, thresh, most, retention, speedup]
-            inputs = [demo.steps, demo.total_second_length, demo.latent_window_size, *controls]
-            plan = gr.HTML(planned(jobs, *(component.value for component in inputs)), container=True)
-            lines = gr.HTML(container=True, visible=False)
+            controls = Controls(gradio, start)
         ours = group.children[before:]
         place = group.children.index(demo.use_teacache) + 1
         group.children[place:] = [*ours, *group.children[place:before]]
+        with demo.progress_bar.parent:
+            lines = controls.lines()
+        watched = [demo.steps, demo.total_second_length, demo.latent_window_size, demo.use_teacache]
+        controls.connect(demo.block, jobs.plan, watched, jobs.starts_cached, [demo.use_teacache])
 
-        boxes = [use, calibrate, demo.use_teacache]
-        for box in boxes:  # at most one is ticked; .input: by the user, not by this
-            others = [other for other in boxes if other is not box]
-            box.input(lambda ticked: updates(2, value=False) if ticked else updates(2), box, others, **silent)
-        speedup.change(
-            lambda asked: updates(3, interactive=asked == "off"), speedup, [thresh, most, retention], **silent
-        )
-        gr.on([component.change for component in inputs], partial(planned, jobs), inputs, plan, **silent)
+        def ticks(calibrate):
+            measured = calibrate and jobs.newly_measured()
+            return [gradio.update(value=on) for on in (True, False)] if measured else updates(gradio, 2)
+
+        # Not by the job itself: gradio covers what a job writes to while it runs, and after an error.
+        lines.change(ticks, controls.calibrate, [controls.use, controls.calibrate], **SILENT)
 
     own = len(click.outputs)
 
     def process(*values):
         try:
-            for outputs, text, measured in jobs.process(*values):
-                ticks = [gr.update(value=True), gr.update(value=False)] if measured else updates(2)
-                yield (*(outputs or updates(own)), gr.update(value=in_lines(text), visible=bool(text)), *ticks)
+            for outputs, text in jobs.process(*values):
+                yield *(outputs or updates(gradio, own)), in_lines(text)
         except MagCacheError as error:
-            raise gr.Error(str(error)) from None
+            raise gradio.Error(str(error)) from None
 
-    click.fn, click.inputs, click.outputs = process, [*click.inputs, *controls], [*click.outputs, lines, use, calibrate]
-
-
-def planned(jobs, *values):
-    """The plan of the controls' values as HTML, the strip of steps drawn; or what is wrong with them."""
-    try:
-        lines = jobs.plan(*values)
-    except MagCacheError as error:
-        lines = [str(error)]
-    if len(lines) == 1:
-        return in_lines(lines)
-    title, strip, *rest = lines
-    return in_lines([title]) + drawn(strip.split()[0]) + in_lines(rest)
-
-
-def in_lines(lines):
-    return "".join(f"<div>{html.escape(line.strip())}</div>" for line in lines)
-
-
-def drawn(strip):
-    """A `Schedule.strip` as a row of fields, one a step."""
-    kinds = {"#": ("computes", "--color-accent"), ".": ("reuses", "--border-color-primary")}
-    fields = "".join(
-        f'<span title="step {step}: {kinds[letter][0]}" style="flex: 1; height: 1.2em; border-radius: 2px; '
-        f'background: var({kinds[letter][1]})"></span>'
-        for step, letter in enumerate(strip)
-    )
-    return f'<div style="display: flex; gap: 2px; margin: 6px 0" aria-label="{strip}">{fields}</div>'
+    click.fn, click.inputs, click.outputs = process, [*click.inputs, *controls.inputs], [*click.outputs, lines]

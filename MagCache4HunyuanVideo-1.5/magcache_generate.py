@@ -122,6 +122,7 @@ def session_of(args, host_args, generate):
         preset,
         about,
         videos=lambda made: 2 * getattr(made, "sr_videos", made.videos) - 1,
+        family="hunyuanvideo-1.5",
     )
     session.check(host_args.output_path)
     return session
@@ -171,7 +172,14 @@ def cached(pipeline_class, session):
     class Cached(pipeline_class):
         def __call__(self, *args, num_inference_steps=None, **kwargs):
             plain = super().__call__
-            session.patch(self.transformer, HOST, lambda: self.scheduler.timesteps, fingerprint(self.transformer))
+            checkpoint = fingerprint(self.transformer)
+            session.patch(
+                self.transformer,
+                HOST,
+                lambda: self.scheduler.timesteps,
+                checkpoint,
+                scheduler=lambda: self.scheduler,
+            )
             return session.render(
                 lambda steps: plain(*args, num_inference_steps=steps, **kwargs),
                 num_inference_steps or self.config.num_inference_steps,

@@ -78,6 +78,7 @@ def session_of(args, host_args):
         published(host_args.model, width * height),
         about,
         videos=lambda outputs: 2 * outputs["samples"] - 1,
+        family="hunyuanvideo-t2v",
     )
     suffix = f"_{host_args.save_path_suffix}" if host_args.save_path_suffix else ""
     session.check(f"{host_args.save_path}{suffix}/video.mp4")
@@ -105,6 +106,7 @@ def cached(sampler_class, session):
                     HUNYUANVIDEO_CHECKOUT,
                     lambda: self.pipeline.scheduler.timesteps,
                     fingerprint(pipe.transformer),
+                    scheduler=lambda: self.pipeline.scheduler,
                 )
             return pipe
 

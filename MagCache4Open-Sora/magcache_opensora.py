@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from common.calibration import fingerprint
+from common.corrector import EULER
 from common.errors import MagCacheError
 from common.hosts import STDIT3, mmdit
 from common.ranks import is_writer
@@ -74,19 +76,20 @@ class OpenSora:
             preset,
             {"config": str(cfg.filename)},
             measures=True,
+            family="open-sora",
             **options,
         )
         session.check(Path(cfg.save_dir) / ("video.mp4" if frames > 1 else "picture.png"))
         return session
 
-    def render(self, transformer, host, checkpoint, draw, steps):
+    def render(self, transformer, host, checkpoint, draw, steps, scheduler=EULER):
         """What `draw(steps)` returns, with MagCache."""
         draw = repeatable(draw)
-        self.session.patch(transformer, host, lambda: self.timesteps, checkpoint)
+        self.session.patch(transformer, host, lambda: self.timesteps, checkpoint, scheduler=scheduler)
         result = self.session.render(draw, steps)
         if self.session.measuring and self.args.compare:  # now that there are ratios
             self.session.reports.clear()
-            self.session.patch(transformer, host, lambda: self.timesteps, checkpoint)
+            self.session.patch(transformer, host, lambda: self.timesteps, checkpoint, scheduler=scheduler)
             result = self.session.render(draw, steps)
         return result
 
@@ -150,6 +153,8 @@ class OpenSora2(OpenSora):
 
         def api_fn(opt, cond_type="t2v", seed=None, **batch):
             given = cond_type if "ref" in batch else "t2v"
+            # What one step missed cannot be made up for in another where the guidance differs from step to step.
+            oscillates = any(getattr(opt, f"{what}_osci", False) for what in ("text", "image", "scale_temporal"))
             self.session.task = f"open-sora-2.0-{given if opt.num_frames > 1 else 't2i'}"
             self.session.about |= {"prompt": batch["text"], "seed": seed, "cond_type": given}
             return self.render(
@@ -158,6 +163,7 @@ class OpenSora2(OpenSora):
                 self.checkpoint,
                 lambda steps: plain(replace(opt, num_steps=steps), cond_type, seed=seed, **batch),
                 opt.num_steps,
+                None if oscillates else EULER,
             )
 
         return api_fn
@@ -195,7 +201,10 @@ class OpenSora1(OpenSora):
         task = "t2i" if frames == 1 else cfg.get("cond_type") or "t2v"
         preset = self.tables.get(f"{version} {cfg.model['type']}") if frames > 1 else None
         steps = cfg.scheduler["num_sampling_steps"]
-        self.session = self.session_of(version, task, *size, frames, steps, cfg, preset, videos=self.decoded)
+        weights = str(cfg.model.get("from_pretrained") or "")
+        self.session = self.session_of(
+            version, task, *size, frames, steps, cfg, preset, videos=self.decoded, weights=weights
+        )
         return cfg
 
     def built(self, build_module, *args, **kwargs):
@@ -204,13 +213,24 @@ class OpenSora1(OpenSora):
             self.vae = module
         if hasattr(module, "num_sampling_steps"):
             wrap(module, "sample", functools.partial(self.sampled, module))
-            # The sampler's run is local to it; what it loops over is not.
-            vars(sys.modules[type(module).__module__])["enumerate"] = self.enumerated
         return module
 
-    def enumerated(self, timesteps):
-        self.timesteps = [float(timestep.max()) for timestep in timesteps]
-        return enumerate(timesteps)
+    @contextmanager
+    def loop_noted(self, scheduler):
+        """For its duration the sampler's loop over its timesteps tells them: they are local to it, and the name
+        `enumerate` is not."""
+
+        def noted(values, *start):
+            if not start and all(map(torch.is_tensor, values)):
+                self.timesteps = [float(timestep.max()) for timestep in values]
+            return enumerate(values, *start)
+
+        module = vars(sys.modules[type(scheduler).__module__])
+        module["enumerate"] = noted
+        try:
+            yield
+        finally:
+            del module["enumerate"]
 
     def sampled(self, scheduler, sample, model, *args, prompts, **kwargs):
         if id(model) not in self.checkpoints:
@@ -225,7 +245,8 @@ class OpenSora1(OpenSora):
             finally:
                 scheduler.num_sampling_steps = planned
 
-        return self.render(model, host, self.checkpoints[id(model)], draw, scheduler.num_sampling_steps)
+        with self.loop_noted(scheduler):
+            return self.render(model, host, self.checkpoints[id(model)], draw, scheduler.num_sampling_steps)
 
     def decoded(self, latents):
         dtype = next(self.vae.parameters()).dtype

@@ -14,6 +14,8 @@ PUBLIC = {
     "MagCacheError": ".errors",
     "Settings": ".schedule",
     "Target": ".planner",
+    "disable": ".pipeline",
+    "enable": ".pipeline",
     "load": ".tables",
     "magcache_calibration": ".patch",
     "magcache_forward": ".patch",

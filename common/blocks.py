@@ -23,12 +23,18 @@ class Host:
     """What MagCache has to know of a transformer class.
 
     blocks: its block lists, in the order in which forward runs them.
+        Empty: nothing is known of its inside, so only its output can be predicted; `why_output` says why.
     final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns
     them,
         and forward does something with them before its final layer (gathers them from the ranks that share them).
-    image_tokens: keyword, or position, of the image tokens among the arguments of the first block.
+    image_tokens: keyword, or position, of the image tokens among the arguments of the first block: (batch, tokens,
+        width), or (tokens, width) where forward packs its sequences into one.
     latent, timestep: names of forward's arguments.
     timestep_scale: what forward's timestep is at noise level 1.
+    noise_level: (arguments of forward by name) -> noise level in 0..1, where the timestep is no multiple of it (it runs
+        from 0 to 1, or is a function of sigma). None: timestep / timestep_scale.
+    outside: (arguments of forward by name) -> whether this call is no step of the sampler (it fills a cache for its
+        prompt); such calls run as they are. None: none is.
     residual_shape: (model, arguments of forward by name) -> shape of the residual, known before the first step.
     residual_dtype: (model) -> type of the residual. None: the latent's.
     noise_tokens: (arguments of forward by name) -> how many leading image tokens are being denoised, where others
@@ -37,12 +43,15 @@ class Host:
     output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
     output,
         where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
+    tokens_lead: tokens that forward cuts off between its blocks and its final layer follow those that it keeps
+        (reference pictures behind the noise). Otherwise they precede them.
+    reads_blocks: forward reads attributes of its blocks beside running them.
     hint_methods: methods whose product goes into the blocks and nowhere else (the branch of a control net that forward
         runs first); they return an empty list on a reused step.
     """
 
     blocks: tuple
-    final_layer: str | None
+    final_layer: str | None = None
     image_tokens: object = "hidden_states"
     latent: str = "hidden_states"
     timestep: str = "timestep"
@@ -53,12 +62,22 @@ class Host:
     in_place: bool = False
     output_tokens: Callable | None = None
     hint_methods: tuple = ()
+    noise_level: Callable | None = None
+    outside: Callable | None = None
+    tokens_lead: bool = False
+    reads_blocks: bool = False
+    why_output: str = ""
 
 
 class BlockStack:
     """The block stack of one model instance."""
 
     def __init__(self, model, host):
+        if not host.blocks:
+            raise MagCacheError(
+                f"Of {type(model).__name__} only the output can be predicted"
+                f"{', because ' + host.why_output if host.why_output else ''}: ask for the payload output."
+            )
         final_layer = (host.final_layer,) if host.final_layer else ()
         missing = [name for name in (*host.blocks, *final_layer, *host.hint_methods) if not hasattr(model, name)]
         if missing:
@@ -68,8 +87,9 @@ class BlockStack:
             )
         self.model, self.host = model, host
         self.first = FirstBlock(host.image_tokens, host.in_place)
-        partial = host.output_tokens is not None
-        self.final = FinalLayer(partial) if host.final_layer else LastBlock(partial, self.first.passed_on)
+        self.final = (
+            FinalLayer(host.tokens_lead) if host.final_layer else LastBlock(self.first.passed_on, host.tokens_lead)
+        )
         self.shadows, self.shadowed = {}, {}
 
     def size(self, arguments, latent):
@@ -103,6 +123,8 @@ class BlockStack:
         if self.host.final_layer:
             self.final.layer = getattr(self.model, self.host.final_layer)
             stand_ins = {**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final}
+            if self.host.reads_blocks:
+                stand_ins.update((name, ReadOnly(getattr(self.model, name))) for name in self.host.blocks)
         else:  # as many in each list, for a forward that runs its lists in pairs
             stand_ins = {**dict.fromkeys(self.host.blocks, (self.first.passed_on,)), self.host.blocks[0]: (self.final,)}
         self.shadow({**stand_ins, **dict.fromkeys(self.host.hint_methods, no_hints)})
@@ -117,8 +139,8 @@ class BlockStack:
 
     def finish(self, output=None):
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
-        before the first. Leading tokens that forward cuts off in between (a reference picture) have none. Raises
-        MagCacheError if forward came past neither."""
+        before the first. Tokens that forward cuts off in between (a reference picture) have none. Raises MagCacheError
+        if forward came past neither."""
         before, after = self.first.tokens, self.final.tokens
         self.restore()
         if before is None or after is None:
@@ -126,8 +148,11 @@ class BlockStack:
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                 f"{self.host.final_layer}; run it without MagCache."
             )
-        after = after[:, -self.last :]
-        return after - before[:, -after.shape[1] :]
+        if after.ndim == 2:  # packed
+            before, after = before[None], after[None]
+        tokens = self.last or after.shape[1]
+        kept = slice(None, tokens) if self.host.tokens_lead else slice(-tokens, None)
+        return after[:, kept] - before[:, kept]
 
     def restore(self):
         if self.shadows:
@@ -149,13 +174,27 @@ def class_while_shadowed(plain_class):
     return type(plain_class)(plain_class.__name__, (plain_class,), {"__module__": plain_class.__module__})
 
 
+class ReadOnly(tuple):
+    """A block list whose members can be read and none runs."""
+
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        return 0
+
+
 class FirstBlock:
-    """Stands in for the first block and remembers the image tokens that come in."""
+    """Stands in for the first block and remembers the image tokens that come in. Its other attributes are the
+    block's."""
 
     __slots__ = ("image_tokens", "in_place", "block", "tokens")
 
     def __init__(self, image_tokens, in_place):
-        self.image_tokens, self.in_place, self.tokens = image_tokens, in_place, None
+        self.image_tokens, self.in_place, self.tokens, self.block = image_tokens, in_place, None, None
+
+    def __getattr__(self, name):
+        return getattr(self.block, name)
 
     def __call__(self, *args, **kwargs):
         tokens = self.passed_on(*args, **kwargs)
@@ -169,44 +208,56 @@ class FirstBlock:
 
 
 class FinalLayer:
-    """Stands in for the final layer: remembers the image tokens that come in, or adds the residual to them."""
+    """Stands in for the final layer: remembers the image tokens that come in, or adds the residual to them. Its other
+    attributes are the layer's."""
 
-    __slots__ = ("partial", "layer", "tokens", "residual")
+    __slots__ = ("tokens_lead", "layer", "tokens", "residual")
 
-    def __init__(self, partial):
-        self.partial, self.tokens, self.residual = partial, None, None
+    def __init__(self, tokens_lead):
+        self.tokens_lead, self.layer, self.tokens, self.residual = tokens_lead, None, None, None
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
 
     def __call__(self, tokens, *args, **kwargs):
         if self.residual is None:
             self.tokens = tokens
             return self.layer(tokens, *args, **kwargs)
-        return self.layer(added(tokens, self.residual, self.partial), *args, **kwargs)
+        return self.layer(added(tokens, self.residual, self.tokens_lead), *args, **kwargs)
 
 
 class LastBlock:
     """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in
     with the residual."""
 
-    __slots__ = ("partial", "passed_on", "layer", "tokens", "residual")
+    __slots__ = ("passed_on", "tokens_lead", "layer", "tokens", "residual")
 
-    def __init__(self, partial, passed_on):
-        self.partial, self.passed_on, self.tokens, self.residual = partial, passed_on, None, None
+    def __init__(self, passed_on, tokens_lead):
+        self.passed_on, self.tokens_lead = passed_on, tokens_lead
+        self.layer = self.tokens = self.residual = None
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
 
     def __call__(self, *args, **kwargs):
         if self.residual is None:
             self.tokens = self.layer(*args, **kwargs)
             return self.tokens
-        return added(self.passed_on(*args, **kwargs), self.residual, self.partial)
+        return added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead)
 
 
 class TokensChanged(MagCacheError):
-    """A residual was made of another number of tokens than it is added to: reference pictures came or went."""
+    """A residual was made of more tokens than it is added to: reference pictures went."""
 
 
-def added(tokens, residual, partial=False):
-    """The residual added to the last of the tokens. partial: there may be others before them, which do not reach the
-    output. Raises TokensChanged where the numbers do not fit."""
-    before = tokens.shape[1] - residual.shape[1]
-    if before < 0 or (before and not partial):
+def added(tokens, residual, tokens_lead=False):
+    """The residual added to the last of the tokens, or the first; the others do not reach the output. Raises
+    TokensChanged where there are fewer tokens than the residual has."""
+    if tokens.ndim == 2:
+        return added(tokens[None], residual, tokens_lead)[0]
+    others = tokens.shape[1] - residual.shape[1]
+    if others < 0:
         raise TokensChanged("the number of image tokens changed")
-    return tokens + (functional.pad(residual, (0, 0, before, 0)) if before else residual)
+    if others:
+        residual = functional.pad(residual, (0, 0, 0, others) if tokens_lead else (0, 0, others, 0))
+    return tokens + residual

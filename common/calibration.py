@@ -17,6 +17,7 @@ from .tables import RatioTable
 BRANCHES = ("cond", "uncond")
 TOKENS_AT_ONCE = 4096
 NO_CHANGE = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # one token, ratio 1
+HIGHEST = 1.01  # a sampler that computes its levels in bfloat16 may begin a little above 1
 SAMPLE_BYTES = 2**28  # a branch, all steps together
 
 
@@ -166,7 +167,7 @@ class Statistics:
         return RatioTable(
             name=name,
             mag_ratios=column.pop("mag_ratios"),
-            sigmas=[round(level, 6) for level in self.levels],
+            sigmas=[round(min(level, 1.0) if level < HIGHEST else level, 6) for level in self.levels],
             origin="measured",
             statistics={**column, "seconds": seconds, "runs": len(self.runs)},
             sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},

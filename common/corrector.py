@@ -76,8 +76,6 @@ class Trajectory:
     def corrected(self, skipped: int, step: int, output: torch.Tensor) -> torch.Tensor:
         """The output of a skipped step as the fresh output of `step` and the kept ones have it."""
         known = [(step, output), *self.anchors]
-        if len(known) == 3 and known[2][0] == 0:
-            known.pop()
         weights = interpolation_weights(self.levels, skipped, [at for at, _ in known])
         return sum(weight * one.float() for weight, (_, one) in zip(weights, known)).to(output.dtype)
 
@@ -287,10 +285,9 @@ def why_off(scheduler: Any) -> str:
         return "this sampler's steps cannot be followed"
     if scheduler == EULER:
         return ""
-    name = type(scheduler).__name__
-    parameters = list(inspect.signature(scheduler.step).parameters)
-    if parameters[:3] != ["model_output", "timestep", "sample"]:
-        return f"{name} keeps a history of its own"
+    name, step = type(scheduler).__name__, getattr(scheduler, "step", None)
+    if not callable(step) or list(inspect.signature(step).parameters)[:3] != ["model_output", "timestep", "sample"]:
+        return f"{name} has no step that could be made again"
     if getattr(scheduler, "order", 1) != 1:
         return f"{name} calls the model twice a step"
     config = getattr(scheduler, "config", {})

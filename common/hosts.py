@@ -140,9 +140,31 @@ COMFY_HUNYUANVIDEO = replace(COMFY_FLUX, noise_tokens=None)
 COMFY_WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
 COMFY_QWEN_IMAGE = Host(blocks=("transformer_blocks",), final_layer="norm_out", noise_tokens=pictures_own_tokens)
 
+# diffusers, what several classes share.
 JOINT = Host(blocks=("transformer_blocks", "single_transformer_blocks"), final_layer="norm_out")
 BLOCKS = Host(blocks=("blocks",), final_layer="norm_out")
 TRANSFORMER_BLOCKS = Host(blocks=("transformer_blocks",), final_layer="norm_out")
+LAYERS = Host(blocks=("layers",), final_layer="norm_out")
+
+
+def rising(timestep: str = "timestep", scale: float = 1.0) -> dict:
+    """The fact of a time that runs from 0, noise, to `scale`, picture."""
+    return {"timestep": timestep, "noise_level": lambda forward: 1 - forward[timestep] / scale}
+
+
+def frames_tokens(model, forward):
+    """Of a latent (batch, frames, channels, height, width)."""
+    frames, _, height, width = forward["hidden_states"].shape[1:]
+    return patches((frames, height, width), (1, model.config.patch_size, model.config.patch_size))
+
+
+def fills_a_cache(forward):
+    """GLM-Image runs its reference pictures through once before the first step."""
+    return getattr(forward.get("kv_caches"), "mode", None) == "write"
+
+
+U_NET = Host(blocks=(), latent="sample", why_output="a U-Net has no stack of blocks of one shape")
+TWO_STREAMS = Host(blocks=(), why_output="it denoises picture and sound in two streams")
 
 # By exact class: a subclass may run its blocks in another way.
 HOSTS: dict[str, Host] = {
@@ -152,9 +174,17 @@ HOSTS: dict[str, Host] = {
     "comfy.QwenImageTransformer2DModel": COMFY_QWEN_IMAGE,
     "comfy.VaceWanModel": COMFY_WAN,
     "comfy.WanModel": COMFY_WAN,
+    "diffusers.AceStepTransformer1DModel": replace(LAYERS, timestep_scale=1.0, reads_blocks=True),
     "diffusers.AllegroTransformer3DModel": TRANSFORMER_BLOCKS,
+    "diffusers.AnyFlowFARTransformer3DModel": replace(
+        BLOCKS, outside=lambda forward: not forward["timestep"].any()
+    ),  # it fills its cache with finished frames at timestep 0
+    "diffusers.AnyFlowTransformer3DModel": BLOCKS,
     "diffusers.AuraFlowTransformer2DModel": Host(
         blocks=("joint_transformer_blocks", "single_transformer_blocks"), final_layer="norm_out", timestep_scale=1.0
+    ),
+    "diffusers.BriaFibo2Transformer2DModel": Host(
+        blocks=(), timestep_scale=1.0, why_output="its samples hold their picture at different places"
     ),
     "diffusers.BriaFiboTransformer2DModel": JOINT,
     "diffusers.BriaTransformer2DModel": JOINT,
@@ -163,10 +193,28 @@ HOSTS: dict[str, Host] = {
     "diffusers.CogVideoXTransformer3DModel": replace(TRANSFORMER_BLOCKS, final_layer="norm_final"),
     "diffusers.CogView3PlusTransformer2DModel": TRANSFORMER_BLOCKS,
     "diffusers.CogView4Transformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.ConsisIDTransformer3DModel": replace(
+        TRANSFORMER_BLOCKS, final_layer="norm_final", output_tokens=frames_tokens
+    ),
+    "diffusers.Cosmos3OmniTransformer": Host(
+        blocks=("layers",),
+        final_layer="norm_moe_gen",
+        image_tokens=1,
+        latent="vision_tokens",
+        timestep="vision_timesteps",
+    ),
+    "diffusers.CosmosTransformer3DModel": TRANSFORMER_BLOCKS,
+    "diffusers.DiTTransformer2DModel": replace(TRANSFORMER_BLOCKS, reads_blocks=True),
     "diffusers.EasyAnimateTransformer3DModel": replace(TRANSFORMER_BLOCKS, final_layer="norm_final"),
-    "diffusers.ErnieImageTransformer2DModel": Host(blocks=("layers",), final_layer="final_norm"),
+    "diffusers.ErnieImageTransformer2DModel": replace(LAYERS, final_layer="final_norm"),
     "diffusers.Flux2Transformer2DModel": replace(JOINT, timestep_scale=1.0),
+    "diffusers.Flux3Transformer2DModel": Host(
+        blocks=("single_transformer_blocks",), final_layer="norm_out", timestep_scale=1.0, tokens_lead=True
+    ),
     "diffusers.FluxTransformer2DModel": FLUX,
+    "diffusers.GlmImageTransformer2DModel": replace(
+        TRANSFORMER_BLOCKS, noise_level=lambda forward: (forward["timestep"] + 1) / 1000, outside=fills_a_cache
+    ),
     "diffusers.HeliosTransformer3DModel": BLOCKS,
     "diffusers.HiDreamImageTransformer2DModel": Host(
         blocks=("double_stream_blocks", "single_stream_blocks"), final_layer="final_layer", timestep="timesteps"
@@ -176,31 +224,55 @@ HOSTS: dict[str, Host] = {
     "diffusers.HunyuanVideo15Transformer3DModel": TRANSFORMER_BLOCKS,
     "diffusers.HunyuanVideoFramepackTransformer3DModel": FRAMEPACK,
     "diffusers.HunyuanVideoTransformer3DModel": HUNYUANVIDEO,
+    "diffusers.I2VGenXLUNet": U_NET,
+    "diffusers.Ideogram4Transformer2DModel": replace(LAYERS, final_layer="final_layer", **rising()),
     "diffusers.JoyImageEditPlusTransformer3DModel": Host(blocks=("double_blocks",), final_layer="norm_out"),
     "diffusers.JoyImageEditTransformer3DModel": Host(blocks=("double_blocks",), final_layer="norm_out"),
+    "diffusers.Kandinsky3UNet": U_NET,
+    "diffusers.Kandinsky5Transformer3DModel": Host(blocks=("visual_transformer_blocks",), image_tokens=0),
+    "diffusers.Kandinsky6Transformer3DModel": TWO_STREAMS,
     "diffusers.Krea2Transformer2DModel": Host(
         blocks=("transformer_blocks",), final_layer="final_layer", timestep_scale=1.0
     ),
+    "diffusers.LTX2VideoTransformer3DModel": TWO_STREAMS,
     "diffusers.LTXVideoTransformer3DModel": TRANSFORMER_BLOCKS,
     "diffusers.LatteTransformer3DModel": Host(
         blocks=("transformer_blocks", "temporal_transformer_blocks"), final_layer="norm_out"
     ),
+    "diffusers.LongCatAudioDiTTransformer": Host(blocks=("blocks",), **rising()),
     "diffusers.LongCatImageTransformer2DModel": replace(JOINT, timestep_scale=1.0),
+    "diffusers.Lumina2Transformer2DModel": replace(LAYERS, **rising()),
+    "diffusers.LuminaNextDiT2DModel": replace(LAYERS, **rising()),
+    "diffusers.MiniMaxH3Transformer3DModel": TRANSFORMER_BLOCKS,
     "diffusers.MiniMaxMusic3Transformer1DModel": replace(TRANSFORMER_BLOCKS, final_layer="proj_out"),
+    "diffusers.MochiTransformer3DModel": replace(TRANSFORMER_BLOCKS, **rising(scale=1000)),
     "diffusers.MotifVideoTransformer3DModel": JOINT,
     "diffusers.NucleusMoEImageTransformer2DModel": replace(TRANSFORMER_BLOCKS, timestep_scale=1.0),
+    "diffusers.OmniGenTransformer2DModel": replace(LAYERS, final_layer="norm", **rising()),
     "diffusers.OvisImageTransformer2DModel": replace(JOINT, timestep_scale=1.0),
     "diffusers.PRXTransformer2DModel": Host(blocks=("blocks",), final_layer="final_layer", timestep_scale=1.0),
     "diffusers.PixArtTransformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.QwenImage21Transformer2DModel": Host(
+        blocks=(), timestep_scale=1.0, why_output="the number of its tokens changes after the first step"
+    ),
     "diffusers.QwenImageTransformer2DModel": replace(TRANSFORMER_BLOCKS, timestep_scale=1.0),
     "diffusers.SD3Transformer2DModel": TRANSFORMER_BLOCKS,
+    "diffusers.SanaTransformer2DModel": TRANSFORMER_BLOCKS,
     "diffusers.SanaVideoTransformer3DModel": TRANSFORMER_BLOCKS,
     "diffusers.SkyReelsV2Transformer3DModel": BLOCKS,
     "diffusers.StableAudio3DiTModel": replace(TRANSFORMER_BLOCKS, final_layer="proj_out"),
+    "diffusers.StableAudioDiTModel": replace(TRANSFORMER_BLOCKS, final_layer="proj_out"),
+    "diffusers.StableCascadeUNet": replace(U_NET, timestep="timestep_ratio", timestep_scale=1.0),
+    "diffusers.UNet2DConditionModel": U_NET,
+    "diffusers.UNet2DModel": U_NET,
+    "diffusers.UNet3DConditionModel": U_NET,
+    "diffusers.UNetMotionModel": U_NET,
+    "diffusers.UNetSpatioTemporalConditionModel": U_NET,
     "diffusers.WanAnimate2Transformer3DModel": Host(blocks=("blocks",), final_layer="head"),
     "diffusers.WanAnimateTransformer3DModel": BLOCKS,
     "diffusers.WanTransformer3DModel": BLOCKS,
     "diffusers.WanVACETransformer3DModel": Host(blocks=("vace_blocks", "blocks"), final_layer="norm_out"),
+    "diffusers.ZImageTransformer2DModel": Host(blocks=("layers",), image_tokens=0, latent="x", **rising("t")),
     "diffusers_helper.HunyuanVideoTransformer3DModelPacked": FRAMEPACK,
     "hyvideo.HYVideoDiffusionTransformer": HUNYUANVIDEO_CHECKOUT,
     "opensora.MMDiTModel": mmdit(),
@@ -223,3 +295,15 @@ def host_of(model) -> Host:
             "(docs/design.md says what each is)."
         )
     return HOSTS[class_name(model)]
+
+
+TIMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma", "vision_timesteps")
+
+
+def output_host(model_name: str, names: list[str], why: str = "its class is not described") -> Host:
+    """Facts enough to predict a model's output. names: of the arguments of its forward, the latent first. Raises
+    MagCacheError for a model that is told no time."""
+    timestep = next((name for name in names if name in TIMES), None)
+    if timestep is None:
+        raise MagCacheError(f"{model_name} is told no timestep, so MagCache cannot follow its sampler.")
+    return Host(blocks=(), latent=names[0], timestep=timestep, why_output=why)

@@ -5,12 +5,15 @@ A new kind is a class with the methods of `Payload` and an entry in PAYLOADS.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
 from .blocks import BlockStack, Host
+from .errors import MagCacheError
 
 
 class Payload(Protocol):
@@ -35,9 +38,10 @@ class Payload(Protocol):
 class ModelOutput:
     """The model's output. A reused step runs nothing of the model, and what is kept is as small as a latent."""
 
+    kind = "output"
+
     def __init__(self, model: torch.nn.Module | None = None, host: Host | None = None) -> None:
-        self.leaves: list = []
-        self.form: Any = None
+        self.forms = threading.local()  # of the newest output, in each thread that runs the model
 
     def record(self, arguments=None):
         pass
@@ -47,25 +51,111 @@ class ModelOutput:
 
     def finish(self, output=None):
         """A copy of the output's tensors as (1, elements, 1): samplers may write into what they are given."""
-        self.leaves, self.form = pytree.tree_flatten(output)
-        tensors = [leaf.flatten() for leaf in self.leaves if torch.is_tensor(leaf)]
-        self.leaves = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in self.leaves]
+        leaves, form = pytree.tree_flatten(output)
+        tensors = [leaf.flatten() for leaf in leaves if torch.is_tensor(leaf)]
+        self.forms.newest = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves], form
         return torch.cat(tensors)[None, :, None]
 
     def replace(self, tensor):
         """The output of the last computed call, a tuple, list, dictionary or dataclass of tensors, with these
         values."""
         values, leaves = tensor.flatten(), []
-        for leaf in self.leaves:
+        shapes, form = self.forms.newest
+        for leaf in shapes:
             if isinstance(leaf, torch.Size):
                 leaves.append(values[: leaf.numel()].clone().reshape(leaf))
                 values = values[leaf.numel() :]
             else:
                 leaves.append(leaf)
-        return pytree.tree_unflatten(leaves, self.form)
+        return pytree.tree_unflatten(leaves, form)
 
     def restore(self):
         pass
+
+
+# What a forward raises that does not suit the facts by which its blocks were taken away.
+MISFITS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+class Residual:
+    """The residual of the block stack. A reused step runs everything but the blocks. Where the facts of the class turn
+    out to be wrong on this model, the model's output instead: never a wrong picture."""
+
+    def __init__(self, model: torch.nn.Module, host: Host) -> None:
+        self.name = type(model).__name__
+        self.used: Payload = BlockStack(model, host) if host.blocks else ModelOutput()
+        self.proved: set = set()  # kinds of calls, by their arguments
+        self.calls, self.wrong = (), ""
+
+    @property
+    def kind(self) -> str:
+        """A key of PAYLOADS."""
+        return "output" if isinstance(self.used, ModelOutput) else "residual"
+
+    def record(self, arguments=None):
+        self.calls = tuple(
+            (name, tuple(value.shape) if torch.is_tensor(value) else None)
+            for name, value in (arguments or {}).items()
+            if value is not None
+        )
+        self.used.record(arguments)
+
+    def finish(self, output=None):
+        try:
+            return self.used.finish(output)
+        except (MagCacheError, *MISFITS) as error:  # the first call: tokens of other sizes, or none at all
+            if self.calls in self.proved:
+                raise
+            self.wrong, self.used = str(error).rstrip("."), ModelOutput()
+            return self.used.finish(output)
+
+    def replace(self, tensor):
+        return self.used.replace(tensor)
+
+    def restore(self):
+        self.used.restore()
+
+    def size(self, arguments, latent):
+        return self.used.size(arguments, latent)
+
+    def prove(self, made: torch.Tensor, output: Any, again: Callable[[], Any]) -> tuple[torch.Tensor, Any, str]:
+        """After the first computed call with arguments of these names and shapes: does the residual, put back, make the
+        same output? again: makes the call once more. Returns (what to keep, the output, "" or a sentence on what is
+        kept instead)."""
+        if self.kind == "residual" and self.calls not in self.proved:
+            # A graph on a GPU may make its next output in the memory of this one.
+            output = pytree.tree_map_only(torch.Tensor, torch.clone, output)
+            self.wrong = disproof(self.used, made, output, again)
+            self.proved.add(self.calls)
+            if self.wrong:
+                self.used = ModelOutput()
+                made = self.used.finish(output)
+        told = f"The facts of {self.name} do not hold for this model ({self.wrong}): its output is predicted instead."
+        wrong, self.wrong = self.wrong, ""
+        return made, output, told if wrong else ""
+
+
+def disproof(stack: BlockStack, residual: torch.Tensor, output: Any, again: Callable[[], Any]) -> str:
+    """Why a residual, put back on the inputs that it was made of, does not make the same output; "" if it does."""
+    stack.replace(residual)
+    try:
+        remade = again()
+    except torch.OutOfMemoryError:
+        raise
+    except MISFITS as error:
+        return f"without its blocks: {type(error).__name__}: {error}"
+    finally:
+        stack.restore()
+    worst, allowed = 0.0, 1e-4
+    for one, other in zip(pytree.tree_leaves(output), pytree.tree_leaves(remade)):
+        if torch.is_tensor(one) and one.is_floating_point():
+            if one.shape != other.shape:
+                return f"an output of shape {tuple(other.shape)} for one of {tuple(one.shape)}"
+            # Before plus (after minus before) is after but for one rounding of the tokens.
+            allowed = max(allowed, *(4 * torch.finfo(tensor.dtype).eps for tensor in (one, residual)))
+            missed = (other.detach().double() - one.detach().double()).norm() / one.detach().double().norm()
+            worst = max(worst, float(missed.nan_to_num(0.0)))
+    return f"its own residual makes another output, by {worst:.1%}" if worst > allowed else ""
 
 
 def leading_tokens(output, count, tokens):
@@ -76,4 +166,4 @@ def leading_tokens(output, count, tokens):
     )
 
 
-PAYLOADS = {"residual": BlockStack, "output": ModelOutput}
+PAYLOADS = {"residual": Residual, "output": ModelOutput}

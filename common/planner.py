@@ -54,7 +54,8 @@ class Target:
 
     predictor: "line" needs no calibration and no facts of the model: computed steps spread evenly, outputs predicted
         along the line through the two newest. "linear" and "reuse" plan from a calibration and weigh the two newest or
-        take the newest as it is. None: line, or linear where magcache_max_error or magcache_guard are asked for.
+        take the newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload
+        residual are asked for.
     payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: what line takes,
         the output, else the residual).
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
@@ -97,7 +98,7 @@ class Target:
             )
 
         measured = self.magcache_max_error is not None or self.magcache_guard is not None
-        predictor = self.predictor or ("linear" if measured else "line")
+        predictor = self.predictor or ("linear" if measured or self.payload == "residual" else "line")
         object.__setattr__(self, "predictor", predictor)
         object.__setattr__(self, "payload", self.payload or ("output" if predictor == "line" else "residual"))
         if predictor == "line" and (measured or self.payload != "output"):
@@ -133,10 +134,9 @@ class Target:
     def spread(self, levels: np.ndarray, switch_step: int | None = None) -> Schedule:
         """The Schedule whose computed steps, the first and the last among them, are spread evenly."""
         steps, few = len(levels), Rule().min_steps
-        kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step)
         if steps < few:
-            why = f"a run of {steps} steps has nothing to gain (MagCache starts at {few})"
-            return compute_all(steps, why)
+            return compute_all(steps, f"a run of {steps} steps has nothing to gain (MagCache starts at {few})")
+        kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step)
         reuse = np.ones(steps, dtype=bool)
         reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step)] = False
         return Schedule(
@@ -145,6 +145,10 @@ class Target:
             why_none="" if reuse.any() else "every step was asked to compute",
             fewest_computed=computed,
         )
+
+    def of(self, payload: str) -> Target:
+        """The same for another payload."""
+        return replace(self, payload=payload)
 
     def kept(self, steps: int) -> int:
         """How many steps, from the first on, compute in any case."""
@@ -158,6 +162,8 @@ class Target:
     def computed_of(self, steps: int, share: float = 0.0, switch_step: int | None = None) -> int | None:
         """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones."""
         least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step)
+        if self.predictor == "line":
+            least = min(steps, max(2, least))  # the first and the last
         if self.magcache_speedup is not None:
             counts = np.arange(least, steps + 1)
             return int(counts[np.abs(speedup(steps, counts, share) - self.magcache_speedup).argmin()])
@@ -235,6 +241,11 @@ def table_grams(table, levels, payload="residual"):
     stored = table.statistics.get(GRAMS[payload])
     if not stored:
         raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
+    if not table.fine_enough(levels):
+        raise MagCacheError(
+            f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)} by; "
+            "calibrate again in as many steps as you run."
+        )
     try:
         grams = [unpacked(rows) for rows in stored.values()]
     except (TypeError, ValueError, IndexError, AttributeError):

@@ -5,9 +5,14 @@ gamma_t = mean over tokens of |r_t| / |r_{t-1}|, with r_t the residual of the bl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Union
+
 import numpy as np
 
 from .errors import MagCacheError
+
+Levels = Union[np.ndarray, Sequence[float]]  # noise levels of a run's steps, from high to low, in 0..1
 
 
 def flow_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
@@ -21,7 +26,7 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def fitted_shift(sigmas: np.ndarray) -> float:
+def fitted_shift(sigmas: Levels) -> float:
     """The shift of a rectified-flow sampler whose noise levels these are (median over the steps; 1 for one step)."""
     sigmas = np.asarray(sigmas, dtype=float)
     plain = np.linspace(1, 1 / len(sigmas), len(sigmas))[1:]
@@ -29,7 +34,7 @@ def fitted_shift(sigmas: np.ndarray) -> float:
     return float(np.median(inner * (1 - plain) / (plain * (1 - inner)))) if len(inner) else 1.0
 
 
-def nearest_interp(ratios: np.ndarray, steps: int) -> np.ndarray:
+def nearest_interp(ratios: Levels, steps: int) -> np.ndarray:
     """Index resampling of the released scripts: entry round(i*(L-1)/(n-1)), halves to even; n = 1 takes the last."""
     ratios = np.asarray(ratios, dtype=float)
     if steps == 1:
@@ -37,24 +42,24 @@ def nearest_interp(ratios: np.ndarray, steps: int) -> np.ndarray:
     return ratios[np.round(np.arange(steps) * (len(ratios) - 1) / (steps - 1)).astype(int)]
 
 
-def log_magnitude(ratios: np.ndarray, sigmas: np.ndarray, at: np.ndarray) -> np.ndarray:
+def log_magnitude(ratios: Levels, sigmas: Levels, at: Levels) -> np.ndarray:
     """L(sigma) = log of the residual's magnitude relative to the first step, piecewise linear in sigma.
 
     Below the last calibrated level the last slope goes on; above the first one the magnitude stays.
     """
     cumulative = np.cumsum(np.log(np.asarray(ratios, dtype=float)))
-    sigmas, at = np.asarray(sigmas, dtype=float), np.asarray(at, dtype=float)
-    distinct = np.append(np.flatnonzero(np.diff(sigmas) < 0), len(sigmas) - 1)
-    sigmas, cumulative = sigmas[distinct], cumulative[distinct]
-    values = np.interp(-at, -sigmas, cumulative)
-    if len(sigmas) > 1:
-        slope = (cumulative[-1] - cumulative[-2]) / (sigmas[-1] - sigmas[-2])
-        below = at < sigmas[-1]
-        values[below] = cumulative[-1] + slope * (at[below] - sigmas[-1])
+    own, new = np.asarray(sigmas, dtype=float), np.asarray(at, dtype=float)
+    distinct = np.append(np.flatnonzero(np.diff(own) < 0), len(own) - 1)
+    own, cumulative = own[distinct], cumulative[distinct]
+    values = np.interp(-new, -own, cumulative)
+    if len(own) > 1:
+        slope = (cumulative[-1] - cumulative[-2]) / (own[-1] - own[-2])
+        below = new < own[-1]
+        values[below] = cumulative[-1] + slope * (new[below] - own[-1])
     return values
 
 
-def resample(ratios: np.ndarray, sigmas: np.ndarray, new_sigmas: np.ndarray) -> np.ndarray:
+def resample(ratios: Levels, sigmas: Levels, new_sigmas: Levels) -> np.ndarray:
     """Ratios between the steps of another schedule: exp(L(b) - L(a)); the first is 1.
 
     The product over any range of noise levels is that of the calibration, whatever the steps, shift or starting level.

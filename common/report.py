@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import __version__
 from .files import write_json
 from .planner import Target, error_by_gram, has_gram, nearest_by_the_rule, reused_share, speedup
 from .schedule import rule_of
+
+FORMAT = 1  # of the JSON
 
 
 def memory_text(count):
@@ -90,7 +93,7 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
             f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio",
         )
     ]
-    if has_gram(table):
+    if has_gram(table) and table.fine_enough(levels):
         errors = error_by_gram(schedule, levels, table)
         other = Target(schedule.computed, predictor="linear").plan(table, levels, table.switch_step(levels))
         lines += [
@@ -155,6 +158,7 @@ class RunReport:
     def __init__(self, schedule, levels):
         self.schedule, self.levels, self.calls = schedule, levels, []
         self.peak_bytes, self.complete = 0, False
+        self.notes: list[str] = []  # what a user should know of this run beside the figures
 
     def add(self, call, kind, seconds, why=""):
         """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not
@@ -214,6 +218,8 @@ class RunReport:
         spent, saved = self.seconds()
         settings = self.schedule.settings
         return {
+            "format": FORMAT,
+            "magcache_version": __version__,
             "settings": vars(settings) if settings else None,
             "strip": self.schedule.strip,
             "steps": self.schedule.steps,

@@ -23,7 +23,7 @@ from .calibration import Statistics
 from .corrector import follower_of
 from .errors import MagCacheError
 from .guard import Guard
-from .payloads import ModelOutput, Payload, leading_tokens
+from .payloads import ModelOutput, Payload, Residual, leading_tokens
 from .report import RunReport
 from .residuals import Residuals
 from .schedule import Schedule, compute_all
@@ -52,8 +52,8 @@ class ModelCall:
             self.output = payload.replace(predicted)
 
     def finish(self, output: Any, rehearse: Callable[[], Any] | None = None) -> Any:
-        """After the call. rehearse: makes it again, for a measurement without its blocks. Returns the output that the
-        sampler is to get."""
+        """After the call. rehearse: makes it again, for a proof of the facts and a measurement without its blocks.
+        Returns the output that the sampler is to get."""
         run, seconds = self.run, self.stopwatch.stop()
         if self.reused:
             self.payload.restore()
@@ -63,6 +63,10 @@ class ModelCall:
             except MagCacheError as error:
                 made, self.why = None, run.nothing_recorded(error)
             if made is not None:
+                if rehearse is not None and isinstance(self.payload, Residual):
+                    made, output, told = self.payload.prove(made, output, rehearse)
+                    if told:
+                        run.facts_are_wrong(told)
                 run.computed(self, made, output, rehearse)
         run.report.add(self.parts[0].call, "reused" if self.reused else "computed", seconds, self.why)
         for observe in run.observers:
@@ -105,6 +109,10 @@ class Run:
     def computed(self, call: ModelCall, made: torch.Tensor, output: Any, rehearse: Callable[[], Any] | None) -> None:
         """After a computed call. made: what the payload recorded, (batch, tokens, width)."""
 
+    def facts_are_wrong(self, told: str) -> None:
+        """The payload turned from the residual to the output. told: a sentence that says why."""
+        self.report.notes.append(told)
+
     def nothing_recorded(self, error: MagCacheError) -> str:
         """A computed call came past no block. Returns the reason with which it is counted, or raises."""
         raise error
@@ -128,8 +136,9 @@ class CachedRun(Run):
     """Computes or reuses as its schedule says; reuses only what was kept in this run under the same key, for the same
     shape and device.
 
-    guard: stops the skipping; stopped: why it did. scheduler, corrector: the sampler's (`corrector.follower_of`), and
-    whether skipped steps are made again; why_uncorrected: why they are not.
+    guard: stops the skipping; stopped: why it did. fall_back: called with this run and a sentence where the facts of
+        the class turn out to be wrong; plans for the output. scheduler, corrector: the sampler's
+        (`corrector.follower_of`), and whether skipped steps are made again; why_uncorrected: why they are not.
     """
 
     def __init__(
@@ -138,15 +147,22 @@ class CachedRun(Run):
         levels: Sequence[float],
         residuals: Residuals,
         guard: Guard | None = None,
+        fall_back: Callable[[CachedRun, str], None] | None = None,
         scheduler: Any = None,
         corrector: bool = True,
     ) -> None:
         super().__init__(schedule, levels)
-        self.residuals, self.guard, self.stopped = residuals, guard, ""
+        self.residuals, self.guard, self.fall_back, self.stopped = residuals, guard, fall_back, ""
         self.follower, self.why_uncorrected = None, ""
         if schedule.reuse.any():  # else nothing of the sampler is touched
             predicts = schedule.predictor == "line"
             self.follower, self.why_uncorrected = follower_of(scheduler, self.levels, predicts, corrector)
+
+    def facts_are_wrong(self, told):
+        super().facts_are_wrong(told)
+        self.residuals.clear()  # residuals are no outputs
+        if self.fall_back:
+            self.fall_back(self, told)
 
     def predict(self, parts):
         if not self.schedule.reuse[parts[0].call.step]:
@@ -237,6 +253,12 @@ class MeasuredRun(Run):
         last = call.parts[0].call.step == self.schedule.steps - 1
         if last and rehearse is not None and self.reused_seconds is None:
             self.reused_seconds = self.time_reuse(call, made, rehearse)
+
+    def facts_are_wrong(self, told):
+        raise MagCacheError(
+            f"{told.partition(': its output')[0]}, so its residuals cannot be measured: ask for a speed-up, which "
+            "needs no calibration, and let its output be predicted."
+        )
 
     def outputs(self, call: ModelCall, output: Any, noise_tokens: int | None, tokens: int) -> list[torch.Tensor]:
         """What the model made of the tokens being denoised, for each part of the batch, (1, elements, 1). noise_tokens:

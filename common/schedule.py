@@ -55,9 +55,12 @@ class Settings:
     ) -> Schedule:
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
 
-        rule: None, the table's own; interpolation: "sigma" or "nearest" (`RatioTable.at`).
+        rule: None, the table's own; interpolation: "sigma" or "nearest" (`RatioTable.at`). Steps beyond the noise
+        levels that the table covers compute: its ratios there are no measurement.
         """
-        return magcache_schedule(table.at(levels, interpolation), self, rule or rule_of(table), switch_step)
+        ratios, uncovered = table.at(levels, interpolation), ~table.covered(levels)
+        uncovered[1:] |= uncovered[:-1]  # a ratio relates two levels
+        return magcache_schedule(ratios, self, rule or rule_of(table), switch_step, uncovered)
 
 
 @dataclass(frozen=True)
@@ -182,21 +185,30 @@ def retained_steps(
 
 
 def magcache_schedule(
-    mag_ratios: np.ndarray, settings: Settings, rule: Rule = Rule(), switch_step: int | None = None
+    mag_ratios: np.ndarray,
+    settings: Settings,
+    rule: Rule = Rule(),
+    switch_step: int | None = None,
+    uncovered: np.ndarray | None = None,
 ) -> Schedule:
-    """Plan a run. mag_ratios: (branches, steps) or (steps,), the ratio of each step to the one before.
+    """Plan a run. mag_ratios: (branches, steps) or (steps,), the ratio of each step to the one before; uncovered: mask
+    (steps,) of those that nobody measured, which compute.
 
     All branches share one decision: a step is reused only if every branch may. Returns a Schedule.
     """
     ratios = np.atleast_2d(np.asarray(mag_ratios, dtype=float))
     steps = ratios.shape[1]
     retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
+    beyond = np.zeros(steps, dtype=bool) if uncovered is None else uncovered & ~retained
+    retained = retained | beyond
     off = why_off(steps, settings, rule)
     if off:
         return replace(compute_all(steps, off), settings=settings, ratios=ratios)
     reuse, error = decide(ratios, settings.magcache_thresh, settings.magcache_K, rule, retained)
     fewest_computed = steps - int(decide(ratios, np.inf, settings.magcache_K, rule, retained)[0].sum())
     why_none = "" if reuse.any() else why_nothing(error, retained, settings, rule)
+    if retained.all() and beyond.any():
+        why_none = "the table covers no step that could be reused"
     return Schedule(
         reuse,
         retained,

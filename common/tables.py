@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from . import __version__
 from .errors import MagCacheError
 from .files import plain, write_json
 from .peer_tables import fields_of, is_peer_table
-from .ratios import flow_sigmas, nearest_interp, resample
+from .ratios import Levels, flow_sigmas, nearest_interp, resample
 
 PRESETS = Path(__file__).parent / "presets"
 SETTINGS = {"magcache_thresh", "magcache_K", "retention_ratio"}
@@ -86,7 +86,7 @@ class RatioTable:
     def steps(self) -> int:
         return len(self.sigmas)
 
-    def covered(self, levels: np.ndarray) -> np.ndarray:
+    def covered(self, levels: Levels) -> np.ndarray:
         """Mask of the noise levels of a run that lie within the calibrated ones; what a table says beyond them is no
         measurement. The last step of a full run counts, down to 0."""
         levels, own = np.asarray(levels, dtype=float), np.asarray(self.sigmas, dtype=float)
@@ -97,11 +97,11 @@ class RatioTable:
                 lowest = 0.0
         return (levels <= highest) & (levels >= lowest)
 
-    def covers(self, levels: np.ndarray) -> bool:
+    def covers(self, levels: Levels) -> bool:
         """Whether all noise levels of a run lie within the calibrated ones."""
         return bool(self.covered(levels).all())
 
-    def fine_enough(self, levels: np.ndarray) -> bool:
+    def fine_enough(self, levels: Levels) -> bool:
         """Whether the calibrated levels lie close enough for what lies between them to be interpolated: a run has at
         most STEPS_AN_INTERVAL steps between two of them. The magnitude ratios serve a run also where they do not; the
         inner products of residuals, and what is predicted by them, do not."""
@@ -113,7 +113,7 @@ class RatioTable:
         """Whether nothing is lost where this table is written over another: it covers as much and is as fine."""
         return self.steps >= other.steps and self.covers(other.sigmas)
 
-    def at(self, sigmas: np.ndarray, interpolation: str = "sigma") -> np.ndarray:
+    def at(self, sigmas: Levels, interpolation: str = "sigma") -> np.ndarray:
         """The ratios of a run at other noise levels: array (branches, len(sigmas)).
 
         interpolation: "sigma" keeps the magnitude's change between any two noise levels (`resample`);
@@ -128,19 +128,19 @@ class RatioTable:
             rows = [resample(self.within_experts(ratios), self.sigmas, sigmas) for ratios in self.mag_ratios.values()]
         return np.stack(rows)
 
-    def within_experts(self, ratios: list[float]) -> np.ndarray:
+    def within_experts(self, ratios: Sequence[float]) -> np.ndarray:
         """The ratios with 1 at the step where the second of two experts takes over: that jump belongs to no noise
         level."""
-        ratios, boundary = np.array(ratios, dtype=float), self.sampler.get("boundary")
+        smooth, boundary = np.array(ratios, dtype=float), self.sampler.get("boundary")
         if boundary:
-            ratios[np.flatnonzero(np.asarray(self.sigmas) < boundary)[:1]] = 1
-        return ratios
+            smooth[np.flatnonzero(np.asarray(self.sigmas) < boundary)[:1]] = 1
+        return smooth
 
-    def fits(self, sigmas: np.ndarray) -> bool:
+    def fits(self, sigmas: Levels) -> bool:
         """Whether a run at these noise levels is the one that was calibrated, so that no interpolation is needed."""
         return len(sigmas) == self.steps and bool(np.allclose(sigmas, self.sigmas, rtol=0, atol=2e-3))
 
-    def switch_step(self, levels: np.ndarray) -> int | None:
+    def switch_step(self, levels: Levels) -> int | None:
         """The step at which a second expert takes over in a run at these noise levels; None: one model."""
         boundary = self.sampler.get("boundary")
         return int((np.asarray(levels) >= boundary).sum()) if boundary else None
@@ -249,7 +249,7 @@ def calibrations(pattern: str = "*.json", complain: Callable[[str], object] = pr
     return found
 
 
-def best(tables: Iterable[RatioTable], levels: np.ndarray | None = None) -> RatioTable | None:
+def best(tables: Iterable[RatioTable], levels: Levels | None = None) -> RatioTable | None:
     """Of several tables of one checkpoint the one that serves a run best: that covers most of its noise levels, then
     one measured at these very levels, then the finest, then the newest. levels: None where they are not known yet."""
 
@@ -262,7 +262,7 @@ def best(tables: Iterable[RatioTable], levels: np.ndarray | None = None) -> Rati
     return max(tables, key=merit, default=None)
 
 
-def find(model: str | Path, fingerprint: str | None = None, levels: np.ndarray | None = None) -> RatioTable | None:
+def find(model: str | Path, fingerprint: str | None = None, levels: Levels | None = None) -> RatioTable | None:
     """The table of a checkpoint: its own calibration, found by the fingerprint of its weights, else the preset of that
     name.
 

@@ -55,14 +55,14 @@ def script_at(path):
 @contextmanager
 def timesteps_noted(scheduler_classes):
     """A function that returns the timesteps last set on a scheduler of these classes, for samplers that keep theirs
-    local."""
-    noted = [None]
+    local; its `scheduler()` returns that scheduler."""
+    noted = [None, None]
 
     def noting(set_timesteps):
         @functools.wraps(set_timesteps)
         def noting_set_timesteps(self, *args, **kwargs):
             result = set_timesteps(self, *args, **kwargs)
-            noted[0] = self.timesteps
+            noted[:] = self.timesteps, self
             return result
 
         return noting_set_timesteps
@@ -71,7 +71,9 @@ def timesteps_noted(scheduler_classes):
     for scheduler, set_timesteps in plain.items():
         scheduler.set_timesteps = noting(set_timesteps)
     try:
-        yield lambda: noted[0]
+        timesteps = functools.partial(noted.__getitem__, 0)
+        timesteps.scheduler = lambda: noted[1]
+        yield timesteps
     finally:
         for scheduler, set_timesteps in plain.items():
             scheduler.set_timesteps = set_timesteps

@@ -122,27 +122,33 @@ def add_target_flags(group):
         "--magcache_speedup",
         type=float,
         metavar="X",
-        help="plan the run to be X times faster, by the step times "
-        "of the calibration, and predict skipped residuals from the two newest",
+        help="make the run X times faster; no calibration is needed",
     )
     group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
     group.add_argument(
         "--magcache_max_error",
         type=float,
         metavar="ERROR",
-        help="the same, with the fewest computed steps for which no skipped one's expected relative error exceeds this",
+        help="plan from a calibration, with the fewest computed steps for which no skipped one's expected relative "
+        "error exceeds this",
     )
     group.add_argument(
         "--magcache_predictor",
-        choices=PREDICTORS,
-        help="how a planned run predicts; default: linear, or reuse where there are published ratios only",
+        choices=("line", *PREDICTORS),
+        help="how a planned run predicts: along the line through the two newest outputs (line, the default), or as a "
+        "calibration tells (linear: the two newest weighed; reuse: the newest as it is)",
     )
     group.add_argument(
         "--magcache_payload",
         choices=GRAMS,
-        default="residual",
-        help="what a planned run keeps and predicts: the "
-        "residual of the blocks, or the model's output (least memory, and skipped steps cost nothing)",
+        help="what a run planned from a calibration keeps and predicts: the residual of the blocks (the default), or "
+        "the model's output, as line does (least memory, and skipped steps cost nothing)",
+    )
+    group.add_argument(
+        "--magcache_corrector",
+        choices=("on", "off"),
+        default="on",
+        help="whether skipped steps are made again when the next one is computed, which costs no call of the model",
     )
 
 
@@ -151,7 +157,7 @@ def target_of(args):
     asked = {name: getattr(args, name) for name in ("magcache_steps", "magcache_speedup", "magcache_max_error")}
     guard = getattr(args, "magcache_guard", None)
     if all(value is None for value in asked.values()):
-        if args.magcache_predictor is not None or args.magcache_payload != "residual" or guard is not None:
+        if args.magcache_predictor is not None or args.magcache_payload is not None or guard is not None:
             raise MagCacheError(
                 "--magcache_predictor, --magcache_payload and --magcache_guard are for planned runs: ask for one "
                 "with --magcache_speedup, --magcache_steps or --magcache_max_error."

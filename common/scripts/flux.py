@@ -17,8 +17,9 @@ from ..tables import published
 from .checkout import one_sentence
 from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken
 from .install import REPOSITORY
+from .outputs import beside, files_of, own_place
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
-from .session import REPORT, Session, beside, check_calibration, files_of, own_place
+from .session import Session, check_calibration
 
 DEMO = REPOSITORY / "demo" / "image"
 
@@ -114,14 +115,21 @@ def run(args, ours, script):
             args, ours, script, pipe, checkpoint, f"{width}x{height}", {**about, "prompts": args.prompts}
         )
         session.check(args.output)
-        session.patch(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, checkpoint, min_steps=script.min_steps)
+        session.patch(
+            pipe.transformer,
+            FLUX,
+            lambda: pipe.scheduler.timesteps,
+            checkpoint,
+            min_steps=script.min_steps,
+            scheduler=lambda: pipe.scheduler,
+        )
         say_what_a_lora_changes(args, session, checkpoint)
     # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
     place(pipe, args, device)
 
     compared, outputs = [], numbered(args.output, len(args.prompts))
     if session and ours.compare:
-        sheet = own_place(beside(args.output, "_compare.png"), files_of(beside(outputs[0], REPORT)))
+        sheet = own_place(beside(args.output, "_compare.png"), files_of(outputs[0]))
         session.files = [sheet.name]
     for prompt, output in zip(args.prompts, outputs):
 
@@ -174,6 +182,7 @@ def session_of(args, ours, script, pipe, checkpoint, size, about):
         one_task=True,
         published_settings=args.model != script.model,
         sampler=sampler,
+        family=("flux", "demo"),
         models=() if Path(args.model).is_dir() and args.model != "demo" else (args.model,),
     )
 

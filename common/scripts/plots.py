@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import MagCacheError, needs
 
 
@@ -13,16 +15,19 @@ def plot_schedule(path, schedule, levels, title):
     figure = figure_class(figsize=(9, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     steps = range(schedule.steps)
-    for name, row in zip(("cond", "uncond"), schedule.ratios):
+    for name, row in zip(("cond", "uncond"), () if schedule.ratios is None else schedule.ratios):
         top.plot(steps, row, marker=".", label=name)
     top.axhline(1, color="0.8", zorder=0)
     top.set_ylabel("magnitude ratio $\\gamma_t$")
-    top.legend(frameon=False)
+    if schedule.ratios is not None:
+        top.legend(frameon=False)
     top.set_title(
         f"{title}: {schedule.computed} of {schedule.steps} steps computed, at most {schedule.bound:.2f}x", loc="left"
     )
-    thresholded = schedule.expected_error is None
+    thresholded = schedule.accumulated_error is not None
     error = schedule.accumulated_error if thresholded else schedule.expected_error
+    if error is None:  # planned without a calibration
+        error = np.ones(schedule.steps)
     bottom.bar(steps, error, color=["tab:orange" if reuse else "tab:blue" for reuse in schedule.reuse])
     bottom.bar([0], [0], color="tab:blue", label="computed")
     bottom.bar([0], [0], color="tab:orange", label="reused")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
 from contextlib import contextmanager, suppress
@@ -17,17 +16,17 @@ from tqdm import tqdm
 from ..calibration import Statistics
 from ..errors import MagCacheError
 from ..patch import magcache_calibration, magcache_forward
+from ..planner import Target
 from ..ranks import is_writer, told_by_writer
 from ..report import write_report
-from ..schedule import rule_of
-from ..tables import best, calibrations, calibrations_folder, load
-from .flags import cache_options, check_writable, settings_of
+from ..schedule import Rule, rule_of
+from ..tables import best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
+from .flags import cache_options, check_writable, settings_of, target_of
+from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, report_place
 from .plots import plot_schedule
 from .quality import quality, quality_table, side_by_side
 
 LEAST_STEPS = 5  # that a host measures unasked; shorter runs have nothing to skip
-REPORT = ".magcache.json"
-NAME_BYTES = 255  # of a file's name, in every common file system
 
 
 class Session:
@@ -45,6 +44,8 @@ class Session:
     one_task: the checkpoint serves one task, so its calibration is found whatever the task was called.
     published_settings: the settings of the table, where it has some, win over the script's.
     sampler, models: of `RatioTable`, for a calibration.
+    family: what the names of this model's presets begin with; weights: the checkpoint as the user named it, "" where he
+    named none.
     """
 
     def __init__(
@@ -63,12 +64,15 @@ class Session:
         published_settings: bool = False,
         sampler: dict | None = None,
         models: tuple = (),
+        family: str | tuple = "",
+        weights: str = "",
     ):
         self.args, self.script_settings, self.task = args, script_settings, task
         self.size, self.frames, self.steps = size, frames, steps
         self.preset, self.about, self.videos = preset, about, videos
         self.measures, self.one_task, self.published_settings = measures, one_task, published_settings
         self.sampler, self.models = sampler or {}, models
+        self.family, self.weights = family, weights
         self.calibrating = args.magcache_calibration is not None
         self.measuring = False
         self.statistics = Statistics()
@@ -95,19 +99,21 @@ class Session:
             check_calibration(self.args, self.steps)
             return
         settings = settings_of(self.args, self.script_settings)
-        named = self.args.mag_ratios or self.preset
+        if needs_no_table(settings) and not self.args.mag_ratios:
+            settings.plan(None, np.linspace(1, 0, self.steps, endpoint=False))
+            return
         own = [] if self.args.mag_ratios else self.own_tables()
-        if not named and not own and not self.measures:
+        if not self.args.mag_ratios and not self.preset and not own and not self.measures:
             raise MagCacheError(self.no_table())
-        if named and not own:  # else only the weights tell which
-            table = load(named)
+        table = self.named_table() or (load(self.preset) if self.preset else None)
+        if table and not own:  # else only the weights tell which
             settings.plan(table, table.levels(self.steps))
 
     def no_table(self):
         return (
-            f"No magnitude ratios are known for {self.task} with this checkpoint: measure them once by the same "
-            "command with --magcache_calibration, name a table with --mag_ratios PRESET|FILE, or run with "
-            "--no-magcache."
+            f"No magnitude ratios are known for {self.task} with this checkpoint, and the paper's rule needs them: "
+            "name a speed-up, as --magcache_speedup 2, which needs none; or measure them once by the same command with "
+            "--magcache_calibration; or name a table with --mag_ratios PRESET|FILE; or run with --no-magcache."
         )
 
     # Which ratios, and the patch
@@ -122,11 +128,31 @@ class Session:
             and (self.one_task or table.sampler.get("task") == self.task)
         ]
 
+    def named_table(self):
+        """The table of --mag_ratios, or None. Raises MagCacheError for a preset of another family of models, and for a
+        measurement too coarse to predict from."""
+        name = self.args.mag_ratios
+        if not name:
+            return None
+        table = load(name)
+        if self.family and name in preset_names() and not name.startswith(self.family):
+            fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(self.family))
+            raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
+        target = target_of(self.args)
+        if target and not needs_no_table(target) and not table.fine_enough(table.levels(self.steps)):
+            raise MagCacheError(
+                f"{name} was measured at {table.steps} steps, too few to predict the skipped ones of {self.steps}: "
+                "measure again with --magcache_calibration."
+            )
+        return table
+
     def find_table(self, checkpoint: str):
         """The ratios to use: those named, else this checkpoint's own for this task and the nearest size, else the
         published ones; None where there are none and they are to be measured."""
         if self.args.mag_ratios:
-            return load(self.args.mag_ratios)
+            return self.named_table()
+        if needs_no_table(self.settings()):
+            return None
         own = self.own_tables(checkpoint)
         fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
         for table in own:
@@ -139,15 +165,26 @@ class Session:
             raise MagCacheError(self.no_table())
         return load(self.preset) if self.preset else None
 
-    def patch(self, models, host, timesteps, checkpoint: str, boundary: float | None = None, min_steps=None):
+    def patch(
+        self,
+        models,
+        host,
+        timesteps,
+        checkpoint: str,
+        boundary: float | None = None,
+        min_steps: int | None = None,
+        scheduler=None,
+    ):
         """Put MagCache, or the calibration, on the pipeline's transformer or its experts, in the place of an earlier
         patch: beneath whatever takes hold of their forward afterwards. checkpoint: fingerprint of the weights;
-        min_steps: runs with fewer compute every step."""
+        min_steps: runs with fewer compute every step; scheduler: of `magcache_forward`."""
         self.unpatch()
         self.table = None if self.calibrating else told_by_writer(lambda: self.find_table(checkpoint))
-        self.measuring = self.table is None
+        self.measuring = self.table is None and (self.calibrating or not needs_no_table(self.settings()))
         if not self.measuring:
-            rule = rule_of(self.table)
+            if self.table:
+                self.say_whose_ratios()
+            rule = rule_of(self.table) if self.table else Rule()
             self.handle = magcache_forward(
                 models,
                 host,
@@ -157,6 +194,8 @@ class Session:
                 rule if min_steps is None else replace(rule, min_steps=min_steps),
                 announce=self.say_once,
                 boundary=boundary,
+                scheduler=scheduler,
+                corrector=self.args.magcache_corrector == "on",
                 **cache_options(self.args),
             )
         elif self.calibrating or self.steps >= LEAST_STEPS:
@@ -167,6 +206,7 @@ class Session:
                 )
             self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
         else:
+            self.measuring = False
             self.say_once(f"A run of {self.steps} steps has nothing to skip; it is computed in full.")
 
     def unpatch(self):
@@ -175,9 +215,13 @@ class Session:
             self.handle.remove()
         self.handle = None
 
+    @property
+    def table_name(self):
+        return self.table.name if self.table else "no ratios"
+
     def settings(self):
         """Of a run with `self.table`."""
-        published = self.table.settings if self.published_settings else {}
+        published = self.table.settings if self.table and self.published_settings else {}
         return settings_of(self.args, {**self.script_settings, **published})
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
@@ -215,14 +259,14 @@ class Session:
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
         if self.handle is None:
             return draw(steps)
-        if not self.measuring:
+        if not self.measuring and self.table:
             self.say_what_differs()
         try:
             result, self.seconds = timed(draw, steps)
         except BaseException:
             self.handle.end_run()
             raise
-        with self.bookkeeping("The report"):
+        with self.bookkeeping("The measurement" if self.measuring else "The report"):
             self.handle.settle()
             self.handle.require_reached()
             if self.measuring:
@@ -236,6 +280,8 @@ class Session:
         return result
 
     def tell_measured(self):
+        if self.handle.failure:
+            raise self.handle.failure
         self.table, self.calibration_path = self.handle.table, self.handle.path
         hint = (
             f"use it with --mag_ratios {self.calibration_path}."
@@ -310,12 +356,11 @@ class Session:
         number, self.files_saved = self.files_saved, self.files_saved + 1
         if not self.report:
             return
-        report_path = beside(target, REPORT)
-        files = [*files_of(report_path), *self.files]
+        files = [*files_of(target), *self.files]
         if self.args.magcache_plot and not self.measuring:
             with self.bookkeeping("The plot"):
                 path = own_place(beside(target, ".schedule.png"), files)
-                plot_schedule(path, self.report.schedule, self.report.levels, self.table.name)
+                plot_schedule(path, self.report.schedule, self.report.levels, self.table_name)
                 files.append(path.name)
         if self.frames_rendered and sheet:
             with self.bookkeeping("The side-by-side video" if fps else "The side-by-side picture"):
@@ -325,13 +370,13 @@ class Session:
                 self.say(f"Side by side ({' | '.join(self.frames_rendered)}): {path}")
         with self.bookkeeping("The report"):
             write_report(
-                own_place(report_path, [report_path.name] if is_report(report_path) else []),
+                report_place(target),
                 self.report,
                 task=self.task,
                 size=self.size,
                 frames=self.frames,
                 **self.about,
-                mag_ratios_of=self.table.name,
+                mag_ratios_of=self.table_name,
                 seconds_whole_pipeline=round(self.seconds, 4),
                 quality=self.comparison,
                 files=sorted(set(files)),
@@ -349,6 +394,15 @@ class Session:
             self.say(f"{what} broke off ({why.rstrip('.')}); what was rendered is kept.")
 
     # Speaking
+
+    def say_whose_ratios(self):
+        published = self.table.origin == "published" and not self.args.mag_ratios
+        if published and self.weights and not any(is_checkpoint(self.weights, known) for known in self.table.models):
+            base = self.table.models[0] if self.table.models else "the base model"
+            self.say_once(
+                f"The ratios of {self.table.name} were published for {base}. If {self.weights} was trained further, "
+                "--magcache_calibration measures its own."
+            )
 
     def say_what_differs(self):
         sampler = self.table.sampler
@@ -368,6 +422,10 @@ class Session:
     def say(self, text: str):
         if is_writer():
             tqdm.write(text)
+
+
+def needs_no_table(settings):
+    return isinstance(settings, Target) and settings.predictor == "line"
 
 
 def named_calibration(args):
@@ -402,45 +460,10 @@ def check_calibration_file(args):
         check_writable("The calibration file", path)
 
 
-def is_report(path: Path):
-    return files_of(path, None) is not None
-
-
-def files_of(report_path: Path, otherwise=()):
-    """Names of the files that lie beside an output by an earlier report of ours."""
-    try:
-        content = json.loads(report_path.read_text())
-        return [*content["files"]] if "strip" in content else otherwise
-    except (OSError, ValueError, TypeError, KeyError):
-        return None if otherwise is None else [*otherwise]
-
-
-def own_place(path: Path, ours):
-    """The path, or one with a number where a file lies there that is not `ours` by its name."""
-    number, free = 1, path
-    while free.exists() and free.name not in ours:
-        number += 1
-        free = path.with_name(fitting(path.name.partition(".")[0], f"_{number}.{path.name.partition('.')[2]}"))
-    return free
-
-
-def beside(target: Path, ending: str):
-    """A file beside an output: "x.mp4", "_compare.mp4" -> "x_compare.mp4"."""
-    return target.with_name(fitting(target.stem, ending))
-
-
-def fitting(stem: str, ending: str):
-    """A name of at most 255 bytes. What is too long loses its middle: hosts put the prompt there, and the time or the
-    number that tells two outputs apart at the end."""
-    room = NAME_BYTES - len(ending.encode())
-    if len(stem.encode()) <= room:
-        return stem + ending
-    head, tail = stem.encode()[: room - 41], stem.encode()[-40:]
-    return f"{head.decode(errors='ignore')}_{tail.decode(errors='ignore')}{ending}"
-
-
 def volume(sampler):
     """Pixels of all frames: how alike two sizes are."""
+    if not sampler.get("size"):
+        return 0
     width, height = map(int, sampler["size"].split("x"))
     return width * height * sampler.get("frames", 1)
 

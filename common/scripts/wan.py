@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import MagCacheError
+from ..expert import inner_module
 from ..hosts import WAN
-from ..patch import inner_module
 from ..ranks import is_writer
 from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
 from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on
@@ -90,6 +90,8 @@ def session_of(args, host_args, settings, tables):
         host_args.sample_steps,
         published(host_args, tables, task),
         about,
+        family="wan",
+        weights=host_args.ckpt_dir,
     )
 
 
@@ -140,7 +142,14 @@ def cached(pipeline_class, session):
             host = host_of(self, inner_module(models[0]))
             plain = super().generate
             with timesteps_noted(schedulers_of(pipeline_class)) as timesteps:
-                session.patch(models, host, timesteps, checkpoint, self.boundary if len(models) == 2 else None)
+                session.patch(
+                    models,
+                    host,
+                    timesteps,
+                    checkpoint,
+                    self.boundary if len(models) == 2 else None,
+                    scheduler=timesteps.scheduler,
+                )
                 try:
                     return session.render(lambda steps: plain(*args, sampling_steps=steps, **kwargs), sampling_steps)
                 finally:

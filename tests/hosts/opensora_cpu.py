@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import wan_cpu  # noqa: E402
+from stand_ins import StandIn, StandIns  # noqa: E402
 from torch import nn  # noqa: E402
 
 warnings.filterwarnings("ignore")
@@ -51,12 +52,6 @@ ABSENT = (
     "tensorboard",
     "galore_torch",
 )
-
-
-class Absent(wan_cpu.AbsentPackages):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ABSENT and name not in sys.modules:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
 
 def seeded(text):
@@ -442,9 +437,9 @@ def import_opensora():
     import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
-    sys.meta_path.insert(0, Absent())
+    sys.meta_path.insert(0, StandIns(ABSENT))
     stand_ins()
-    sys.modules.setdefault("torch.utils.tensorboard", wan_cpu.Anything("torch.utils.tensorboard"))
+    sys.modules.setdefault("torch.utils.tensorboard", StandIn("torch.utils.tensorboard"))
     torch.cuda.synchronize = lambda *args: None
     import opensora.models
     from opensora.registry import MODELS

@@ -235,14 +235,18 @@ def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
 
 
 def test_planned_run_computes_as_many_steps_as_asked(capsys):
-    """Two residuals are kept, and the picture beats the plain sampler with as many steps."""
-    run(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
+    """Only latents are kept, and the picture beats the plain sampler with as many steps."""
+    text = run(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["strip"].count("#") == report["computed"] == 10 and report["unplanned"] == {}
-    assert report["extra_bytes"] == 2 * 64 * 160 * 4
+    gap = max(map(len, report["strip"].split("#")))  # one held output, two anchors, two latents a skipped step
+    assert report["extra_bytes"] == (1 + 2 + 2 * gap) * 64 * 64 * 4
     _, cached, fewer = report["quality"].values()
     assert cached["psnr"] > fewer["psnr"] + 3
-    text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_speedup", 2, "--steps", 20, "--magcache_predictor", "reuse")
+    assert "corrector on" in text and "no calibration needed" in text
+    planned = ("--magcache_predictor", "reuse", "--magcache_corrector", "off")
+    text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_speedup", 2, "--steps", 20, *planned)
+    assert "corrector off, because it was turned off" in text
     assert "computes 10 of 20" in text
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["computed"] == 10 and report["extra_bytes"] == 64 * 160 * 4
@@ -252,9 +256,10 @@ def test_planned_guidance_weighs_each_branch(capsys):
     two = ("--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2)
     run(capsys, DEV, *two, "--magcache_calibration", "two.json")
     assert read("two.json").statistics["gram"].keys() == {"cond", "uncond"}
-    run(capsys, DEV, *two, "--mag_ratios", "two.json", "--magcache_steps", 12, "--compare")
+    weighed = ("--magcache_steps", 12, "--magcache_predictor", "linear")
+    run(capsys, DEV, *two, "--mag_ratios", "two.json", *weighed, "--compare")
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
-    assert report["computed"] == 24 and report["extra_bytes"] == 4 * 64 * 160 * 4
+    assert report["computed"] == 24 and report["unplanned"] == {}
     _, cached, fewer = report["quality"].values()
     assert cached["psnr"] > fewer["psnr"] + 3
 
@@ -273,7 +278,8 @@ def test_group_offload_gives_the_same_picture(capsys):
 
 
 def test_residuals_in_another_type(capsys):
-    run(capsys, DEV, "--prompt", PROMPT, "--magcache_cache_dtype", "bfloat16", "--magcache_cache_device", "cpu")
+    kept = ("--magcache_cache_dtype", "bfloat16", "--magcache_cache_device", "cpu", "--magcache_corrector", "off")
+    run(capsys, DEV, "--prompt", PROMPT, *kept)
     assert json.loads(Path("magcache_flux.magcache.json").read_text())["extra_bytes"] == 64 * 160 * 2
 
 
@@ -360,7 +366,7 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
         (["--retention_ratio", "2"], "retention_ratio is a share"),
         (["--mag_ratios", "nope"], "There is no preset 'nope'"),
         (
-            ["--mag_ratios", "flux-dev", "--magcache_speedup", "2", "--magcache_payload", "output"],
+            ["--mag_ratios", "flux-dev", "--magcache_speedup", "2", "--magcache_predictor", "linear"],
             "need the Gram matrix",
         ),
         (["--magcache_guard", "2"], "are for planned runs"),

@@ -30,6 +30,8 @@ from common.hosts import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.schedule import Settings
+from common.scripts import controls
+from common.scripts.controls import Choice
 from common.scripts.install import install
 from common.tables import load, read, write
 
@@ -122,15 +124,13 @@ def sample(package, model, steps=12, cfg=1.0, frames=2, seed=0, history=None, ca
 def entered(model):
     """One letter a call of the model, # where every block ran and . where none did; filled as it runs."""
     calls, blocks = [], [*model.transformer_blocks, *model.single_transformer_blocks]
-    model.norm_out.register_forward_pre_hook(lambda module, args: calls.append(0))
-    model.context_embedder.register_forward_pre_hook(lambda module, args: calls.append(0))
+    model.register_forward_pre_hook(lambda module, args: calls.append(0))
     for block in blocks:
         block.register_forward_pre_hook(lambda module, args: calls.__setitem__(-1, calls[-1] + 1))
 
     def strip():
-        ran = calls[::2]  # the context embedder comes before the blocks, norm_out after them
-        assert set(ran) <= {0, len(blocks)}
-        return "".join(".#"[count > 0] for count in ran)
+        assert set(calls) <= {0, len(blocks)}
+        return "".join(".#"[count > 0] for count in calls)
 
     return strip
 
@@ -412,7 +412,7 @@ class Demo(types.ModuleType):
         super().__init__("demo_gradio")
         self.package, self.transformer, self.folder = package, transformer, folder
         self.ips = [*JOB]
-        self.use_teacache = "use_teacache"
+        self.use_teacache, self.steps = "use_teacache", "steps"
         self.stream, self.plain_sampler = None, package.sampler.sample_hunyuan
         self.sample_hunyuan, self.latents, self.teacache, self.end_at = self.plain_sampler, [], [], None
         self.when_cancelled = lambda: None
@@ -468,10 +468,14 @@ def jobs_of(demo, **given):
     return Jobs(demo, flags(**given), (0.1, 3, 0.2), "framepack")
 
 
-def run(jobs, controls, **changed):
+def plan(jobs, steps, seconds, window, values, teacache=False):
+    return jobs.plan(steps, seconds, window, teacache, Choice(*values))
+
+
+def run(jobs, values, **changed):
     """(latents of each section, the last lines, every yield) of one job."""
     before = len(jobs.demo.latents)
-    shown = list(jobs.process(*{**JOB, **changed}.values(), *controls))
+    shown = list(jobs.process(*{**JOB, **changed}.values(), *values))
     jobs.idle.wait(60)
     return jobs.demo.latents[before:], shown[-1][1], shown
 
@@ -495,7 +499,7 @@ def test_a_job_with_magcache(demo, plain):
     assert [line.partition(":")[0] for line in lines] == ["Section 1", "Section 2"]
     assert all("7 of 12 model calls computed, 5 reused" in line and "s saved" in line for line in lines)
     assert [shown[0][0], shown[-1][0]] == [(None, "started"), (None, "ended")]
-    report = json.loads((demo.folder / "1.json").read_text())
+    report = json.loads((demo.folder / "1.magcache.json").read_text())
     assert [section["reused"] for section in report["sections"]] == [5, 5] and report["mag_ratios_of"] == "framepack"
     assert "forward" not in vars(demo.transformer)
 
@@ -532,36 +536,33 @@ def test_the_job_after_an_ended_one_is_as_alone(demo):
 
 def test_calibration_in_the_page_is_used_from_then_on(demo, tmp_path):
     jobs = jobs_of(demo)
-    published = jobs.table
+    published = jobs.known_table(12)
     _, lines, shown = run(jobs, CALIBRATE)
     path = jobs.calibration_file
     assert path.parent == tmp_path / "home" and path.name == f"framepack-{jobs.checkpoint}.json"
-    assert "Measured in 2 sections" in lines[-1] and shown[-1][0] is None and shown[-1][2]
-    assert published.origin == "published" and jobs.table.origin == "measured"
+    assert "Measured in 2 sections" in lines[-1] and shown[-1][0] is None
+    assert jobs.newly_measured() and not jobs.newly_measured()
+    assert published.origin == "published" and jobs.known_table(12).origin == "measured"
     table = read(path)
     assert (
         table.rule == {"max_deviation": 0.06}
         and table.statistics["runs"] == 2
-        and table.mag_ratios == jobs.table.mag_ratios
+        and table.mag_ratios == jobs.known_table(12).mag_ratios
     )
-    assert (
-        any("predictor linear" in line for line in jobs.plan(12, 1, 2, *AT_TWICE)) and len(run(jobs, AT_TWICE)[0]) == 2
-    )
+    assert plan(jobs, 12, 1, 2, AT_TWICE).summary.startswith("2x: ") and len(run(jobs, AT_TWICE)[0]) == 2
     again = jobs_of(Demo(demo.package, demo.transformer, demo.folder))  # the page of another day
-    assert again.table.mag_ratios == table.mag_ratios
+    assert again.known_table(12).mag_ratios == table.mag_ratios and again.starts_cached()
 
 
 def test_a_calibration_that_breaks_off_saves_what_is_complete(demo):
     jobs = jobs_of(demo)
     demo.end_at = (0, 5)
     _, lines, shown = run(jobs, CALIBRATE)
-    assert "nothing was saved" in lines[-1] and not shown[-1][2] and not jobs.calibration_file.exists()
-    assert jobs.table.origin == "published"
+    assert "Nothing was saved" in lines[-1] and not jobs.newly_measured() and not jobs.calibration_file.exists()
+    assert jobs.known_table(12).origin == "published"
     demo.end_at = (1, 5)
     _, lines, shown = run(jobs, CALIBRATE)
-    assert (
-        "Measured in 1 section," in lines[-1] and shown[-1][2] and read(jobs.calibration_file).statistics["runs"] == 1
-    )
+    assert "Measured in 1 section," in lines[-1] and read(jobs.calibration_file).statistics["runs"] == 1
 
 
 def test_flags_name_the_files(demo, tmp_path):
@@ -572,22 +573,59 @@ def test_flags_name_the_files(demo, tmp_path):
     renamed = replace(table, name="renamed")
     write(tmp_path / "other.json", renamed)
     jobs = jobs_of(Demo(demo.package, demo.transformer, demo.folder), mag_ratios=str(tmp_path / "other.json"))
-    assert jobs.table.name == "renamed" and "renamed" in jobs.plan(25, 5, 9, *ON)[0]
+    assert jobs.known_table(25).name == "renamed" and "renamed" in " ".join(plan(jobs, 25, 5, 9, ON).lines)
 
 
-def test_the_plan_line_follows_the_controls(demo):
+def test_the_plan_follows_the_controls(demo):
     jobs = jobs_of(demo)
-    shown = jobs.plan(25, 5, 9, *ON)
-    assert shown[1].split()[0] == "#####..#.#..#..#..#...#.#" and "computes 12 of 25: at most 2.08x" in shown[2]
-    assert shown[-1] == "4 sections: 48 of 100 steps of the job compute"
-    assert "computes 11 of 25" in jobs.plan(25, 5, 9, True, False, 0.15, 4, 0.2, "off")[2]
-    assert (
-        jobs.plan(50, 10, 9, *ON)[1].split()[0] != shown[1].split()[0] and "8 sections" in jobs.plan(50, 10, 9, *ON)[-1]
+    shown = plan(jobs, 25, 5, 9, ON)
+    assert shown.strip == "#####..#.#..#..#..#...#.#"
+    assert shown.summary == "12 of 25 steps compute, at most 2.08x faster"
+    assert shown.lines[:2] == (
+        "4 sections: 48 of 100 steps of the job compute",
+        "Ratios: framepack (published)",
     )
-    assert any("magcache_K is 0" in line for line in jobs.plan(25, 5, 9, True, False, 0.1, 0, 0.2, "off"))
-    assert any("magcache_speedup 2" in line for line in jobs.plan(25, 5, 9, *AT_TWICE))
-    assert "every step computes" in jobs.plan(25, 5, 9, *OFF)[0]
-    assert str(jobs.calibration_file) in jobs.plan(25, 5, 9, *CALIBRATE)[0]
+    assert plan(jobs, 25, 5, 9, (True, False, 0.15, 4, 0.2, "off")).summary.startswith("11 of 25 steps")
+    longer = plan(jobs, 50, 10, 9, ON)
+    assert longer.strip != shown.strip and longer.lines[0].startswith("8 sections")
+    off = plan(jobs, 25, 5, 9, (True, False, 0.1, 0, 0.2, "off"))
+    assert off.summary == "every step computes" and any("magcache_K is 0" in line for line in off.lines)
+    twice = plan(jobs, 25, 5, 9, AT_TWICE)
+    assert twice.summary == "2x: 13 of 25 steps compute, at most 1.92x faster, the nearest to it"
+    assert twice.lines == ("4 sections: 52 of 100 steps of the job compute",)
+    assert twice.strip[0] == twice.strip[-1] == "#" and twice.strip.count("#") == 13
+    assert plan(jobs, 25, 5, 9, OFF).summary == "off, every step computes"
+    assert plan(jobs, 25, 5, 9, OFF, teacache=True).summary == "off, TeaCache decides"
+    assert str(jobs.calibration_file) in plan(jobs, 25, 5, 9, CALIBRATE).lines[0]
+    words = [shown, longer, off, twice, plan(jobs, 25, 5, 9, OFF), plan(jobs, 25, 5, 9, CALIBRATE)]
+    assert not any("--" in line or "payload" in line for one in words for line in (one.summary, *one.lines))
+
+
+def test_a_short_calibration_is_not_used_for_a_long_job(demo, tmp_path):
+    """And a finer table stays where it is."""
+    jobs = jobs_of(demo)
+    run(jobs, CALIBRATE, steps=2)
+    assert jobs.known_table(8).steps == 2 and jobs.known_table(25).origin == "published"
+    run(jobs, CALIBRATE, steps=12)
+    run(jobs, CALIBRATE, steps=2)
+    assert jobs.known_table(12).steps == jobs.known_table(25).steps == 12
+    assert sorted(read(path).steps for path in (tmp_path / "home").iterdir()) == [2, 12]
+    again = jobs_of(Demo(demo.package, demo.transformer, demo.folder))
+    assert again.known_table(12).steps == 12
+    run(again, ON, steps=12)
+    assert json.loads((demo.folder / "1.magcache.json").read_text())["mag_ratios_of"] == again.known_table(12).name
+    again.of_model, again.own = None, [table for table in again.own if table.steps == 2]
+    with pytest.raises(MagCacheError, match="were measured at too few steps for this job: tick Calibrate"):
+        run(again, ON, steps=25)
+
+
+def test_a_report_that_cannot_be_written_or_is_not_ours(demo):
+    jobs = jobs_of(demo)
+    (demo.folder / "1.magcache.json").write_text('{"whose": "somebody\'s"}')
+    (demo.folder / "0.magcache.json").mkdir()
+    latents, lines, _ = run(jobs, ON)
+    assert len(latents) == 2 and (demo.folder / "1.magcache.json").read_text() == '{"whose": "somebody\'s"}'
+    assert len(json.loads((demo.folder / "1_2.magcache.json").read_text())["sections"]) == 2
 
 
 @pytest.mark.parametrize("seconds, window, count", [(1, 9, 1), (5, 9, 4), (2.4, 9, 2), (120, 9, 100), (0.1, 33, 1)])
@@ -598,13 +636,16 @@ def test_sections_are_counted_as_the_host_counts_them(seconds, window, count):
 def test_a_checkpoint_without_a_table_is_told_how_to_get_one(demo):
     demo.transformer.register_to_config(_name_or_path="somebody/finetune")
     jobs = jobs_of(demo)
-    assert jobs.table is None
-    for attempt in (lambda: jobs.plan(25, 5, 9, *ON), lambda: run(jobs, ON)):
-        with pytest.raises(MagCacheError, match="somebody/finetune: tick Calibrate"):
+    assert not jobs.starts_cached()
+    for attempt in (lambda: plan(jobs, 25, 5, 9, ON), lambda: run(jobs, ON)):
+        with pytest.raises(MagCacheError, match="somebody/finetune are not known: tick Calibrate"):
             attempt()
     assert not demo.latents and equal(run(jobs, OFF)[0], demo.latents)
+    latents, lines, _ = run(jobs, AT_TWICE)  # needs none
+    assert len(latents) == 2 and all("6 of 12 model calls computed, 6 reused" in line for line in lines)
+    assert json.loads((demo.folder / "1.magcache.json").read_text())["mag_ratios_of"] is None
     run(jobs, CALIBRATE)
-    assert len(run(jobs, ON)[0]) == 2
+    assert len(run(jobs, ON)[0]) == 2 and jobs.starts_cached()
 
 
 def test_wrong_values_are_refused_before_anything_runs(demo):
@@ -619,12 +660,11 @@ def test_wrong_values_are_refused_before_anything_runs(demo):
 
 def test_the_plan_is_drawn(demo):
     jobs = jobs_of(demo)
-    drawn = framepack_page.planned(jobs, 25, 5, 9, *ON)
-    assert drawn.count(": computes") == 12 and drawn.count(": reuses") == 13 and 'aria-label="#####..#.' in drawn
+    drawn = controls.plan_html(plan(jobs, 25, 5, 9, ON))
+    assert drawn.count(": computes") == 12 and drawn.count(": is skipped") == 13 and 'aria-label="#####..#.' in drawn
     assert "4 sections: 48 of 100 steps" in drawn
-    assert framepack_page.planned(jobs, 25, 5, 9, *OFF) == "<div>MagCache is off: every step computes.</div>"
-    assert "retention_ratio is a share" in framepack_page.planned(jobs, 25, 5, 9, True, False, 0.1, 3, 7, "off")
-    assert framepack_page.in_lines(["a < b"]) == "<div>a &lt; b</div>"
+    assert controls.plan_html(plan(jobs, 25, 5, 9, OFF)) == "<div>off, every step computes</div>"
+    assert controls.in_lines(["a < b"]) == "<div>a &lt; b</div>"
 
 
 def test_the_gradio_that_the_checkout_pins_is_asked_for(monkeypatch, tmp_path):
@@ -715,8 +755,11 @@ def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
 def test_install_knows_the_checkout(tmp_path):
     with pytest.raises(MagCacheError, match="demo_gradio.py"):
         install("MagCache4FramePack", tmp_path)
-    for name in json.loads((REPOSITORY / "MagCache4FramePack" / "install.json").read_text())["recognised_by"]:
+    known, windows = json.loads((REPOSITORY / "MagCache4FramePack" / "install.json").read_text())
+    for name in known["recognised_by"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     assert install("MagCache4FramePack", tmp_path) == "python magcache_demo_gradio.py"
     assert (tmp_path / "magcache_demo_gradio_f1.py").is_file() and (tmp_path / "magcache_framepack.py").is_file()
+    (tmp_path / "demo_gradio_f1.py").unlink()
+    assert install("MagCache4FramePack", tmp_path) == windows["run"] and "f1" not in str(windows["files"])

@@ -136,7 +136,7 @@ def test_a_calibration_is_found_by_its_checkpoint_and_version(generate, tmp_path
     generate(*i2v, "--magcache_calibration", "two.json", count=2)
     table = read(path)
     assert table.mag_ratios["cond"] == pytest.approx(read(tmp_path / "two.json").mag_ratios["cond"], abs=1e-3)
-    generate(*i2v, "--magcache_steps", 8)
+    generate(*i2v, "--magcache_steps", 8, "--magcache_predictor", "linear")
     assert report(tmp_path)["computed"] == 8 and report(tmp_path)["mag_ratios_of"] == table.name
     (refused,) = generate("--cfg_distilled", fails=True)
     assert "for hunyuanvideo-1.5-480p_t2v_distilled" in refused.output
@@ -148,7 +148,7 @@ def test_the_step_distilled_model_runs_as_it_is_until_asked(generate, tmp_path):
     assert "MagCache is off: the step-distilled model" in done.output and done.entered[BLOCKS] == 36
     assert not (tmp_path / "out" / "cat.magcache.json").exists()
     generate(*flags, "--magcache_calibration")
-    (done,) = generate(*flags, "--magcache_steps", 9)
+    (done,) = generate(*flags, "--magcache_steps", 9, "--magcache_predictor", "linear")
     assert done.entered[BLOCKS] == 27
 
 

@@ -361,7 +361,17 @@ def test_2_calibration_is_the_mean_of_all_videos(toy2):
     result = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--magcache_calibration", "both.json")
     assert all(map(torch.equal, plain, result)) and read("both.json").statistics["runs"] == 2
     assert not list((toy2.folder / "samples").rglob("*.json"))
-    toy2.run(CONFIG_2, "--prompt", "cat", "--mag_ratios", "both.json", "--magcache_steps", "5")
+    toy2.run(
+        CONFIG_2,
+        "--prompt",
+        "cat",
+        "--mag_ratios",
+        "both.json",
+        "--magcache_steps",
+        "5",
+        "--magcache_predictor",
+        "linear",
+    )
     assert toy2.report("video/prompt_0000")["computed"] == 5
 
 

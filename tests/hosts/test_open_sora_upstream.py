@@ -178,6 +178,8 @@ def test_2_one_prompt_and_a_comparison(checkouts, folder):
         "cat",
         "--magcache_steps",
         "5",
+        "--magcache_predictor",
+        "linear",
         "--compare",
     )
     (done,) = runs.torchrun("magcache_inference.py", *flags, cwd=folder)

@@ -187,7 +187,7 @@ def test_a_calibration_serves_the_next_run(command, name, tmp_path):
     (path,) = (tmp_path / "home").iterdir()
     table = read(path)
     assert table.steps == 10 and list(table.mag_ratios) == ["cond", "uncond"] and measured.output.count(str(path)) == 1
-    planned = command(name, "--magcache_steps", "5")
+    planned = command(name, "--magcache_steps", "5", "--magcache_predictor", "linear")
     report = json.loads(next(tmp_path.glob("magcache_*.json")).read_text())
     assert report["mag_ratios_of"] == table.name and report["computed"] == 10 and report["unplanned"] == {}
     assert blocks_entered(planned)[0] == 40 and not torch.equal(planned.latents[0], measured.latents[0])

@@ -414,7 +414,7 @@ def test_calibration_is_found_by_the_next_run(command, tmp_path):
     table = read(path)
     assert table.origin == "measured" and table.steps == 12 and table.sampler["boundary"] == 0.9
     assert list(table.mag_ratios) == ["cond", "uncond"]
-    planned = command("i2v", "--magcache_steps", "6")
+    planned = command("i2v", "--magcache_steps", "6", "--magcache_predictor", "linear")
     report = json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())
     assert report["mag_ratios_of"] == table.name and report["planned_computed"] == 6 and report["computed"] == 12
     assert planned.entered["WanAttentionBlock"] == 4 * 12
@@ -426,7 +426,7 @@ def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
     done = command("ti2v-t2v", "--magcache_calibration", "mine.json")
     assert read(tmp_path / "mine.json").steps == 12 and not (tmp_path / "home").exists()
     assert "use it with --mag_ratios mine.json" in done.output
-    command("ti2v-t2v", "--magcache_steps", "6", "--mag_ratios", "mine.json")
+    command("ti2v-t2v", "--magcache_steps", "6", "--magcache_predictor", "linear", "--mag_ratios", "mine.json")
     assert json.loads((tmp_path / "magcache_ti2v-5B_1.magcache.json").read_text())["planned_computed"] == 6
 
 
@@ -444,7 +444,7 @@ def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path)
 @pytest.mark.parametrize(
     "flags, part",
     [
-        (("--use_magcache",), "No magnitude ratios are known for t2v-A14B with this checkpoint: measure them once"),
+        (("--use_magcache",), "for t2v-A14B with this checkpoint, and the paper's rule needs them: name a speed-up"),
         (("--compare", "--no-magcache"), "leave out --no-magcache"),
         (("--compare", "--magcache_calibration"), "one at a time"),
         (("--use_magcache", "--mag_ratios", "nonesuch"), "There is no preset 'nonesuch'"),

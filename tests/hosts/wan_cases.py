@@ -300,13 +300,13 @@ def calibration_serves_a_planned_run(kind):
     same = torch.equal(draw(pipeline(kind, measuring), kind, steps=16), plain)
     (path,) = Path(os.environ["MAGCACHE_HOME"]).glob("*.json")
     table = load(str(path))
-    planned = session("--magcache_steps", "8")
+    planned = session("--magcache_steps", "8", "--magcache_predictor", "linear")
     pipe = pipeline(kind, planned)
     video, used = draw(pipe, kind, steps=16), planned.table
     boundary = table.sampler.get("boundary")
     switch = sum(sigma >= boundary for sigma in table.sigmas) if boundary else 0
     ratios = [row[switch] for row in table.mag_ratios.values()]
-    other = session("--magcache_steps", "5")
+    other = session("--magcache_steps", "5", "--magcache_predictor", "linear")
     draw(pipeline(kind, other), kind, steps=10, shift=3.0)
     return {
         "uncached": same,

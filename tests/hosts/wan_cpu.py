@@ -8,8 +8,6 @@ Under WORLD_SIZE > 1 the process group is gloo's.
 """
 
 import hashlib
-import importlib.abc
-import importlib.machinery
 import json
 import math
 import os
@@ -24,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from stand_ins import StandIn, StandIns
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -45,29 +44,6 @@ ABSENT = (
     "loguru",
     "matplotlib",
 )
-
-
-class Anything(types.ModuleType):
-    """A package that is imported and not used: any name in it is a class that does nothing."""
-
-    __path__ = []
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {"__init__": lambda self, *args, **kwargs: None})
-
-
-class AbsentPackages(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ABSENT and name not in sys.modules:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        return Anything(spec.name)
-
-    def exec_module(self, module):
-        pass
 
 
 class EasyDict(dict):
@@ -100,11 +76,11 @@ def torchvision():
     def normalize(tensor, mean, std):
         return (tensor - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
-    package, functional = Anything("torchvision"), Anything("torchvision.transforms.functional")
+    package, functional = StandIn("torchvision"), StandIn("torchvision.transforms.functional")
     package.utils, package.transforms, package.io = (
-        Anything("utils"),
-        Anything("torchvision.transforms"),
-        Anything("io"),
+        StandIn("utils"),
+        StandIn("torchvision.transforms"),
+        StandIn("io"),
     )
     package.utils.make_grid, package.utils.save_image = grid, save_image
     functional.to_tensor = picture_tensor
@@ -212,14 +188,14 @@ def sequence_parallelism():
         def __call__(self, _, query, key, value, window_size):
             return attention(query, all_gather(key, 1), all_gather(value, 1))
 
-    group, distributed = types.SimpleNamespace(all_gather=all_gather), Anything("xfuser.core.distributed")
+    group, distributed = types.SimpleNamespace(all_gather=all_gather), StandIn("xfuser.core.distributed")
     distributed.get_sequence_parallel_world_size, distributed.get_sequence_parallel_rank = (
         dist.get_world_size,
         dist.get_rank,
     )
     distributed.get_sp_group = lambda: group
     distributed.init_distributed_environment = distributed.initialize_model_parallel = lambda *args, **kwargs: None
-    long_context = Anything("xfuser.core.long_ctx_attention")
+    long_context = StandIn("xfuser.core.long_ctx_attention")
     long_context.xFuserLongContextAttention = LongContextAttention
     return {"xfuser.core.distributed": distributed, "xfuser.core.long_ctx_attention": long_context}
 
@@ -231,7 +207,7 @@ def import_wan():
     import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
-    sys.meta_path.append(AbsentPackages())
+    sys.meta_path.append(StandIns(ABSENT))
     easydict = types.ModuleType("easydict")
     easydict.EasyDict = EasyDict
     sys.modules.update(torchvision(), easydict=easydict, **sequence_parallelism())

@@ -10,6 +10,7 @@ import torch
 from ranks import two_ranks
 from test_patch import BASE, RUNS, Tokens
 
+from common import __version__
 from common.blocks import Host
 from common.calibration import Statistics
 from common.errors import MagCacheError
@@ -249,6 +250,7 @@ def test_report_of_a_cached_run(model, euler, cached, tmp_path):
     write_report(tmp_path / "report.json", report, prompt="a cat")
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["prompt"] == "a cat" and written["by_call"] == entries["by_call"]
+    assert written["format"] == 1 and written["magcache_version"] == __version__
 
 
 @pytest.mark.parametrize(

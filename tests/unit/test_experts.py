@@ -316,7 +316,7 @@ def test_a_break_leaves_nothing(stop):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize("call", [1, 3, 5])  # 2 is the proof of the first residual
 def test_an_exception_within_either_expert_leaves_nothing(number, call):
     boundary = boundary_at(5)
     alone, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
@@ -373,6 +373,7 @@ def test_hints_are_made_on_computed_steps_only(own):
         assert vars(model).get("hints") is bound
     (report,) = handle.reports
     assert model.hinted == report.computed and report.reused > 0
+    del seen[1]  # the proof of the first residual
     assert [hints == [] for hints in seen] == [kind == "reused" for _, _, kind, *_ in report.calls]
     assert torch.equal(result, oracle(reference, report.schedule, 0))
     assert ("hints" in vars(model)) == own

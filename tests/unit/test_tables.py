@@ -9,7 +9,10 @@ import pytest
 from common import __version__
 from common.__main__ import main
 from common.errors import MagCacheError
+from common.planner import Target, packed
 from common.ratios import flow_sigmas
+from common.report import plan_text
+from common.schedule import Settings
 from common.tables import (
     FORMAT,
     RatioTable,
@@ -73,6 +76,26 @@ def test_a_run_that_ends_early_covers_what_it_saw():
 def test_a_level_rounded_by_its_sampler_is_covered():
     table = table_of([0.9999, *flow_sigmas(28, 5.0)[1:]])
     assert table.covers([1.0]) and not table_of(flow_sigmas(28, 1.0)[1:]).covers([1.0])
+
+
+def test_the_rule_reuses_nothing_beyond_the_calibrated_levels():
+    levels, settings = flow_sigmas(28, 3.0), Settings(0.5, 3, 0.1)
+    full, partial = table_of(levels), table_of(levels[17:])
+    assert settings.plan(full, levels).reuse[:18].any()
+    schedule = settings.plan(partial, levels)
+    assert not schedule.reuse[:18].any() and schedule.reuse[18:].any() and not schedule.why_none
+    assert settings.plan(partial, levels[:17]).why_none == "the table covers no step that could be reused"
+    assert settings.plan(table_of(levels[:10]), levels).computed > settings.plan(full, levels).computed
+
+
+def test_a_coarse_calibration_predicts_nothing():
+    gram = {"cond": packed(np.eye(3))}
+    coarse = table_of(flow_sigmas(3, 3.0), statistics={"gram": gram})
+    target = Target(magcache_steps=20, predictor="linear")
+    assert "calibrated in 3 steps, too few to predict a run of 50" in refusal(target.plan, coarse, flow_sigmas(50, 3.0))
+    schedule = Settings(0.5, 3, 0.1).plan(coarse, flow_sigmas(50, 3.0))
+    assert schedule.reuse.any()  # ratios are carried over all the same
+    assert "expected relative error" not in plan_text(schedule, flow_sigmas(50, 3.0), coarse)
 
 
 def test_one_step_covers_itself():

@@ -1,0 +1,328 @@
+"""Any diffusers pipeline with MagCache.
+
+python magcache_pipeline.py --model demo --magcache_speedup 2.5
+python magcache_pipeline.py --model Qwen/Qwen-Image --prompt "A lighthouse." --num_inference_steps 50 --true_cfg_scale 4
+python magcache_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A cat." --num_frames 81 --compare
+torchrun --nproc_per_node 4 magcache_pipeline.py --model MODEL --prompt_file prompts.txt
+
+Every keyword of the pipeline's own call is a flag: --name value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import os
+import sys
+import time
+import wave
+from difflib import get_close_matches
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from common.errors import MagCacheError, needs  # noqa: E402
+from common.pipeline import DEFAULT_SPEEDUP, denoisers, enable  # noqa: E402
+from common.ranks import is_writer  # noqa: E402
+from common.report import write_report  # noqa: E402
+from common.scripts.checkout import one_sentence  # noqa: E402
+from common.scripts.flags import DTYPES, check_writable  # noqa: E402
+from common.scripts.install import REPOSITORY  # noqa: E402
+from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
+from common.scripts.quality import PICTURES, VIDEO_SUFFIXES, quality, quality_table, save_frames, side_by_side  # noqa: E402
+
+DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
+SETTINGS = {
+    "magcache_speedup": "speedup",
+    "magcache_steps": "steps",
+    "magcache_max_error": "max_error",
+    "magcache_thresh": "thresh",
+    "magcache_K": "K",
+    "retention_ratio": "retention_ratio",
+}
+
+
+def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(our flags, the rest: keywords of the pipeline)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model", default="demo", help="hub id or folder; demo and demo-video are small bundled models"
+    )
+    parser.add_argument("--prompt", nargs="+", help="one or more prompts")
+    parser.add_argument("--prompt_file", type=Path, help="a text file with a prompt a line")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", type=Path, help="picture, video or sound to write; several are numbered")
+    parser.add_argument("--fps", type=float, default=16, help="of a video")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--offload", choices=("none", "model", "sequential"), default="none", help="keep weights in main memory"
+    )
+    parser.add_argument("--lora", help="hub id, folder or file of LoRA weights")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of the transformer")
+    parser.add_argument("--context_parallel", action="store_true", help="with torchrun: one picture over all GPUs")
+    group = parser.add_argument_group("MagCache")
+    group.add_argument(
+        "--magcache_speedup", type=float, metavar="X", help=f"how much faster; default {DEFAULT_SPEEDUP:g}"
+    )
+    group.add_argument("--magcache_steps", type=int, metavar="N", help="or: how many steps compute")
+    group.add_argument(
+        "--magcache_max_error", type=float, metavar="ERROR", help="or: the largest expected error of a skipped step"
+    )
+    group.add_argument(
+        "--magcache_thresh", type=float, metavar="ERROR", help="or the paper's rule: bound on the accumulated error"
+    )
+    group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most skipped steps in a row")
+    group.add_argument(
+        "--retention_ratio", type=float, metavar="SHARE", help="share of the steps at the start that compute"
+    )
+    group.add_argument(
+        "--magcache_calibration", action="store_true", help="compute everything and measure, for the runs after this"
+    )
+    group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the pipeline as it is")
+    group.add_argument(
+        "--compare", action="store_true", help="also un-cached, and the plain sampler with as many steps"
+    )
+    return parser.parse_known_args(argv)
+
+
+@one_sentence
+def main() -> None:
+    args, rest = flags(sys.argv[1:])
+    check(args)
+    pipe = load(args)
+    call = keywords(pipe, rest)
+    prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = place(pipe, args)
+    numbered = list(enumerate(prompts, 1))
+    if not args.context_parallel:
+        numbered = numbered[rank::ranks]  # each rank its share
+    for number, prompt in numbered:
+        draw_one(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, number, len(prompts), device)
+
+
+def check(args) -> None:
+    """What cannot work is found before anything is loaded. Raises MagCacheError."""
+    if args.compare and not args.magcache:
+        raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+    if args.compare and args.magcache_calibration:
+        raise MagCacheError("A calibration computes everything: --compare in a run after it.")
+    if args.compare:
+        for package in ("torchmetrics", "tabulate"):
+            needs(package, package)
+    if args.output:
+        check_writable("--output", args.output)
+    if args.model in DEMOS and not (DEMOS[args.model] / "model").is_dir():
+        raise MagCacheError(f"The model {args.model} is not at {DEMOS[args.model]}: run from a whole clone.")
+
+
+def load(args):
+    """The pipeline. Raises MagCacheError if it cannot be loaded."""
+    from diffusers import DiffusionPipeline
+
+    dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+    try:
+        source = DEMOS[args.model] / "model" if args.model in DEMOS else args.model
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        if args.lora:
+            pipe.load_lora_weights(args.lora)
+    except Exception as error:  # whatever the hub, the network or a malformed config brings
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
+    pipe.set_progress_bar_config(disable=not is_writer())
+    return pipe
+
+
+def keywords(pipe, rest: list[str]) -> dict:
+    """What `--name value` says of the pipeline's own call. Raises MagCacheError for a keyword that it has not."""
+    known, found, flag = inspect.signature(type(pipe).__call__).parameters, {}, None
+    for word in rest:
+        if word.startswith("--"):
+            flag, _, value = word[2:].partition("=")
+            flag = flag.replace("-", "_")
+            if flag not in known or flag == "self":
+                near = get_close_matches(flag, known, n=1)
+                raise MagCacheError(
+                    f"{type(pipe).__name__} has no keyword {flag}" + (f"; {near[0]} is the nearest." if near else ".")
+                )
+            found[flag] = [value] if value else []
+        elif flag is None:
+            raise MagCacheError(f"'{word}' belongs to no flag.")
+        else:
+            found[flag].append(word)
+    read = {name: [value_of(name, word) for word in words] or [True] for name, words in found.items()}
+    return {name: values[0] if len(values) == 1 else values for name, values in read.items()}
+
+
+def value_of(name: str, word: str):
+    """A number, list, True, False or None; a picture or video where the keyword means one; else the word itself."""
+    suffix = Path(word).suffix.lower()
+    if suffix in (*PICTURES, *VIDEO_SUFFIXES) and "prompt" not in name:
+        from diffusers.utils import load_image, load_video
+
+        try:
+            return load_image(word) if suffix in PICTURES else load_video(word)
+        except Exception as error:  # what the decoders and the network bring
+            raise MagCacheError(f"--{name} {word} cannot be read ({error}).") from None
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def prompts_of(args) -> list[str | None]:
+    if args.prompt_file:
+        try:
+            prompts = [line.strip() for line in args.prompt_file.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise MagCacheError(f"--prompt_file {args.prompt_file} cannot be read ({error}).") from None
+        if not prompts:
+            raise MagCacheError(f"--prompt_file {args.prompt_file} has no prompts.")
+        return prompts
+    if args.prompt is None and args.model in DEMOS:
+        return (DEMOS[args.model] / "prompts.txt").read_text().splitlines()[:1]
+    return args.prompt or [None]  # some pipelines take none
+
+
+def place(pipe, args) -> str:
+    """Put the pipeline where it runs; returns the device."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if args.offload != "none" and device == "cpu":
+        raise MagCacheError(f"--offload {args.offload} moves weights to a GPU, and there is none here; leave it out.")
+    if args.context_parallel:
+        share_one_picture(pipe, device)
+    if args.offload == "model":
+        pipe.enable_model_cpu_offload()
+    elif args.offload == "sequential":
+        pipe.enable_sequential_cpu_offload()
+    else:
+        pipe.to(device)
+    if args.compile:
+        for model in (model for group in denoisers(pipe) for model in group.models):
+            (model.compile_repeated_blocks if getattr(model, "_repeated_blocks", None) else model.compile)()
+    return device
+
+
+def share_one_picture(pipe, device: str) -> None:
+    """diffusers' context parallelism: each rank holds a part of the tokens."""
+    from diffusers import ContextParallelConfig
+
+    if "WORLD_SIZE" not in os.environ:
+        raise MagCacheError("--context_parallel needs several processes: start it with torchrun --nproc_per_node N.")
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    config = ContextParallelConfig(ulysses_degree=torch.distributed.get_world_size())
+    for model in (model for group in denoisers(pipe) for model in group.models):
+        try:
+            model.enable_parallelism(config=config)
+        except (ValueError, NotImplementedError) as error:
+            raise MagCacheError(f"{type(model).__name__} cannot be shared by several GPUs ({error}).") from None
+
+
+def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> None:
+    """Draw one prompt, save it, and a report beside it."""
+    say = print if is_writer() or not args.context_parallel else lambda *_: None
+    if not args.magcache:
+        output, seconds = draw(pipe, args, call)
+        say(f"{save(output, args, number, count)[0]}  ({seconds:.1f} s)")
+        return
+    asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
+    with enable(pipe, **asked, calibrate=args.magcache_calibration, announce=say) as cache:
+        output, seconds = draw(pipe, args, call)
+    say(cache.report)
+    if args.context_parallel and not is_writer():
+        if args.compare:  # every rank has to take part
+            compare(pipe, args, call, cache.reports[-1].schedule, output, seconds, None)
+        return
+    path, frames = save(output, args, number, count)
+    say(f"{path}  ({seconds:.1f} s)")
+    about = {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]}
+    about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
+    if args.compare and frames is not None:
+        sheet = own_place(beside(path, f"_compare{path.suffix}"), files_of(path))
+        about["quality"] = compare(pipe, args, call, cache.reports[-1].schedule, output, seconds, sheet)
+        about["files"].append(sheet.name)
+    write_report(report_place(path), cache.reports[-1], **about)
+
+
+def draw(pipe, args, call: dict):
+    """(output of the pipeline, seconds)."""
+    known, began = inspect.signature(type(pipe).__call__).parameters, time.perf_counter()
+    if "generator" in known:
+        call = {"generator": torch.Generator("cpu").manual_seed(args.seed), **call}
+    if "output_type" in known:
+        call = {"output_type": "np", **call}
+    output = pipe(**call)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return output, time.perf_counter() - began
+
+
+def compare(pipe, args, call: dict, schedule, output, seconds: float, sheet: Path | None) -> dict | None:
+    """Un-cached, cached, and the plain sampler with as many steps, side by side with figures (sheet; None: only
+    draw)."""
+    rows = {}
+    uncached, uncached_seconds = draw(pipe, args, call)
+    fewer, fewer_seconds = draw(pipe, args, {**call, "num_inference_steps": schedule.computed})
+    if sheet is None:
+        return None
+    reference = frames_of(uncached)
+    pictures = {"un-cached": reference, "MagCache": frames_of(output), "fewer steps": frames_of(fewer)}
+    spent = {"un-cached": uncached_seconds, "MagCache": seconds, "fewer steps": fewer_seconds}
+    computed = {"un-cached": schedule.steps, "MagCache": schedule.computed, "fewer steps": schedule.computed}
+    for title, frames in pictures.items():
+        rows[title] = {"steps": computed[title], "seconds": spent[title], **quality(reference, frames)}
+    print(quality_table(rows))
+    side_by_side(sheet, list(pictures.values()), None if len(reference) == 1 else args.fps)
+    print(f"Side by side: {sheet}")
+    return rows
+
+
+def frames_of(output) -> np.ndarray | None:
+    """The first picture or video of an output, uint8 (frames, height, width, 3); None: sound."""
+    made = next((output[name] for name in ("images", "frames") if name in output), None)
+    if made is None:
+        return None
+    first = made[0]
+    frames = np.asarray(first.float().cpu() if torch.is_tensor(first) else first)
+    frames = frames[None] if frames.ndim == 3 else frames
+    return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def save(output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
+    """Write the result whole: (path, frames)."""
+    frames = frames_of(output)
+    suffix = ".wav" if frames is None else ".png" if len(frames) == 1 else ".mp4"
+    path = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
+    path = path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+    path = own_place(path, files_of(path))
+    if frames is None:
+        save_sound(path, output)
+    else:
+        save_frames(path, frames, None if len(frames) == 1 else args.fps)
+    return path, frames
+
+
+def save_sound(path: Path, output, rate: int = 44100) -> None:
+    """The first sound as a 16-bit wave file."""
+    if "audios" not in output:
+        raise MagCacheError(
+            f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
+        )
+    sound = np.asarray(torch.as_tensor(output["audios"][0]).float().cpu()).reshape(-1, output["audios"][0].shape[-1])
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(sound))
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((sound.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The forward of one model instance, replaced and put back."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .blocks import Host
+from .errors import MagCacheError
+from .payloads import Payload
+
+if TYPE_CHECKING:
+    from .handle import Patch
+
+
+class Expert:
+    """One model instance with its forward replaced. Most samplers have one; some divide their steps between two."""
+
+    def __init__(
+        self, model: torch.nn.Module, host: Host, patch: Patch, payload: Callable[[torch.nn.Module, Host], Payload]
+    ) -> None:
+        self.model, self.patch = inner_module(model), patch
+        self.payload = payload(self.model, host)
+        # Keywords that it does not know are passed on as they are.
+        self.argument_names = argument_names(self.model)
+        self.forward = PatchedForward(self, self.model.forward, own=False)
+
+    def put_on(self) -> None:
+        """Replace the forward. Raises MagCacheError if another patch, or another cache, is on."""
+        if patch_of(self.model) not in (None, self.patch):
+            raise MagCacheError(
+                "This model is patched already; remove the first patch (handle.remove()) before the second."
+            )
+        self.refuse_other_caches()
+        if self.is_on():  # another wrapper has kept it since the last time
+            return
+        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        place = "_old_forward" if "_old_forward" in self.model.__dict__ else "forward"
+        self.forward = PatchedForward(self, getattr(self.model, place), own=place in self.model.__dict__)
+        setattr(self.model, place, self.forward)
+
+    def take_off(self) -> None:
+        """Restore the model. Where something else (an offload hook) has wrapped the patch since, the patch stays in
+        that chain and only passes calls on."""
+        for place in ("forward", "_old_forward"):
+            if self.model.__dict__.get(place) is self.forward:
+                if place == "forward" and not self.forward.own:
+                    del self.model.forward
+                else:
+                    setattr(self.model, place, self.forward.original)
+
+    def is_on(self) -> bool:
+        """Whether the model's forward comes here, as far as wrappers tell what they wrap."""
+        return any(forward is self.forward for forward in forwards(self.model))
+
+    def refuse_other_caches(self) -> None:
+        """Raises MagCacheError if another cache skips parts of this model: each would reuse what the other made."""
+        if getattr(self.model, "is_cache_enabled", False):
+            raise MagCacheError(
+                f"A cache of diffusers is on in this {type(self.model).__name__}, and two caches do not go together: "
+                "call its disable_cache() first."
+            )
+
+
+class PatchedForward:
+    """What stands in the place of a model's forward. A copy of the model, or a pickled one, gets the forward that was
+    there before: a patch belongs to the instance that it was put on.
+
+    original: that forward; own: whether it was the instance's own, not its class's.
+    """
+
+    __slots__ = ("expert", "original", "own", "__weakref__")
+
+    def __init__(self, expert: Expert, original: Callable, own: bool) -> None:
+        self.expert, self.original, self.own = expert, original, own
+
+    # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args, **kwargs):
+        expert, patch = self.expert, self.expert.patch
+        with patch.lock:  # stand-ins are on the model while a call is under way: another thread's waits
+            caching = patch.active and expert.forward is self
+            call = patch.begin_call(expert, args, kwargs) if caching else None
+            if call is None:
+                return self.original(*args, **kwargs)
+            try:
+                output = self.original(*args, **kwargs) if call.output is None else call.output
+                output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
+            except BaseException:
+                patch.cancel_call(call)
+                raise
+            return output
+
+    @property
+    def magcache(self) -> Patch:
+        return self.expert.patch
+
+    @property
+    def __wrapped__(self):  # for inspect.signature
+        return self.original
+
+    @property
+    def __name__(self):
+        return "forward"
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        model = memo.get(id(self.expert.model))
+        if model is None:
+            return self  # the forward alone is copied
+        if self.own:
+            return copy.deepcopy(self.original, memo)
+        return types.MethodType(type(model).forward, model)
+
+    def __reduce__(self):
+        if self.own:
+            return as_it_is, (self.original,)
+        return getattr, (self.expert.model, "forward")
+
+
+def as_it_is(value):
+    return value
+
+
+def forwards(model: torch.nn.Module) -> Iterator[Any]:
+    """A model's forward, and what it wraps, as far as wrappers tell (`functools.wraps`, accelerate's hooks)."""
+    seen, waiting = set(), [model.__dict__.get("forward"), model.__dict__.get("_old_forward")]
+    while waiting:
+        forward = waiting.pop(0)
+        if forward is not None and id(forward) not in seen:
+            seen.add(id(forward))
+            yield forward
+            waiting.append(getattr(forward, "__wrapped__", None))
+
+
+def patch_of(model: torch.nn.Module) -> Patch | None:
+    """The active patch that a model's forward goes through, as far as wrappers tell what they wrap."""
+    patches = (getattr(forward, "magcache", None) for forward in forwards(inner_module(model)))
+    return next((patch for patch in patches if patch is not None and patch.active), None)
+
+
+def inner_module(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose forward the model's authors wrote, inside torch.compile, FSDP or DataParallel wrappers."""
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
+        if name in model.__dict__.get("_modules", {}):
+            return inner_module(model._modules[name])
+    return model
+
+
+def argument_names(model: torch.nn.Module) -> list[str]:
+    """Of the class's forward, since a wrapper on the instance may hide the names; of the instance's where the class has
+    none."""
+    forward = type(model).forward
+    if forward is torch.nn.Module.forward:
+        return list(inspect.signature(model.forward).parameters)
+    return list(inspect.signature(forward).parameters)[1:]

@@ -1,0 +1,273 @@
+"""Follow samplers through the calls of a patched model: where a run begins, which call is which, where it ends."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from .blocks import Host
+from .errors import MagCacheError
+from .expert import Expert
+from .payloads import Residual
+from .run import Run
+from .steps import TRAIN_TIMESTEPS, Part, StepTracker
+
+KEPT_REPORTS = 128  # a server's handle lives long; a video of FramePack has a report for each of its sections
+
+
+class Sampling:
+    """A sampler on its way through its noise levels: the run that it makes, and how far it is.
+
+    timesteps: the sampler's, whose identity tells one run from the next; branches: calls at each step so far; call: the
+    `run.ModelCall` under way or made last.
+    """
+
+    def __init__(self, timesteps, tracker, run):
+        self.timesteps, self.tracker, self.run = timesteps, tracker, run
+        self.branches: dict[int, int] = {}
+        self.expert = self.call = None
+
+    def observe(self, level, latent, tolerance):
+        """The Call that this is, or None if it belongs to another run."""
+        call = self.tracker.observe(level, latent, tolerance)
+        if call is not None:
+            self.branches[call.step] = max(self.branches.get(call.step, 0), call.branch + 1)
+        return call
+
+    def calls_at(self, step):
+        return self.branches.get(step, 0)
+
+    @property
+    def last_step(self):
+        return self.run.schedule.steps - 1
+
+
+class Patch:
+    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores it,
+    and another `with` puts it on again.
+
+    Calls of several threads wait for each other, and each thread has a run of its own; `remove()`, `paused()` and
+    `end_run()` take effect between calls, whichever thread they come from.
+    active: whether calls are cached; reached: whether there was one; reports: one `RunReport` a run, the newest
+    KEPT_REPORTS.
+    """
+
+    def __init__(self, models, host, timesteps, payload=Residual):
+        self.host, self.timesteps = host, timesteps
+        self.active, self.reached, self.short_runs = True, False, 0
+        self.reports: list = []
+        self.samplings: dict[int, Sampling] = {}  # by thread
+        self.entered = 0
+        self.lock = threading.RLock()
+        models = models if isinstance(models, (list, tuple)) else [models]
+        self.experts = [Expert(model, host, self, payload) for model in models]
+        self.put_on()
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Of this thread."""
+        return self.samplings.get(threading.get_ident())
+
+    @property
+    def run(self) -> Run | None:
+        """This thread's run in progress."""
+        return self.sampling.run if self.sampling else None
+
+    def new_run(self, levels, expert, arguments, latent):
+        """The `run.Run` of a sampler that begins at the first of these noise levels. arguments: of forward, by name."""
+        raise NotImplementedError
+
+    def complete_run(self, run):
+        """The sampler made every step of a run."""
+        run.complete()
+
+    def __enter__(self):
+        with self.lock:
+            if not self.active:
+                self.put_on()
+            self.entered += 1
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.entered -= 1
+        if self.entered:
+            return
+        if kind is not None:
+            self.end_run()  # broken off, perhaps between the branches of its last step: not to be settled as complete
+        self.remove()
+        if kind is None:
+            self.require_reached()
+
+    def put_on(self) -> None:
+        """Replace the forward of each model. Raises MagCacheError, and replaces none, if another patch is on one."""
+        with self.lock:
+            self.active, self.reached = True, False
+            try:
+                for expert in self.experts:
+                    expert.put_on()
+            except BaseException:
+                self.active = False
+                for expert in self.experts:
+                    expert.take_off()
+                raise
+
+    def remove(self) -> None:
+        """Restore the model."""
+        with self.lock:
+            self.settle()
+            self.active = False
+            self.end_run()
+            for expert in self.experts:
+                expert.take_off()
+
+    @contextmanager
+    def paused(self):
+        """Let the model run as it was for a while."""
+        with self.lock:
+            was_active, self.active = self.active, False
+            self.end_run()
+        try:
+            yield
+        finally:
+            self.active = was_active
+
+    def require_reached(self) -> None:
+        """Raises MagCacheError if no call came through the patch."""
+        if not self.reached:
+            name = type(self.experts[0].model).__name__
+            raise MagCacheError(
+                f"The patched forward of {name} was never called, so nothing was cached: patch the instance that "
+                "the sampler runs, after its last wrapper was put on."
+            )
+
+    @torch.compiler.disable
+    def begin_call(self, expert, args, kwargs):
+        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the
+        `run.ModelCall`, or None where forward is to run as it is."""
+        self.reached = True
+        arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
+        timesteps, sampling, call = self.timesteps(), self.sampling, None
+        if (self.host.outside and self.host.outside(arguments)) or self.is_taken(timesteps):
+            return None
+        latent = arguments[self.host.latent]
+        latent = latent[0] if isinstance(latent, (list, tuple)) else latent
+        level, tolerance = noise_level(self.host, arguments)
+        if sampling is not None and timesteps is sampling.timesteps:
+            call = sampling.observe(level, latent, tolerance)
+        elif sampling is not None:
+            self.expect_lasting_timesteps(sampling, level)
+        if sampling is None or call is None:
+            sampling = self.begin_run(timesteps, level, tolerance, expert, arguments, latent)
+            call = sampling.observe(level, latent, tolerance)
+        if expert is not sampling.expert:
+            sampling.expert = expert
+            sampling.run.expert_changed()
+        try:
+            sampling.call = sampling.run.begin([Part(call.branch, call, latent)], expert.payload, arguments)
+        except BaseException:
+            self.forget(sampling)
+            raise
+        return sampling.call
+
+    def is_taken(self, timesteps) -> bool:
+        """Whether a run of another thread is in the way of this one's, which then is as if there were no patch."""
+        return False
+
+    @torch.compiler.disable
+    def finish_call(self, call, output, rehearse):
+        """After a call. rehearse: makes it again. Returns the output."""
+        output = call.finish(output, rehearse)
+        sampling = self.sampling
+        if sampling is None:  # ended by the call itself
+            return output
+        last = sampling.last_step
+        if call.parts[0].call.step == last and sampling.calls_at(last) >= max(1, sampling.calls_at(last - 1)):
+            self.complete_run(sampling.run)
+        return output
+
+    @torch.compiler.disable
+    def cancel_call(self, call):
+        """An exception or a cancel leaves nothing behind."""
+        call.cancel()
+        if self.sampling is not None:
+            self.forget(self.sampling)
+
+    def expect_lasting_timesteps(self, sampling, level):
+        """New timesteps mean a new run. Raises MagCacheError if every call has new ones, so that no run gets beyond one
+        call."""
+        goes_on = len(sampling.run.report.calls) == 1 and level < sampling.tracker.level
+        self.short_runs = self.short_runs + 1 if goes_on else 0
+        if self.short_runs == 3:
+            raise MagCacheError(
+                "The function `timesteps` returns a new object at each call, which tells one run from the next: "
+                "let it return the sampler's own timesteps."
+            )
+
+    def settle(self) -> None:
+        """Complete each run that reached its last step with fewer branches than before: guidance ended there."""
+        with self.lock:
+            for sampling in self.samplings.values():
+                self.settle_run(sampling)
+
+    def settle_run(self, sampling):
+        if not sampling.run.report.complete and sampling.calls_at(sampling.last_step):
+            self.complete_run(sampling.run)
+
+    def begin_run(self, timesteps, level, tolerance, expert, arguments, latent):
+        if self.sampling is not None:
+            self.settle_run(self.sampling)
+            self.forget(self.sampling)
+        self.forget_threads_that_ended()
+        if timesteps is None or len(timesteps) == 0:
+            raise MagCacheError(
+                "The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts."
+            )
+        timesteps_listed = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
+        tracker = StepTracker(np.asarray(timesteps_listed, dtype=float) / TRAIN_TIMESTEPS, level, tolerance)
+        run = self.new_run(tracker.levels, expert, arguments, latent)
+        self.reports.append(run.report)
+        del self.reports[:-KEPT_REPORTS]
+        sampling = Sampling(timesteps, tracker, run)
+        self.samplings[threading.current_thread().ident] = sampling
+        return sampling
+
+    def end_run(self) -> None:
+        """Forget the run in progress (of several threads: each), whole or not."""
+        with self.lock:
+            for sampling in list(self.samplings.values()):
+                self.forget(sampling)
+
+    def forget(self, sampling):
+        sampling.run.end()
+        self.samplings = {thread: one for thread, one in self.samplings.items() if one is not sampling}
+
+    def forget_threads_that_ended(self):
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread, sampling in list(self.samplings.items()):
+            if thread not in alive:
+                self.forget(sampling)
+
+
+def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
+    """(noise level of a call, how far it may be off, relatively)."""
+    timestep = arguments.get(host.timestep)
+    # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
+    if host.noise_level is None:
+        return highest(timestep) / host.timestep_scale, level_tolerance(timestep)
+    told = host.noise_level(arguments)
+    level = highest(told)
+    return level, level_tolerance(told) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
+
+
+def level_tolerance(timestep) -> float:
+    """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
+    if torch.is_tensor(timestep) and timestep.is_floating_point():
+        return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
+    return 1e-6
+
+
+def highest(value) -> float:
+    return float(value.max() if torch.is_tensor(value) else value)

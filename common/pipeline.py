@@ -1,0 +1,336 @@
+"""MagCache for a diffusers pipeline in one call:
+
+    with magcache.enable(pipe, speedup=2.5) as cache:
+        image = pipe("a photo of a black bicycle").images[0]
+    print(cache.report)
+
+Which steps compute is planned anew for each call of the pipeline, from its own scheduler. What is predicted is the
+output of the model, which needs no facts of its class; under the paper's rule (thresh, K, retention_ratio) the residual
+of its blocks, whose facts `hosts.py` has or `discover.py` finds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .blocks import Host
+from .calibration import fingerprint
+from .discover import discover
+from .errors import MagCacheError
+from .expert import argument_names, inner_module, patch_of
+from .handle import Patch
+from .hosts import HOSTS, class_name, output_host
+from .patch import magcache_calibration, magcache_forward
+from .planner import Target
+from .report import RunReport
+from .schedule import Settings
+from .steps import TRAIN_TIMESTEPS
+from .tables import RatioTable, calibrations_folder, find
+
+DEFAULT_SPEEDUP = 2.0
+DENOISERS = ("transformer", "unet", "decoder", "prior")  # where a pipeline keeps its denoiser, the first that is there
+
+
+def enable(
+    pipe,
+    speedup: float | None = None,
+    steps: int | None = None,
+    max_error: float | None = None,
+    thresh: float | None = None,
+    K: int | None = None,
+    retention_ratio: float | None = None,
+    calibrate: bool = False,
+    announce: Callable[[str], None] | None = tqdm.write,
+) -> PipelineCache:
+    """Let a diffusers pipeline skip model calls from now on, until `disable(pipe)` or the end of a `with` block.
+
+    Ask for one thing: speedup (2.0 where nothing is asked for); steps, how many are computed; max_error, the largest
+    expected relative error of a predicted step (needs a calibration); or the paper's rule by thresh, K and
+    retention_ratio, those left out as published for this checkpoint (needs magnitude ratios, published or calibrated).
+    calibrate: compute everything and measure, in ordinary runs; the file is used from the next `enable` on.
+    announce: gets the plan as text at the start of each run; None: nobody.
+    Raises MagCacheError for what cannot work, in one sentence.
+    """
+    pipe = getattr(pipe, "decoder_pipe", pipe)  # of two pipelines in one, the one that draws
+    groups = denoisers(pipe)
+    for model in (model for group in groups for model in group.models):
+        refuse_other_caches(model)
+    if calibrate:
+        return PipelineCache(pipe, [calibrated(pipe, group, announce) for group in groups])
+    rule = {"magcache_thresh": thresh, "magcache_K": K, "retention_ratio": retention_ratio}
+    targets = {"magcache_speedup": speedup, "magcache_steps": steps, "magcache_max_error": max_error}
+    targets = {name: value for name, value in targets.items() if value is not None}
+    rule = {name: value for name, value in rule.items() if value is not None}
+    if targets and "magcache_thresh" in rule:
+        raise MagCacheError(
+            "Ask for speedup, steps or max_error, or for the paper's rule by thresh, K, retention_ratio."
+        )
+    handles = []
+    try:
+        for group in groups:
+            table = find(checkpoint_of(pipe, group), fingerprint(group.models[0]))
+            if targets or not rule:
+                settings = Target(**targets or {"magcache_speedup": DEFAULT_SPEEDUP}, **rule, payload="output")
+            else:
+                settings = paper_rule(rule, table, type(group.models[0]).__name__)
+            handles.append(cached(pipe, group, table, settings, announce))
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return PipelineCache(pipe, handles)
+
+
+def disable(pipe) -> None:
+    """Let the pipeline run as it did before `enable`."""
+    pipe = getattr(pipe, "decoder_pipe", pipe)
+    patches = {id(patch): patch for group in denoisers(pipe) for model in group.models if (patch := patch_of(model))}
+    if not patches:
+        raise MagCacheError(f"MagCache is not enabled on this {type(pipe).__name__}.")
+    for patch in patches.values():
+        patch.remove()
+
+
+class PipelineCache:
+    """MagCache on a pipeline. reports: one `RunReport` for each run of each denoiser, the newest last."""
+
+    def __init__(self, pipe, handles: list[Patch]) -> None:
+        self.pipe, self.handles = pipe, handles
+
+    def __enter__(self) -> PipelineCache:
+        for handle in self.handles:
+            handle.__enter__()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for handle in self.handles:
+            handle.__exit__(kind, error, trace)
+
+    def disable(self) -> None:
+        """Let the pipeline run as it did before."""
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def reports(self) -> list[RunReport]:
+        return [report for handle in self.handles for report in handle.reports]
+
+    @property
+    def report(self) -> str:
+        """What the newest run did, a line for each denoiser."""
+        for handle in self.handles:
+            handle.settle()
+        return "\n".join(handle.reports[-1].line() for handle in self.handles if handle.reports) or "No run yet."
+
+
+@dataclass(frozen=True)
+class Denoisers:
+    """The models among which a sampler divides its steps, most often one. attribute: of the pipeline; boundary: noise
+    level below which the second works."""
+
+    attribute: str
+    models: list[torch.nn.Module]
+    boundary: float | None = None
+    leads: bool = True  # of two groups, the one with which the scheduler's steps are made again
+
+
+def denoisers(pipe) -> list[Denoisers]:
+    """What MagCache patches in a pipeline. Two groups where each step calls two models (one without the prompt).
+    Raises MagCacheError for a pipeline that has none, or no scheduler."""
+    attribute = next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), torch.nn.Module)), None)
+    if attribute is None or not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
+        raise MagCacheError(f"{type(pipe).__name__} has no transformer or U-Net with a scheduler that could be cached.")
+    model, second = getattr(pipe, attribute), getattr(pipe, "transformer_2", None)
+    boundary = pipe.config.get("boundary_ratio")
+    if second is not None and boundary is not None:
+        return [Denoisers(attribute, [model, second], boundary)]
+    other = getattr(pipe, "unconditional_transformer", None)  # Ideogram 4
+    others = [] if other is None else [Denoisers("unconditional_transformer", [other], leads=False)]
+    return [Denoisers(attribute, [model]), *others]
+
+
+def checkpoint_of(pipe, group: Denoisers) -> str:
+    """Hub id or folder."""
+    return pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", "")
+
+
+def paper_rule(given: dict, table: RatioTable | None, name: str) -> Settings:
+    """The paper's rule, the settings that were left out as published."""
+    if table is None:
+        raise MagCacheError(
+            f"The paper's rule needs magnitude ratios, and none are known of this {name}: measure them with "
+            "enable(pipe, calibrate=True) around one run, or ask for a speedup, which needs none."
+        )
+    chosen = {**table.settings, **given}
+    missing = [name for name in ("magcache_thresh", "magcache_K", "retention_ratio") if name not in chosen]
+    if missing:
+        raise MagCacheError(f"{table.name} has no published settings; give {', '.join(missing)} too.")
+    return Settings(**chosen)
+
+
+def refuse_other_caches(model: torch.nn.Module) -> None:
+    """Raises MagCacheError if another step cache works on this model."""
+    name = type(model).__name__
+    if getattr(model, "is_cache_enabled", False):
+        raise MagCacheError(f"This {name} has a cache of diffusers enabled: call its disable_cache() first.")
+    hooks = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    if any("cache" in hook for registry in hooks if registry is not None for hook in registry.hooks):
+        raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
+
+
+def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch:
+    """`magcache_forward` on the denoiser of a pipeline."""
+    clock = Clock(pipe)
+
+    def patch(host):
+        return magcache_forward(
+            group.models,
+            clock.host(host),
+            table,
+            settings,
+            clock.timesteps,
+            announce=announce,
+            boundary=group.boundary,
+            scheduler=clock.scheduler if group.leads else None,
+        )
+
+    return described(group, settings.payload, patch)
+
+
+def calibrated(pipe, group: Denoisers, announce) -> Patch:
+    """`magcache_calibration` on the denoiser of a pipeline."""
+    clock, checkpoint, known = Clock(pipe), checkpoint_of(pipe, group), fingerprint(group.models[0])
+    name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
+    path = calibrations_folder() / f"{name}-{known}.json"
+    description = {"provenance": {"checkpoint": checkpoint, "fingerprint": known, "pipeline": type(pipe).__name__}}
+    if group.boundary is not None:
+        description["sampler"] = {"boundary": group.boundary}
+    if announce:
+        announce(f"MagCache: calibrating; complete runs are saved to {path}")
+
+    def patch(host):
+        if not host.blocks:
+            raise MagCacheError(
+                f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
+                "there is nothing to calibrate, and a speedup needs no calibration."
+            )
+        return magcache_calibration(group.models, clock.host(host), clock.timesteps, name, path, description)
+
+    return described(group, "residual", patch)
+
+
+def described(group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch:
+    """A patch with the facts of the denoiser's class. Those of a class that nobody described are looked for at its
+    first call, where the blocks matter."""
+    model = inner_module(group.models[0])
+    host = HOSTS.get(class_name(model))
+    if payload == "output":
+        return patch(host or output_host(type(model).__name__, argument_names(model)))
+    return Undescribed(model, patch) if host is None else patch(host)
+
+
+class Undescribed:
+    """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
+    and this passes on to it."""
+
+    def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch]) -> None:
+        self.model, self.make_patch = model, patch
+        self.patch: Patch | None = None
+        self.active = True
+        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+        self.own_forward = model.__dict__.get(self.place)
+        forward = functools.partial(self.first_call)
+        forward.magcache = self
+        setattr(model, self.place, forward)
+
+    def first_call(self, *args, **kwargs):
+        self.take_off()
+        if self.active and self.patch is None:
+            self.patch = self.make_patch(discover(self.model, args, kwargs).host)
+        return self.model.forward(*args, **kwargs)
+
+    def take_off(self) -> None:
+        if self.patch is None:
+            delattr(self.model, self.place)
+            if self.own_forward is not None:
+                setattr(self.model, self.place, self.own_forward)
+
+    @property
+    def reports(self) -> list[RunReport]:
+        return self.patch.reports if self.patch else []
+
+    def settle(self) -> None:
+        if self.patch:
+            self.patch.settle()
+
+    def remove(self) -> None:
+        if self.patch:
+            self.patch.remove()
+        elif self.active:
+            self.take_off()
+        self.active = False
+
+    def __enter__(self) -> Undescribed:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.remove()
+        if self.patch and kind is None:
+            self.patch.require_reached()
+            if getattr(self.patch, "failure", None):
+                raise self.patch.failure
+
+
+class Clock:
+    """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
+
+    A scheduler counts its steps; the few that do not (DDIM) are read by the timestep that the model is given.
+    """
+
+    def __init__(self, pipe) -> None:
+        self.pipe = pipe
+        self.source = self.levels = None  # the scheduler's timesteps, and what they are as noise levels * 1000
+
+    def host(self, host: Host) -> Host:
+        """The facts with the noise level told by the scheduler."""
+        return replace(host, noise_level=lambda arguments: self.level(host, arguments))
+
+    def scheduler(self):
+        """The pipeline's at the beginning of a run: a user may have put in another."""
+        return self.pipe.scheduler
+
+    def timesteps(self) -> np.ndarray:
+        """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""
+        source = self.pipe.scheduler.timesteps
+        if source is not self.source:
+            self.source, self.levels = source, falling(source)
+        return self.levels
+
+    def level(self, host: Host, arguments: dict) -> float:
+        """The noise level of a call."""
+        scheduler, levels = self.pipe.scheduler, self.timesteps()
+        if hasattr(scheduler, "step_index"):
+            step = scheduler.step_index
+            if step is None:
+                step = getattr(scheduler, "begin_index", None) or 0
+            return levels[min(step, len(levels) - 1)] / TRAIN_TIMESTEPS
+        timestep = arguments[host.timestep]
+        return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
+
+
+def falling(timesteps) -> np.ndarray:
+    """A scheduler's timesteps as noise levels * 1000, high to low: where they rise (time from noise to picture)
+    turned round, and where they are no times of this kind (logarithms of sigma) their order alone."""
+    values = np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float).reshape(-1)
+    if len(values) > 1 and (np.diff(values) >= 0).all():
+        values = TRAIN_TIMESTEPS - values
+    if len(values) and values.min() >= 0 and values.max() <= TRAIN_TIMESTEPS and (np.diff(values) <= 0).all():
+        return values
+    return np.linspace(TRAIN_TIMESTEPS, 0, len(values), endpoint=False)

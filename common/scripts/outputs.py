@@ -1,0 +1,55 @@
+"""Names of the files beside an output, and which of those that lie there are ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+REPORT = ".magcache.json"
+NAME_BYTES = 255  # of a file's name, in every common file system
+
+
+def beside(target: Path, ending: str) -> Path:
+    """A file beside an output: "x.mp4", "_compare.mp4" -> "x_compare.mp4"."""
+    return target.with_name(fitting(target.stem, ending))
+
+
+def fitting(stem: str, ending: str) -> str:
+    """A name of at most 255 bytes. What is too long loses its middle: hosts put the prompt there, and the time or the
+    number that tells two outputs apart at the end."""
+    room = NAME_BYTES - len(ending.encode())
+    if len(stem.encode()) <= room:
+        return stem + ending
+    head, tail = stem.encode()[: room - 41], stem.encode()[-40:]
+    return f"{head.decode(errors='ignore')}_{tail.decode(errors='ignore')}{ending}"
+
+
+def report_at(path: Path) -> dict | None:
+    """The content of an earlier report; None where there is none, or a file of somebody else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and {"strip", "sections"} & content.keys() else None
+
+
+def report_place(target: Path) -> Path:
+    """Where the report of an output goes: over an earlier one, and never over a file of somebody else."""
+    path = beside(target, REPORT)
+    return own_place(path, [path.name] if report_at(path) else [])
+
+
+def files_of(target: Path) -> list:
+    """Names of the files that an earlier report of this output says it wrote."""
+    files = (report_at(beside(target, REPORT)) or {}).get("files")
+    return [*files] if isinstance(files, list) else []
+
+
+def own_place(path: Path, ours) -> Path:
+    """The path, or one with a number where a file lies there that is not among `ours` by its name."""
+    number, free = 1, path
+    stem, dot, ending = path.name.partition(".")
+    while free.exists() and free.name not in ours:
+        number += 1
+        free = path.with_name(fitting(stem, f"_{number}{dot}{ending}"))
+    return free

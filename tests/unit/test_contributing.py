@@ -1,0 +1,31 @@
+"""The worked examples of CONTRIBUTING.md, run one after another as they stand there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from common import planner
+from common.tables import read
+
+PAGE = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+
+
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planner, "PREDICTORS", dict(planner.PREDICTORS))
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(blocks) == 4
+    names = {"__name__": "example"}
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    assert read("painter.json").steps == 20
+    line, strip = capsys.readouterr().out.splitlines()[-2:]
+    assert re.match(r"MagCache: \d+ of 20 model calls computed, [1-9]\d* reused", line)
+    assert strip.split()[0].count("#") == 8 and float(strip.split()[1]) > 0
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(MAGCACHE_[A-Z0-9_]+)`", PAGE))))
+def test_every_variable_is_read_by_a_test(name):
+    tests = Path(__file__).resolve().parents[1]
+    assert any(name in path.read_text() for path in tests.rglob("test_*.py") if path.name != Path(__file__).name)
