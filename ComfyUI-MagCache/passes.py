@@ -10,8 +10,8 @@ from .circumstances import Circumstances
 from .common.blocks import BlockStack, TokensChanged
 from .common.corrector import Folded, Trajectory
 from .common.errors import MagCacheError
-from .common.hosts import host_of
 from .common.expert import inner_module
+from .common.hosts import host_of
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part
 from .controls import Hints
