@@ -1,6 +1,6 @@
 """Plans of runs of very many steps from a calibration.
 
-`planner.Forecast` weighs every step against every pair of computed ones: too much where there are hundreds. Here the
+`gram.Forecast` weighs every step against every pair of computed ones: too much where there are hundreds. Here the
 computed steps are spread evenly, and only what that one schedule predicts is worked out. numpy only.
 """
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .planner import PREDICTORS, RIDGE, Target, fewest_computed, reused_share, spread_steps, table_grams
+from .gram import PREDICTORS, RIDGE, table_grams
+from .planner import Target, fewest_computed, reused_share, spread_steps
 from .schedule import Schedule
 
 if TYPE_CHECKING:

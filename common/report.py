@@ -11,8 +11,9 @@ import numpy as np
 
 from . import __version__
 from .files import write_json
+from .gram import has_gram
 from .long_runs import error_by_gram
-from .planner import Target, has_gram, nearest_by_the_rule, reused_share, speedup
+from .planner import Target, nearest_by_the_rule, reused_share, speedup
 from .schedule import rule_of
 
 FORMAT = 1  # of the JSON

@@ -9,20 +9,9 @@ import numpy as np
 import pytest
 
 from common.errors import MagCacheError
+from common.gram import Forecast, packed, pair_errors, plan_steps, resample_gram, table_grams, unpacked
 from common.long_runs import along, error_by_gram
-from common.planner import (
-    Forecast,
-    Target,
-    nearest_by_the_rule,
-    packed,
-    pair_errors,
-    plan_steps,
-    resample_gram,
-    speedup,
-    spread_steps,
-    table_grams,
-    unpacked,
-)
+from common.planner import Target, nearest_by_the_rule, speedup, spread_steps
 from common.ratios import flow_sigmas
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
