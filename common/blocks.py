@@ -194,6 +194,8 @@ class FirstBlock:
         self.image_tokens, self.in_place, self.tokens, self.block = image_tokens, in_place, None, None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.block, name)
 
     def __call__(self, *args, **kwargs):
@@ -217,6 +219,8 @@ class FinalLayer:
         self.tokens_lead, self.layer, self.tokens, self.residual = tokens_lead, None, None, None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def __call__(self, tokens, *args, **kwargs):
@@ -237,6 +241,8 @@ class LastBlock:
         self.layer = self.tokens = self.residual = None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def __call__(self, *args, **kwargs):
