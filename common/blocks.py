@@ -246,11 +246,18 @@ class LastBlock:
         return added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead)
 
 
+class TokensChanged(MagCacheError):
+    """A residual was made of more tokens than it is added to: reference pictures went."""
+
+
 def added(tokens, residual, tokens_lead=False):
-    """The residual added to the last of the tokens, or the first; the others do not reach the output."""
+    """The residual added to the last of the tokens, or the first; the others do not reach the output. Raises
+    TokensChanged where there are fewer tokens than the residual has."""
     if tokens.ndim == 2:
         return added(tokens[None], residual, tokens_lead)[0]
     others = tokens.shape[1] - residual.shape[1]
+    if others < 0:
+        raise TokensChanged("the number of image tokens changed")
     if others:
         residual = functional.pad(residual, (0, 0, 0, others) if tokens_lead else (0, 0, others, 0))
     return tokens + residual
