@@ -12,7 +12,11 @@ import functools
 import math
 import random
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+with suppress(ImportError):  # `main` says what is missing
+    import generate  # noqa: F401  before torch, whose settings it puts into the environment
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up

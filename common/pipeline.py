@@ -179,8 +179,9 @@ def refuse_other_caches(model: torch.nn.Module) -> None:
     name = type(model).__name__
     if getattr(model, "is_cache_enabled", False):
         raise MagCacheError(f"This {name} has a cache of diffusers enabled: call its disable_cache() first.")
-    hooks = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    if any("cache" in hook for registry in hooks if registry is not None for hook in registry.hooks):
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+    if any(type(hook).__module__.endswith("_cache") for hook in hooks):
         raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
 
 
