@@ -262,13 +262,15 @@ class Session:
     # Rendering
 
     def render(self, draw: Callable, steps: int) -> Any:
-        """Render as asked for. draw: steps -> what the host's pipeline returns. Returns that for the host to save."""
+        """Render as asked for. draw: steps -> what the host's pipeline returns, in one run of the sampler or, where a
+        video is made in segments, in several. Returns that for the host to save."""
         if self.files_saved:  # of an earlier rendering
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
         if self.handle is None:
             return draw(steps)
         if not self.measuring and self.table:
             self.say_what_differs()
+        first = len(self.handle.reports)
         try:
             result, self.seconds = timed(draw, steps)
         except BaseException:
@@ -280,8 +282,10 @@ class Session:
             if self.measuring:
                 self.tell_measured()
             else:
-                self.reports.append(self.handle.reports[-1])
-                self.say(self.reports[-1].line())
+                self.reports += self.handle.reports[first:]
+                for number, report in enumerate(self.handle.reports[first:], start=1):
+                    part = f"Segment {number}: " if len(self.handle.reports) - first > 1 else ""
+                    self.say(part + report.line())
         if self.args.compare and self.report and not self.measuring:
             with self.bookkeeping("The comparison"), self.handle.paused():
                 self.compare(draw, steps, result)
