@@ -43,6 +43,8 @@ class Host:
     output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
     output,
         where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
+    on_the_way: (model, image tokens before the first block) -> those of them that the final layer would get, where
+        forward takes others away after the blocks or gathers what ranks share. None: the last, as many as it gets.
     tokens_lead: tokens that forward cuts off between its blocks and its final layer follow those that it keeps
         (reference pictures behind the noise). Otherwise they precede them.
     reads_blocks: forward reads attributes of its blocks beside running them.
@@ -61,6 +63,7 @@ class Host:
     noise_tokens: Callable | None = None
     in_place: bool = False
     output_tokens: Callable | None = None
+    on_the_way: Callable | None = None
     hint_methods: tuple = ()
     noise_level: Callable | None = None
     outside: Callable | None = None
@@ -148,6 +151,8 @@ class BlockStack:
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                 f"{self.host.final_layer}; run it without MagCache."
             )
+        if self.host.on_the_way:
+            before = self.host.on_the_way(self.model, before)
         if after.ndim == 2:  # packed
             before, after = before[None], after[None]
         tokens = self.last or after.shape[1]
@@ -194,6 +199,8 @@ class FirstBlock:
         self.image_tokens, self.in_place, self.tokens, self.block = image_tokens, in_place, None, None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.block, name)
 
     def __call__(self, *args, **kwargs):
@@ -217,6 +224,8 @@ class FinalLayer:
         self.tokens_lead, self.layer, self.tokens, self.residual = tokens_lead, None, None, None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def __call__(self, tokens, *args, **kwargs):
@@ -237,6 +246,8 @@ class LastBlock:
         self.layer = self.tokens = self.residual = None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def __call__(self, *args, **kwargs):
