@@ -181,7 +181,8 @@ def import_hyvideo():
     attenion.flash_attn_varlen_func = flash_attn_varlen_func
     attenion.flash_attn = types.SimpleNamespace(__version__="2.7.0")
     attenion._flash_attn_forward = lambda q, k, v, **kwargs: (attend(q, k, v),)
-    models.HUNYUAN_VIDEO_CONFIG["HYVideo-T/2-cfgdistill"] = models.HUNYUAN_VIDEO_CONFIG["HYVideo-T/2"] = TINY
+    models.HUNYUAN_VIDEO_CONFIG["HYVideo-T/2-cfgdistill"] = TINY
+    models.HUNYUAN_VIDEO_CONFIG["HYVideo-T/2"] = {name: TINY[name] for name in TINY if name != "guidance_embed"}
     if hasattr(inference, "generate_crop_size_list"):  # image-to-video
         sizes = inference.generate_crop_size_list
         inference.generate_crop_size_list = lambda side, multiple: [
