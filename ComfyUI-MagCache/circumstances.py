@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 import comfy.k_diffusion.sampling
 import comfy.model_sampling
+import numpy as np
 
 from .common.expert import inner_module
 from .models import Signs, recognise
