@@ -44,6 +44,8 @@ class Host:
     output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
     output,
         where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
+    on_the_way: (model, image tokens before the first block) -> those of them that the final layer would get, where
+        forward takes others away after the blocks or gathers what ranks share. None: the last, as many as it gets.
     tokens_lead: tokens that forward cuts off between its blocks and its final layer follow those that it keeps
         (reference pictures behind the noise). Otherwise they precede them.
     reads_blocks: forward reads attributes of its blocks beside running them.
@@ -62,6 +64,7 @@ class Host:
     noise_tokens: Callable | None = None
     in_place: bool = False
     output_tokens: Callable | None = None
+    on_the_way: Callable | None = None
     hint_methods: tuple = ()
     noise_level: Callable | None = None
     outside: Callable | None = None
@@ -151,6 +154,8 @@ class BlockStack:
             )
         if after.dtype != before.dtype and torch.equal(after.to(before.dtype).to(after.dtype), after):
             after = after.to(before.dtype)  # forward had cast what the blocks made for its final layer alone
+        if self.host.on_the_way:
+            before = self.host.on_the_way(self.model, before)
         if after.ndim == 2:  # packed
             before, after = before[None], after[None]
         tokens = self.last or after.shape[1]

@@ -156,7 +156,7 @@ class Patch:
         if (self.host.outside and self.host.outside(arguments)) or self.is_taken(timesteps):
             return None
         latent = arguments[self.host.latent]
-        latent = latent[0] if isinstance(latent, (list, tuple)) else latent
+        latent = latent if torch.is_tensor(latent) else latent[0]  # a list, or what the host made of one
         level, tolerance = noise_level(self.host, arguments)
         if sampling is not None and timesteps is sampling.timesteps:
             call = sampling.tracker.observe(level, latent, tolerance)

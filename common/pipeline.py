@@ -12,6 +12,7 @@ of its blocks, whose facts `hosts.py` has or `discover.py` finds.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -194,7 +195,7 @@ def refuse_other_caches(model: torch.nn.Module) -> None:
 
 def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch:
     """`magcache_forward` on the denoiser of a pipeline."""
-    clock = Clock(pipe)
+    clock = Clock(pipe, group.models)
 
     def patch(host):
         return magcache_forward(
@@ -213,7 +214,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
 
 def calibrated(pipe, group: Denoisers, announce) -> Patch:
     """`magcache_calibration` on the denoiser of a pipeline."""
-    clock, checkpoint, known = Clock(pipe), checkpoint_of(pipe, group), fingerprint(group.models[0])
+    clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
     name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
     path = calibrations_folder() / f"{name}-{known}.json"
     description = {"provenance": {"checkpoint": checkpoint, "fingerprint": known, "pipeline": type(pipe).__name__}}
@@ -306,13 +307,31 @@ class Clock:
     A scheduler counts its steps; the few that do not (DDIM) are read by the timestep that the model is given.
     """
 
-    def __init__(self, pipe) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe, models: list[torch.nn.Module]) -> None:
+        self.pipe, self.models = pipe, models
         self.source = self.levels = None  # the scheduler's timesteps, and what they are as noise levels * 1000
 
     def host(self, host: Host) -> Host:
         """The facts with the noise level told by the scheduler."""
-        return replace(host, noise_level=lambda arguments: self.level(host, arguments))
+
+        def outside(arguments):
+            return self.is_of_another_pipeline() or bool(host.outside and host.outside(arguments))
+
+        return replace(host, noise_level=lambda arguments: self.level(host, arguments), outside=outside)
+
+    def is_of_another_pipeline(self) -> bool:
+        """Whether the call that is under way comes from another pipeline with this model, whose scheduler is not
+        followed: it runs as it is."""
+        frame = sys._getframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if caller is self.pipe:
+                return False
+            if "scheduler" in getattr(caller, "__dict__", ()):
+                if any(value is model for value in vars(caller).values() for model in self.models):
+                    return True
+            frame = frame.f_back
+        return False
 
     def scheduler(self):
         """The pipeline's at the beginning of a run: a user may have put in another."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from ranks import two_ranks
 from tiny_pipelines import FAMILIES, run
 
 from common.discover import describe, discover, first_call
@@ -184,7 +187,7 @@ def test_two_pipelines_with_one_transformer():
         alone = run(pipe, arguments(1), STEPS)
         assert torch.equal(run(other, arguments(2), STEPS + 1), plain)
         assert torch.equal(run(pipe, arguments(1), STEPS), alone)
-    assert cache.reports[-1].complete
+    assert len(cache.reports) == 2 and cache.reports[-1].complete
 
 
 def test_image_to_image_begins_in_the_middle():
@@ -294,3 +297,57 @@ def test_a_class_nobody_described_is_looked_at(monkeypatch):
     with enable(pipe, speedup=2, announce=None) as cache:
         run(pipe, arguments(1), STEPS)
     assert cache.reports[0].reused == STEPS // 2
+
+
+def share_of_a_picture(rank, family, folder):
+    """diffusers asks for the number of GPUs, and there is none."""
+    from diffusers import ContextParallelConfig
+
+    torch.accelerator.device_count = lambda: 1
+    pipe, arguments = FAMILIES[family]()
+    with enable(pipe, speedup=2, announce=None):
+        alone = run(pipe, arguments(1), STEPS)
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    with enable(pipe, speedup=2, announce=None) as cache:
+        shared = run(pipe, arguments(1), STEPS)
+    torch.save((alone, shared, cache.reports[0].reused), folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_context_parallel_over_two_ranks(family, tmp_path):
+    two_ranks(share_of_a_picture, family, tmp_path)
+    (alone, first, reused), (_, second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5) and reused >= STEPS // 2
+
+
+@pytest.mark.parametrize("family", ["flux", "ltx"])
+def test_compiled_blocks(family):
+    """The compiler's own tracing, without generating code."""
+    pipe, arguments = FAMILIES[family]()
+    with enable(pipe, calibrate=True, announce=None):
+        run(pipe, arguments(1), STEPS)
+    wishes = {"speedup": 2}, {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}
+    plain = []
+    for wish in wishes:
+        with enable(pipe, **wish, announce=None):
+            plain.append(run(pipe, arguments(1), STEPS))
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    for wish, expected in zip(wishes, plain):
+        with enable(pipe, **wish, announce=None) as cache:
+            assert torch.allclose(run(pipe, arguments(1), STEPS), expected, atol=1e-5)
+        assert cache.reports[0].reused and not cache.reports[0].notes
+
+
+def test_two_threads_draw_at_once():
+    """Two pipelines on one transformer: calls wait for each other, and those of the second run as they are."""
+    pipe, arguments = FAMILIES["sd3"]()
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    plain = run(other, arguments(1), STEPS)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        alone = run(pipe, arguments(0), STEPS)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(run, pipe, arguments(0), STEPS)
+            second = pool.submit(run, other, arguments(1), STEPS)
+        assert torch.equal(first.result(), alone) and torch.equal(second.result(), plain)
+    assert len(cache.reports) == 2

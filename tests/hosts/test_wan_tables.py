@@ -113,8 +113,8 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
 
 
 def test_a_task_that_is_not_known(tmp_path):
-    with pytest.raises(MagCacheError, match=r"MagCache knows the tasks .*, not s2v-14B; leave out --use_magcache\."):
-        session(tmp_path, "MagCache4Wan2.2", "s2v-14B", "1024*704", 80, None, ("s2v", 5120))
+    with pytest.raises(MagCacheError, match=r"MagCache knows the tasks .*, not x2v-14B; leave out --use_magcache\."):
+        session(tmp_path, "MagCache4Wan2.2", "x2v-14B", "1024*704", 80, None, ("x2v", 5120))
 
 
 def test_a_mistyped_checkpoint_is_told_as_such(tmp_path, capsys):
