@@ -186,10 +186,12 @@ class RunReport:
     def seconds(self):
         """(spent, saved): the saving is what the reused calls would have cost at the median computed call.
 
-        The first computed call is left out of the median: it warms up and compiles.
+        The first call of each kind warms up and compiles: it is left out of the median, and a reused one is counted as
+        the others are.
         """
         computed, reused = self.times("computed"), self.times("reused")
-        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(reused)
+        warm = [median(reused[1:] or reused), *reused[1:]] if reused else []
+        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(warm)
 
     def times(self, kind):
         return [seconds() for _, _, this, seconds, _ in self.calls if this == kind]
