@@ -122,9 +122,9 @@ class BoundedRun(CachedRun):
         super().__init__(schedule, about.levels, residuals, corrector=False)
         self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
 
-    def predict(self, parts):
+    def predict(self, parts, compute=""):
         self.drop_stale(parts[0].call.step)
-        residual, why = super().predict(parts)
+        residual, why = super().predict(parts, compute)
         return residual, why and next((self.refused[part.key] for part in parts if part.key in self.refused), why)
 
     def drop_stale(self, step):

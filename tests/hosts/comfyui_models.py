@@ -216,7 +216,10 @@ FAMILIES |= {
             "audio_attention_head_dim": 16,
             "num_attention_heads": 2,
             "audio_num_attention_heads": 2,
-            "caption_channels": 3840,
+            "caption_channels": TEXT,
+            "connector_attention_head_dim": 24,
+            "connector_num_attention_heads": 2,
+            "connector_num_layers": 1,
             "num_layers": 2,
         },
         (1, 128, 2, 4, 4),
@@ -444,8 +447,7 @@ def prompt(seed, family="", **more):
     """A conditioning as a text encoder node returns it."""
     generator = torch.Generator().manual_seed(100 + seed)
     about = {"guidance": 3.5, "pooled_output": torch.randn(1, TEXT, generator=generator)}
-    width = 3840 if family == "ltxav" else TEXT
-    return [[torch.randn(1, TOKENS, width, generator=generator), {**about, **ASKED.get(family, {}), **more}]]
+    return [[torch.randn(1, TOKENS, TEXT, generator=generator), {**about, **ASKED.get(family, {}), **more}]]
 
 
 def latent(family, batch=1):

@@ -14,7 +14,9 @@ from tiny_pipelines import FAMILIES, run
 from common.discover import describe, discover, first_call
 from common.errors import MagCacheError
 from common.hosts import HOSTS, class_name
+from common.patch import magcache_forward
 from common.pipeline import disable, enable
+from common.planner import Target
 
 STEPS = 8
 
@@ -351,3 +353,25 @@ def test_two_threads_draw_at_once():
             second = pool.submit(run, other, arguments(1), STEPS)
         assert torch.equal(first.result(), alone) and torch.equal(second.result(), plain)
     assert len(cache.reports) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan22"])
+def test_the_times_of_the_facts_are_those_of_the_scheduler(name):
+    """`magcache_forward` by facts alone, as for a loop of one's own, plans and draws what `enable` does by the
+    scheduler: also where time runs from 0 to 1."""
+    pipe, arguments = FAMILIES[name]()
+    model = denoiser(pipe)
+    with enable(pipe, steps=4, announce=None) as cache:
+        expected = run(pipe, arguments(1), STEPS)
+    with magcache_forward(
+        model,
+        HOSTS[class_name(model)],
+        None,
+        Target(magcache_steps=4),
+        lambda: pipe.scheduler.timesteps,
+        announce=None,
+        scheduler=lambda: pipe.scheduler,
+    ) as handle:
+        drawn = run(pipe, arguments(1), STEPS)
+    assert [report.schedule.strip for report in handle.reports] == [cache.reports[0].schedule.strip]
+    assert torch.equal(drawn, expected) and handle.reports[0].complete
