@@ -22,7 +22,7 @@ from common.report import finite
 from common.scripts.controls import Choice, PagePlan, page_plan
 from common.scripts.flags import check_writable
 from common.scripts.outputs import report_place
-from common.scripts.session import named_calibration
+from common.scripts.session import named_calibration, needs_no_table
 from common.steps import TRAIN_TIMESTEPS
 from common.tables import best, calibrations, calibrations_folder, load
 from common.tables import published as published_table
@@ -90,12 +90,17 @@ class Jobs:
             return PagePlan(f"the next job measures {job}", lines=(f"The mean ratios go to {self.calibration_file}.",))
         if not choice.use_magcache:
             return PagePlan("off, TeaCache decides" if teacache else "off, every step computes")
-        table = self.known_table(int(steps))
-        levels = table.levels(int(steps))
-        schedule = choice.settings.plan(table, levels)
+        settings = choice.settings
+        table = self.table_for(settings, int(steps))
+        levels = (table or load(self.published)).levels(int(steps))
+        schedule = settings.plan(table, levels)
         plan, count = page_plan(schedule, levels, table), sections(seconds, window)
         whole = f"{job}: {count * schedule.computed} of {count * schedule.steps} steps of the job compute"
         return replace(plan, lines=(whole, *plan.lines))
+
+    def table_for(self, settings, steps):
+        """The ratios of a job, or None where it needs none."""
+        return None if needs_no_table(settings) else self.known_table(steps)
 
     def known_table(self, steps):
         """The ratios of a job: those named, else the checkpoint's own that are fine enough for its steps, else the
@@ -123,7 +128,7 @@ class Jobs:
         if job.calibrate:
             check_writable("The calibration", self.calibration_file)
         elif job.settings:
-            job.table = self.known_table(int(inputs[self.steps_index]))
+            job.table = self.table_for(job.settings, int(inputs[self.steps_index]))
         if job.calibrate or job.settings:
             inputs[self.teacache_index] = False
         outputs = self.host_process(*inputs)
@@ -218,7 +223,9 @@ class Jobs:
         """JSON beside a video: what was computed and saved in each section. The job goes on without it."""
         reports = [report.to_dict() for report in job.handle.reports]
         try:
-            write_json(report_place(video), finite({"mag_ratios_of": job.table.name, "sections": reports}))
+            write_json(
+                report_place(video), finite({"mag_ratios_of": job.table and job.table.name, "sections": reports})
+            )
         except (MagCacheError, OSError) as error:
             job.lines.append(f"The report could not be written ({error}).")
 

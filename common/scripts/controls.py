@@ -54,12 +54,8 @@ def page_plan(schedule, levels, table) -> PagePlan:
         gain = f"{wish:g}x: {gain}, the nearest to it"
     if schedule.why_none:
         gain = "every step computes"
-    told = plan_lines(schedule, levels, table)
-    lines = [f"Ratios: {table.name} ({table.origin})", *(line.text for line in told if line.kind in TOLD)]
-    if any(line.kind == "weaker" for line in told):
-        lines.append(
-            "Planned from published ratios, which say less than a measurement: Calibrate once for a closer one."
-        )
+    lines = [f"Ratios: {table.name} ({table.origin})"] if table else []
+    lines += [line.text for line in plan_lines(schedule, levels, table) if line.kind in TOLD]
     return PagePlan(gain, schedule.strip, tuple(line.strip() for line in lines))
 
 
@@ -82,7 +78,7 @@ class Controls:
                 label="MagCache target speed-up",
                 choices=list(SPEEDUPS),
                 value=start.speedup,
-                info="Plans the steps for this speed-up, in place of the settings below. Closest after Calibrate.",
+                info="Plans the steps for this speed-up, in place of the settings below; needs no Calibrate.",
             )
             self.thresh = gr.Slider(
                 label="MagCache threshold",

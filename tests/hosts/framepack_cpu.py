@@ -50,6 +50,10 @@ def absent_packages():
     import transformers.modeling_utils  # noqa: F401
 
     stand_in("cv2")
+    torchvision_stand_in()
+
+
+def torchvision_stand_in():
     stand_in("torchvision", io=types.SimpleNamespace(write_video=write_video), __version__="stand-in")
 
 
@@ -198,6 +202,7 @@ def run_jobs(script, jobs):
             **{
                 name: next(component.value for component in demo.ips if component is getattr(demo, name))
                 for name in ("n_prompt", "latent_window_size", "gs", "rs", "gpu_memory_preservation", "mp4_crf")
+                if hasattr(demo, name)  # the Windows version has no mp4_crf
             },
             "input_image": picture,
             "prompt": "a cat",
@@ -216,7 +221,7 @@ def run_jobs(script, jobs):
                 "sections": list(sampled),
                 "video": last[0] if isinstance(last[0], str) else None,
                 "outputs": len(last),
-                "text": last[6]["value"] if len(last) > 6 else "",
+                "text": last[6] if len(last) > 6 else "",
             }
         )
     print("JOBS " + json.dumps(results))

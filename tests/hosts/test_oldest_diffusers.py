@@ -48,7 +48,7 @@ def test_script_on_the_oldest_diffusers(oldest, model, dev_like, tmp_path):  # n
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads((tmp_path / "magcache_flux.json").read_text())
+    report = json.loads((tmp_path / "magcache_flux.magcache.json").read_text())
     ran = "".join("#" if call["kind"] == "computed" else "." for call in report["by_call"])
     assert ran == report["strip"] and "." in ran
     if model == "dev_like":

@@ -18,6 +18,7 @@ from common.scripts.outputs import beside, fitting, own_place, report_place
 from common.scripts.session import Session
 from common.tables import calibrations_folder, load, read, write
 
+LINEAR = ("--magcache_predictor", "linear")  # from a calibration
 LINES = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
 
 
@@ -127,7 +128,7 @@ def test_levels_a_little_above_1_are_measured(command, monkeypatch):
     )
     said, _ = command(session("--magcache_calibration", "mine.json"))
     assert "saved as mine.json" in said and read("mine.json").sigmas[0] == 1.0
-    said, _ = command(session("--mag_ratios", "mine.json", "--magcache_steps", "6"))
+    said, _ = command(session("--mag_ratios", "mine.json", "--magcache_steps", "6", *LINEAR))
     assert json.loads(Path("out.magcache.json").read_text())["computed"] == 6
 
 
@@ -174,15 +175,17 @@ def test_the_users_own_name_is_kept_or_refused():
 
 
 def test_a_number_of_steps_is_checked_against_the_run():
-    session("--mag_ratios", "flux-dev", "--magcache_steps", "6", steps=8).check("out.png")
-    with pytest.raises(MagCacheError, match="Of 8 steps, between"):
-        session("--mag_ratios", "flux-dev", "--magcache_steps", "1", steps=8).check("out.png")
+    """Of the 28 steps that `demo` was measured at, no fewer than 10 could compute with this K."""
+    asked = ("--mag_ratios", "demo", "--magcache_K", "2", *LINEAR, "--magcache_steps")
+    session(*asked, "6", steps=8).check("out.png")
+    with pytest.raises(MagCacheError, match="Of 8 steps, between 3 and 8"):
+        session(*asked, "2", steps=8).check("out.png")
 
 
 def test_the_advice_after_a_measurement_works(command):
     said, _ = command(session("--magcache_calibration", "mine"))
     assert "use it with --mag_ratios mine.json." in said
-    command(session("--mag_ratios", "mine.json", "--magcache_steps", "6"))
+    command(session("--mag_ratios", "mine.json", "--magcache_steps", "6", *LINEAR))
     assert json.loads(Path("out.magcache.json").read_text())["computed"] == 6
 
 

@@ -21,15 +21,22 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from packages import installed
 
 from common.scripts.install import install
 from common.tables import read
 
 FRAMEPACK, TESTS = os.environ.get("MAGCACHE_FRAMEPACK"), Path(__file__).resolve().parents[1] / "hosts"
 pytestmark = pytest.mark.skipif(not FRAMEPACK, reason="MAGCACHE_FRAMEPACK names no FramePack checkout")
-if FRAMEPACK:
-    pytest.importorskip("gradio")
-
+PINS = (
+    "gradio==5.23.0",
+    "diffusers==0.33.1",
+    "transformers==4.46.2",
+    "huggingface_hub<1",
+    "pydantic<2.11",
+    "einops",
+    "sentencepiece",
+)
 OFF, CALIBRATE = (False, False, 0.1, 3, 0.2, "off"), (False, True, 0.1, 3, 0.2, "off")
 ON, TWICE = (True, False, 0.1, 3, 0.2, "off"), (True, False, 0.1, 3, 0.2, "2x")
 JOB = {"steps": 12, "seconds": 2.4}  # two sections
@@ -50,6 +57,7 @@ def checkout(tmp_path_factory):
 def environment(folder, **changes):
     return {
         **os.environ,
+        "PYTHONPATH": str(installed("framepack-demo", *PINS)),
         "MAGCACHE_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -103,7 +111,7 @@ def test_jobs(checkout, page, free_gb):
     assert sections["guided, off"] == guided["sections"] and not set(sections["guided"]) & set(guided["sections"])
     assert len(sections["ended"]) == 1 and len(sections["twice"]) == 2
     assert "Measured in 2 sections" in done["calibrated"]["text"] and "reused nothing" in done["K 0"]["text"]
-    report = json.loads((checkout / done["on"]["video"]).with_suffix(".json").read_text())
+    report = json.loads((checkout / done["on"]["video"]).with_suffix(".magcache.json").read_text())
     assert [section["complete"] for section in report["sections"]] == [True, True]
     (saved,) = (checkout / "home").glob("*.json")
     assert read(saved).rule == {"max_deviation": 0.06} and read(saved).statistics["runs"] == 2
@@ -115,6 +123,69 @@ def test_a_job_started_before_the_last_one_has_ended(checkout):
     jobs = [{**JOB, "ours": ON}, {**JOB, "ours": ON, "end_at": [0, 5], "seconds_to_end": 2}, {**JOB, "ours": ON}]
     alone, ended, after = run_jobs(checkout, "magcache_demo_gradio.py", jobs)
     assert not ended["sections"] and after["sections"] == alone["sections"] and after["video"]
+
+
+LAY_WEIGHTS = """
+import sys
+from pathlib import Path
+
+import transformers
+
+sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+hub = Path("hf_download/hub/models--hunyuanvideo-community--HunyuanVideo")
+transformers.LlamaModel(transformers.LlamaConfig(**sizes)).save_pretrained(hub / "snapshots/abc/text_encoder")
+(hub / "refs").mkdir()
+(hub / "refs/main").write_text("abc")
+"""
+RUN_UNTIL_IT_FAILS = """
+import runpy, sys, traceback
+
+import framepack_cpu, torch
+
+framepack_cpu.stand_in("cv2")
+framepack_cpu.torchvision_stand_in()
+torch.cuda.current_device = lambda: 0
+import diffusers_helper.memory as memory
+
+memory.gpu, memory.get_cuda_free_memory_gb = torch.device("cpu"), lambda device=None: 80.0
+sys.argv = [sys.argv[1]]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except Exception:
+    traceback.print_exc(file=sys.stdout)
+"""
+
+
+def test_weights_that_the_user_has_are_found(checkout, tmp_path):
+    """demo_gradio.py keeps them in hf_download, beside it, by setting HF_HOME before it imports what reads that. Here
+    lies the first of the models that it loads, and no other."""
+    folder = tmp_path / "FramePack"
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("outputs", "home"))
+    pins = installed("framepack-demo", *PINS)
+    changes = environment(tmp_path, PYTHONPATH=f"{pins}:{TESTS}:{folder}")
+
+    def python(code, *arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, cwd=folder, env=changes, capture_output=True, text=True, timeout=300)
+
+    laid = python(LAY_WEIGHTS)
+    assert laid.returncode == 0, laid.stderr
+    for script in ("demo_gradio.py", "magcache_demo_gradio.py"):
+        said = python(RUN_UNTIL_IT_FAILS, script).stdout
+        assert "text_encoder_2 = CLIPTextModel" in said, said[-2000:]  # the model after it
+
+
+def test_the_windows_version(tmp_path):
+    """It has no F1 demo and no MP4 compression."""
+    windows = os.environ.get("MAGCACHE_FRAMEPACK_WINDOWS")
+    if not windows:
+        pytest.skip("MAGCACHE_FRAMEPACK_WINDOWS names no checkout of the branch windows")
+    folder = tmp_path / "webui"
+    shutil.copytree(windows, folder, ignore=shutil.ignore_patterns(".git"))
+    assert install("MagCache4FramePack", folder) == "python magcache_demo_gradio.py --server 127.0.0.1 --inbrowser"
+    assert not (folder / "magcache_demo_gradio_f1.py").exists()
+    (cached,) = run_jobs(folder, "magcache_demo_gradio.py", [{**JOB, "ours": ON}])
+    assert len(cached["sections"]) == 2 and "5 reused" in cached["text"]
 
 
 @pytest.mark.parametrize(
@@ -226,34 +297,47 @@ def click_through(page, address, tmp_path, expect):
         field.press("Tab")
 
     ticked("Use MagCache")
-    shows("computes 12 of 25: at most 2.08x")
+    folded = page.get_by_role("button", name=re.compile("MagCache: "))
+    expect(folded).to_have_text(re.compile("12 of 25 steps compute, at most 2.08x faster"), timeout=30_000)
+    # The page's own first controls stay in sight.
+    assert page.get_by_label("Seed", exact=True).bounding_box()["y"] - boxes["Use TeaCache"].bounding_box()["y"] < 250
+    folded.click()
     shows("4 sections: 48 of 100 steps")
     expect(page.get_by_label("#####..#.#..#..#..#...#.#")).to_be_visible()
 
-    number("MagCache_thresh", 0.15)
-    number("MagCache_K", 4)
-    shows("computes 11 of 25")
-    number("MagCache_K", 0)
+    number("MagCache threshold", 0.15)
+    number("MagCache K", 4)
+    shows("11 of 25 steps compute")
+    number("MagCache K", 0)
     shows("magcache_K is 0, which turns MagCache off")
-    number("MagCache_K", 3)
-    number("MagCache_thresh", 0.1)
+    number("MagCache K", 3)
+    number("MagCache threshold", 0.1)
     number("Total Video Length (Seconds)", 2.4)
     shows("2 sections: 24 of 50 steps")
     page.get_by_label("2x", exact=True).check()
-    shows("magcache_speedup 2")
-    expect(page.get_by_label("number input for MagCache_K")).to_be_disabled(timeout=20_000)
+    shows("2x: 13 of 25 steps compute, at most 1.92x faster, the nearest to it")
+    expect(page.get_by_label("number input for MagCache K")).to_be_disabled(timeout=20_000)
     page.get_by_label("off", exact=True).check()
-    shows("computes 12 of 25")
+    shows("12 of 25 steps compute")
 
     boxes["Use TeaCache"].check()
     ticked("Use TeaCache")
-    shows("MagCache is off: every step computes.")
+    shows("off, TeaCache decides")
     boxes["Use MagCache"].check()
+    ticked("Use MagCache")
+
+    # A start that fails leaves the controls free.
+    start, end = page.get_by_role("button", name="Start Generation"), page.get_by_role("button", name="End Generation")
+    number("MagCache K", 3)
+    start.click()
+    expect(page.get_by_text("No input image!").or_(page.get_by_text("Error")).first).to_be_visible(timeout=30_000)
+    boxes["Calibrate"].check(timeout=5_000)
+    ticked("Calibrate")
+    boxes["Use MagCache"].check(timeout=5_000)
     ticked("Use MagCache")
 
     page.locator("input[type=file]").first.set_input_files(picture(tmp_path / "picture.png"))
     page.get_by_label("Prompt", exact=True).fill("The sun sets behind the hills.")
-    start, end = page.get_by_role("button", name="Start Generation"), page.get_by_role("button", name="End Generation")
     start.click()
     shows("Section 2: MagCache: 12 of 25 model calls computed", 120)
     expect(start).to_be_enabled(timeout=60_000)
@@ -261,7 +345,7 @@ def click_through(page, address, tmp_path, expect):
     page.wait_for_function("document.querySelector('video').videoWidth > 0", timeout=30_000)
     if os.environ.get("MAGCACHE_SCREENSHOT"):
         page.wait_for_timeout(1500)
-        bottom = page.get_by_label("Seed", exact=True).bounding_box()["y"] - 45
+        bottom = page.get_by_label("number input for Steps").bounding_box()["y"] + 60
         page.screenshot(
             path=os.environ["MAGCACHE_SCREENSHOT"],
             full_page=True,
@@ -285,3 +369,12 @@ def click_through(page, address, tmp_path, expect):
     shows("(measured)")
     (saved,) = (tmp_path / "home").glob("framepack-*.json")
     assert read(saved).steps == 12
+    number("Steps", 12)
+    shown = page.get_by_label(re.compile("^[#.]{12}$")).get_attribute("aria-label")
+
+    page.reload()  # what a page shows when it is opened is of the table that is in use now
+    ticked("Use MagCache")
+    page.get_by_role("button", name=re.compile("MagCache: ")).click()
+    number("Steps", 12)
+    expect(page.get_by_label(shown)).to_be_visible(timeout=30_000)
+    shows("(measured)")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import flow_sigmas
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -31,53 +32,59 @@ def test_a_planned_run_is_above_the_rule_and_fewer_steps_by_the_measured_margins
     assert done.stdout.count("14.0 of 28 computed") == 4
 
 
+CALL = {"height": 64, "width": 64, "max_sequence_length": 16}
+
+
 def test_the_short_mode_names_a_missed_margin(demo, monkeypatch):
     pipe, table = demo
-    monkeypatch.setattr(quality_benchmark, "MARGINS", {"fewer steps": 60.0})
-    jobs = [(prompt, 1) for prompt in demo_model.PROMPTS[:2]]
-    subject = quality_benchmark.Subject(pipe, {"height": 64, "width": 64, "max_sequence_length": 16}, jobs)
-    missed = quality_benchmark.short(subject, table)
-    assert [line.split(" is ")[0] for line in missed] == ["planned, linear", "planned, linear, output"]
-    assert all("above fewer steps, which should be 60.0 or more." in line for line in missed)
+    monkeypatch.setattr(quality_benchmark, "MARGINS", {"no calibration": ("fewer steps", 60.0)})
+    subject = quality_benchmark.Subject(pipe, CALL, [(prompt, 1) for prompt in demo_model.PROMPTS[:2]])
+    (missed,) = quality_benchmark.short(subject, table)
+    assert missed.startswith("no calibration is ")
+    assert missed.endswith("above fewer steps, which should be 60.0 or more.")
 
 
 def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
     pipe, table = demo
-    subject = quality_benchmark.Subject(
-        pipe, {"height": 64, "width": 64, "max_sequence_length": 16}, [(prompt, 1) for prompt in demo_model.PROMPTS[:2]]
-    )
-    reference, seconds = quality_benchmark.references(subject, 28)
+    subject = quality_benchmark.Subject(pipe, CALL, [(prompt, 1) for prompt in demo_model.PROMPTS[:2]])
+    reference = quality_benchmark.references(subject, 28)
     plain = subject.peak_bytes(quality_benchmark.nullcontext, 28)
-    rows = list(quality_benchmark.own_rows(subject, table, 28, [7]))
+    rows = [row for row in quality_benchmark.own_rows(subject, table, 28, [7]) if "released" not in row.family]
     results = list(quality_benchmark.measure(subject, rows, reference, plain, 28))
-    assert [round(one["computed"]) for one in results] == [7] * 6
+    assert [round(one["computed"]) for one in results] == [7] * 9
     by_family = {one["family"]: one for one in results}
-    assert (
-        by_family["planned, linear"]["psnr"]
-        > by_family["planned, reuse"]["psnr"]
-        > by_family["paper's rule"]["psnr"] - 3
-    )
-    assert by_family["planned, linear"]["bytes"] >= 2 * 64 * 160 * 4 > by_family["planned, linear, output"]["bytes"] > 0
-    text = quality_benchmark.table_text(results, 28, seconds)
+    assert by_family["no calibration"]["psnr"] > by_family["paper's rule"]["psnr"]
+    assert by_family["paper's rule"]["psnr"] > by_family["paper's rule, off"]["psnr"]
+    assert by_family["planned, linear, off"]["bytes"] >= 2 * 64 * 160 * 4 and by_family["no calibration"]["bytes"] > 0
+    text = quality_benchmark.table_text(results, 28)
     assert "MS-SSIM" not in text and "±" in text
     quality_benchmark.draw({28: results}, tmp_path / "figure.png")
 
 
-def test_experiments_run(demo, monkeypatch):
-    """Every row is planned; those that bring a predictor of their own are drawn."""
-    pipe, table = demo
-    reference = {prompt: experiments.render(pipe, prompt, 28, 1)[0] for prompt in experiments.JOBS[:1]}
-    rows = [trial for _, rows in experiments.trials(pipe, table, 28) for trial in rows]
-    assert len(rows) > 30 and all(trial.schedule(14).computed == 14 for trial in rows)
-    drawn = {
-        trial.name: float(experiments.measure(pipe, table, trial, 28, 14, reference))
-        for trial in rows
-        if trial.residuals
-    }
-    assert len(drawn) == 3 and min(drawn.values()) > 40
-    monkeypatch.setattr(experiments, "JOBS", experiments.JOBS[:1])
-    name, free, *guarded = next(experiments.guard_rows(pipe, table, 28, 9))
-    assert name == "weights off by 0%" and free.endswith("(9.0)") and guarded[0] == free
+@pytest.mark.parametrize("scheduler", ["unipc", "dpm"])
+def test_a_sampler_has_the_noise_levels_of_the_models_own(demo, scheduler):
+    pipe, _ = demo
+    own = pipe.scheduler
+    try:
+        subject = quality_benchmark.Subject(
+            pipe, {**CALL, "negative_prompt": "", "true_cfg_scale": 3.0}, [(demo_model.PROMPTS[0], 1)] * 2, scheduler
+        )
+        quality_benchmark.references(subject, 6)
+        assert subject.branches == 2
+        levels = pipe.scheduler.sigmas.tolist()
+        assert levels[:6] == pytest.approx(flow_sigmas(6, 3.0), abs=2e-3)
+    finally:
+        pipe.scheduler = own
+
+
+def test_experiments_run(demo, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "JOBS", experiments.JOBS[:2])
+    monkeypatch.setattr(experiments, "load_demo", lambda: demo)
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
+    experiments.main()
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:11]}
+    assert len(rows) == 9 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
+    assert rows["as it is"] not in (rows["corrector off"], rows["corrected through two outputs"])
 
 
 @pytest.mark.parametrize("name", speed.SMALL)

@@ -1,0 +1,417 @@
+"""Skipped steps are made again as they would be by hand, whatever the sampler, and nothing else changes."""
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import flow_sigmas
+
+from common.blocks import Host
+from common.corrector import EULER, Folded, Replay, Trajectory, follower_of, interpolation_weights, why_off
+from common.errors import MagCacheError
+from common.patch import magcache_forward
+from common.planner import Target, spread_steps
+from common.schedule import Settings
+from common.tables import RatioTable
+
+diffusers = pytest.importorskip("diffusers")
+STEPS = 14
+COMPUTED = (0, 1, 4, 8, 9, 13)
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+SCHEDULERS = {
+    "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "unipc": lambda: diffusers.UniPCMultistepScheduler(solver_order=2, **FLOW),
+    "unipc, third order": lambda: diffusers.UniPCMultistepScheduler(solver_order=3, **FLOW),
+    "dpm": lambda: diffusers.DPMSolverMultistepScheduler(solver_order=2, **FLOW),
+}
+
+
+def scheduler_of(name):
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def velocity(sample, level):
+    """A model that bends the trajectory."""
+    return torch.sin(2 * sample.float() + 3 * level) + 0.3 * sample.float()
+
+
+def model_call(step, reused):
+    return SimpleNamespace(parts=[SimpleNamespace(call=SimpleNamespace(step=step), key=0)], reused=reused)
+
+
+def sampled(scheduler, follower=None, computed=COMPUTED, edit=None, dtype=torch.float32, guidance=1.0):
+    """The last sample of a loop as a pipeline has it, and what it passed to each step. A skipped step holds the newest
+    output; edit: (step, sample) -> what the pipeline makes of a sample after a step."""
+    sample = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    held, passed = None, []
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step in computed:
+            held = [velocity(sample, float(timestep) / 1000 + shift).to(dtype) for shift in (0.0, 0.4)]
+        outputs = held
+        if isinstance(follower, Folded):
+            act = follower.computed if step in computed else follower.skipped
+            outputs = [act(branch, step, output.clone()) for branch, output in enumerate(held)]
+        elif follower:
+            follower.follow(model_call(step, step not in computed), None)
+        output = outputs[1] + guidance * (outputs[0] - outputs[1])
+        passed.append((sample, output))
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+        if edit:
+            sample = edit(step, sample)
+    return sample, passed
+
+
+def by_hand(name, edit=None, guidance=1.0):
+    """The same with a scheduler of its own for every gap, whose samples and outputs are written down step by step."""
+    scheduler = scheduler_of(name)
+    sigmas = scheduler.sigmas.tolist()[:STEPS]
+    sample = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    known, gap, held = [], [], None  # known: (step, guided output)
+    before_gap = None
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step not in COMPUTED:
+            gap.append((step, sample))
+            sample = scheduler.step(held, timestep, sample, return_dict=False)[0]
+            gap[-1] += (sample,)
+        else:
+            branches = [velocity(sample, float(timestep) / 1000 + shift) for shift in (0.0, 0.4)]
+            held = branches[1] + guidance * (branches[0] - branches[1])
+            if gap:
+                scheduler, moved = before_gap, torch.zeros_like(sample)
+                anchors = [step, known[-1][0], *[known[-2][0]][: len(known) > 1]]
+                outputs = [held, known[-1][1], *[known[-2][1]][: len(known) > 1]]
+                if not known[1:]:
+                    anchors, outputs = anchors[:2], outputs[:2]
+                fit = np.polyfit  # the polynomial through as many points, by least squares
+                for skipped, given, after in gap:
+                    stacked = torch.stack(outputs).flatten(1).double().numpy()
+                    polynomial = fit([sigmas[at] for at in anchors], stacked, len(anchors) - 1)
+                    powers = sigmas[skipped] ** np.arange(len(anchors))[::-1]
+                    output = torch.tensor(powers @ polynomial).float().reshape(sample.shape)
+                    again = scheduler.step(output, scheduler.timesteps[skipped], given + moved, return_dict=False)[0]
+                    moved = again - after
+                sample, gap = sample + moved, []
+            sample = scheduler.step(held, timestep, sample, return_dict=False)[0]
+            known.append((step, held))
+            before_gap = copy.deepcopy(scheduler)
+        if edit:
+            sample = edit(step, sample)
+    return sample
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_replay_is_what_a_second_scheduler_makes_of_the_corrected_outputs(name, guidance):
+    scheduler = scheduler_of(name)
+    replay = Replay(scheduler, (scheduler.timesteps / 1000).tolist())
+    corrected, _ = sampled(scheduler, replay, guidance=guidance)
+    replay.detach()
+    uncorrected, _ = sampled(scheduler_of(name), guidance=guidance)
+    expected = by_hand(name, guidance=guidance)
+    torch.testing.assert_close(corrected, expected, rtol=2e-4, atol=2e-4)
+    assert (corrected - uncorrected).abs().max() > 20 * (corrected - expected).abs().max()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_it_comes_nearer_to_the_computed_trajectory(name):
+    scheduler = scheduler_of(name)
+    true, _ = sampled(scheduler_of(name), computed=range(STEPS))
+    held, _ = sampled(scheduler_of(name))
+    corrected, _ = sampled(scheduler, Replay(scheduler, (scheduler.timesteps / 1000).tolist()))
+    assert (corrected - true).norm() < 0.5 * (held - true).norm()
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_the_pipeline_does_between_steps_stays(name):
+    """A mask that puts given values back after every step, and a callback that adds to the sample once."""
+    given = torch.zeros(2, 3, 4)
+    given[:, 0] = 7.0
+    mask = (given == 0).float()
+
+    def edit(step, sample):
+        return mask * sample + (1 - mask) * given + (0.5 if step == 5 else 0.0) * mask
+
+    scheduler = scheduler_of(name)
+    corrected, _ = sampled(scheduler, Replay(scheduler, (scheduler.timesteps / 1000).tolist()), edit=edit)
+    assert torch.equal(corrected[:, 0], given[:, 0])
+    torch.testing.assert_close(corrected, by_hand(name, edit), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("predicts", [False, True])
+def test_folded_equals_the_replay_of_euler(predicts):
+    scheduler = scheduler_of("euler")
+    levels = scheduler.sigmas.tolist()[:STEPS]
+    for guidance in (
+        (1.0,) if predicts else (1.0, 5.0)
+    ):  # the line is that of a branch in one, of the guided in the other
+        scheduler = scheduler_of("euler")
+        replayed, _ = sampled(scheduler, Replay(scheduler, levels, predicts), guidance=guidance)
+        folded, _ = sampled(scheduler_of("euler"), Folded(levels, predicts), guidance=guidance)
+        torch.testing.assert_close(folded, replayed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_branch_that_was_left_out_is_not_made_again():
+    folded, levels = Folded(flow_sigmas(6)), torch.ones(1, 2)
+    for step in (0, 1):
+        folded.computed("branch", step, levels)
+    folded.skipped("branch", 2, levels)
+    assert torch.equal(folded.computed("branch", 4, 3 * levels), 3 * levels)  # step 3 is missing
+    folded.skipped("branch", 4, levels)
+    assert not torch.equal(Folded(flow_sigmas(6)).computed("other", 0, levels), 2 * levels)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_where_nothing_is_skipped_nothing_changes(name):
+    scheduler = scheduler_of(name)
+    followed, _ = sampled(scheduler, Replay(scheduler, (scheduler.timesteps / 1000).tolist(), True), range(STEPS))
+    assert torch.equal(followed, sampled(scheduler_of(name), computed=range(STEPS))[0])
+
+
+def test_bfloat16_latents_stay_what_they_are():
+    scheduler = scheduler_of("euler")
+    replay = Replay(scheduler, scheduler.sigmas.tolist()[:STEPS])
+    corrected, passed = sampled(scheduler, replay, dtype=torch.bfloat16)
+    assert corrected.dtype == torch.bfloat16 and all(sample.dtype == torch.bfloat16 for sample, _ in passed)
+    torch.testing.assert_close(corrected.float(), by_hand("euler"), rtol=0.1, atol=0.1)
+
+
+def test_outputs_on_a_line_are_predicted_and_interpolated():
+    levels, kept = flow_sigmas(8), Trajectory(flow_sigmas(8))
+    outputs = [torch.full((2, 3), 1 + 2 * level) for level in levels]
+    for step in (0, 1, 3):
+        kept.computed(step, outputs[step])
+    torch.testing.assert_close(kept.predicted(4, outputs[3]), outputs[3])  # nothing is known about the line yet
+    kept.computed(5, outputs[5])
+    torch.testing.assert_close(kept.predicted(6, outputs[5]), outputs[6])
+    torch.testing.assert_close(kept.corrected(6, 7, outputs[7]), outputs[6])
+    bent = Trajectory(levels)
+    for step, value in ((1, 1.0), (3, 2.0), (5, 1.0)):  # there and back: the line is not followed
+        bent.computed(step, torch.full((1, 3), value))
+    assert torch.equal(bent.predicted(6, torch.ones(1, 3)), torch.ones(1, 3))
+
+
+def test_each_sample_of_a_batch_follows_its_own_line():
+    levels, both, alone = flow_sigmas(8), Trajectory(flow_sigmas(8)), Trajectory(flow_sigmas(8))
+    outputs = {step: torch.tensor([[1 + 2 * levels[step]], [(-1.0) ** step]]) for step in (1, 2, 5)}
+    for step, output in outputs.items():
+        both.computed(step, output)
+        alone.computed(step, output[:1])
+    torch.testing.assert_close(both.predicted(6, outputs[5])[:1], alone.predicted(6, outputs[5][:1]))
+
+
+def test_weights_are_lagranges():
+    levels = flow_sigmas(9)
+    assert interpolation_weights(levels, 3, [3, 5]) == [1.0, 0.0]
+    weights = interpolation_weights(levels, 4, [6, 3, 1])
+    for power in range(3):
+        assert sum(weight * levels[at] ** power for weight, at in zip(weights, [6, 3, 1])) == pytest.approx(
+            levels[4] ** power
+        )
+
+
+@pytest.mark.parametrize(
+    "make, part",
+    [
+        (lambda: None, "cannot be followed"),
+        (lambda: diffusers.FlowMatchHeunDiscreteScheduler(), "calls the model twice a step"),
+        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "adds noise"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "adds noise"),
+        (lambda: diffusers.EulerAncestralDiscreteScheduler(), "adds noise"),
+        (lambda: diffusers.CogVideoXDPMScheduler(), "no step that could be made again"),
+        (lambda: SimpleNamespace(step=0), "no step that could be made again"),
+    ],
+)
+def test_off_with_a_reason(make, part):
+    scheduler = make()
+    assert part in why_off(scheduler)
+    assert follower_of(scheduler, flow_sigmas(8), predicts=False) == (None, why_off(scheduler))
+    follower, _ = follower_of(scheduler, flow_sigmas(8), predicts=True)
+    assert isinstance(follower, Folded) and not follower.corrects
+
+
+def test_on_with_none():
+    for name in SCHEDULERS:
+        assert why_off(scheduler_of(name)) == ""
+    assert why_off(EULER) == "" and follower_of(EULER, [1.0, 1.0, 0.5], False)[0] is None
+
+
+def test_the_scheduler_is_left_as_it_was():
+    scheduler = scheduler_of("unipc")
+    replay = Replay(scheduler, (scheduler.timesteps / 1000).tolist())
+    assert (
+        list(inspect.signature(scheduler.step).parameters)
+        == list(inspect.signature(type(scheduler).step).parameters)[1:]
+    )
+    twin = copy.deepcopy(scheduler)  # as a pipeline makes one for the audio of a video
+    other, _ = sampled(twin, computed=range(STEPS))
+    assert torch.equal(other, sampled(scheduler_of("unipc"), computed=range(STEPS))[0])
+    assert not replay.trajectory.anchors
+    replay.detach()
+    assert "step" not in scheduler.__dict__ and scheduler.step.__func__ is type(scheduler).step
+
+
+class Sampler:
+    """A pipeline: a model, a scheduler, a loop."""
+
+    def __init__(self, model, name="euler"):
+        self.model, self.scheduler = model, scheduler_of(name)
+
+    @property
+    def timesteps(self):
+        return self.scheduler.timesteps
+
+    def run(self, stop=None):
+        self.scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        self.scheduler.set_timesteps(STEPS)
+        sample = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            if step == stop:
+                raise KeyboardInterrupt
+            output = self.model(sample, timestep.expand(1) / 1000)
+            sample = self.scheduler.step(output, timestep, sample, return_dict=False)[0]
+        return sample
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, hidden_states, timestep):
+        states = hidden_states + timestep.view(-1, 1, 1)
+        for block in self.blocks:
+            states = states + torch.tanh(block(states))
+        return states
+
+
+def patched(sampler, settings=None, table=None, **options):
+    host = Host(blocks=("blocks",), final_layer=None, timestep_scale=1.0)
+    options = {"scheduler": lambda: sampler.scheduler, "announce": None, **options}
+    return magcache_forward(sampler.model, host, table, settings or Target(6), lambda: sampler.timesteps, **options)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_runs_with_and_without(name):
+    sampler, plans = Sampler(Tiny(), name), []
+    plain = sampler.run()
+    with patched(sampler, announce=plans.append):
+        corrected, again = sampler.run(), sampler.run()
+    assert torch.equal(corrected, again) and torch.equal(sampler.run(), plain)
+    with patched(sampler, corrector=False, announce=plans.append) as handle:
+        off = sampler.run()
+    assert handle.reports[0].computed == 6 and "corrector on" in plans[0] and "it was turned off" in plans[-1]
+    assert (corrected - plain).norm() < (off - plain).norm()
+    with patched(sampler, Target(STEPS)):
+        assert torch.equal(sampler.run(), plain)
+    assert "step" not in sampler.scheduler.__dict__
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_a_run_that_breaks_off_leaves_nothing_behind(stop):
+    sampler = Sampler(Tiny(), "unipc")
+    with patched(sampler):
+        alone = sampler.run()
+    with patched(sampler):
+        with pytest.raises(KeyboardInterrupt):
+            sampler.run(stop)
+        assert torch.equal(sampler.run(), alone)
+    assert "step" not in sampler.scheduler.__dict__
+
+
+def test_the_reason_is_in_the_plan():
+    sampler, plans = Sampler(Tiny()), []
+    with patched(sampler, scheduler=None, announce=plans.append):
+        sampler.run()
+    assert "corrector off, because this sampler's steps cannot be followed" in plans[0]
+    assert "no calibration needed, magcache_steps 6, predictor line, payload output" in plans[0]
+
+
+@pytest.mark.parametrize("steps, computed", [(28, 14), (28, 7), (50, 20), (8, 5), (5, 2), (100, 100)])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_computed_steps_are_spread_from_the_first_to_the_last(steps, computed, shift):
+    chosen = spread_steps(flow_sigmas(steps, shift), computed)
+    assert chosen[0] == 0 and chosen[-1] == steps - 1 and len(set(chosen)) == len(chosen) == computed
+    assert chosen == sorted(chosen) and max(np.diff(chosen)) <= 2.5 * steps / computed
+    even = spread_steps(np.linspace(1, 0, steps, endpoint=False), computed)
+    assert np.ptp(np.diff(even)) <= 1
+
+
+def test_caps_and_experts_of_a_spread():
+    levels = flow_sigmas(30, 5.0)
+    assert max(np.diff(spread_steps(levels, 12, magcache_K=2))) <= 3
+    assert spread_steps(levels, 12, kept=5)[:6][:5] == [0, 1, 2, 3, 4]
+    chosen = spread_steps(levels, 12, switch_step=13)
+    assert {0, 12, 13, 29} <= set(chosen) and len(set(chosen)) == 12
+    with pytest.raises(MagCacheError, match="Of 30 steps, between 10 and 30 can be computed, not 5"):
+        Target(5, magcache_K=2).plan(None, levels)
+    for count in range(10, 31):
+        assert Target(count, magcache_K=2).plan(None, levels).computed == count
+    assert Target(magcache_speedup=2.5).plan(None, levels, switch_step=13).computed == 12
+    assert "a run of 4 steps has nothing to gain" in Target(2).plan(None, levels[:4]).why_none
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Target(5, predictor="line", payload="residual"),
+        lambda: Target(5, predictor="line", magcache_guard=2),
+        lambda: Target(magcache_max_error=0.1, predictor="line"),
+    ],
+)
+def test_the_line_predicts_outputs_and_knows_no_error(make):
+    with pytest.raises(MagCacheError, match="ask for the predictor linear"):
+        make()
+
+
+def test_two_experts_are_not_mixed():
+    """What the first expert skipped is not made again with an output of the second."""
+    one, two = Tiny(), Tiny()
+    with torch.no_grad():
+        for parameter in two.parameters():
+            parameter.mul_(-1)
+
+    class Both(Sampler):
+        def run(self):
+            self.scheduler = scheduler_of("euler")
+            sample = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
+            for timestep in self.scheduler.timesteps:
+                model = one if timestep >= 700 else two
+                output = model(sample, timestep.expand(1) / 1000)
+                sample = self.scheduler.step(output, timestep, sample, return_dict=False)[0]
+            return sample
+
+    sampler = Both([one, two])
+    switch = int((scheduler_of("euler").timesteps >= 700).sum())
+    seen = []
+    with patched(sampler, boundary=0.7) as handle:
+        original = Trajectory.corrected
+
+        def corrected(self, skipped, step, output):
+            seen.append((skipped, step, min(at for at, _ in self.anchors)))
+            return original(self, skipped, step, output)
+
+        Trajectory.corrected = corrected
+        try:
+            sampler.run()
+        finally:
+            Trajectory.corrected = original
+    assert handle.reports[0].complete and seen
+    for skipped, step, anchor in seen:
+        assert (skipped < switch) == (step < switch) == (anchor < switch)
+
+
+def test_the_rule_is_corrected_too():
+    sampler, farness = Sampler(Tiny()), {}
+    plain = sampler.run()
+    table = RatioTable("tiny", {"cond": [1.0] + [0.98] * (STEPS - 1)}, tuple(flow_sigmas(STEPS, 3.0)), "measured")
+    for corrector in (True, False):
+        with patched(sampler, Settings(9.0, 2, 0.1), table, corrector=corrector) as handle:
+            farness[corrector] = (sampler.run() - plain).norm()
+        assert handle.reports[0].reused > 5
+    assert farness[True] < farness[False]

@@ -1,0 +1,101 @@
+"""Open-Sora 1.2 and 1.3 tell their users Python 3.9, and `install` runs in whatever Python a user has: with the
+standard library alone. Run by those that are installed here."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHONS = ("3.9", "3.10", "3.12")
+# Every module is imported and every class and function defined, on classes that stand in for what is not installed.
+IMPORT_ALL = """
+import importlib, importlib.machinery, sys, types
+
+class Anything(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything(name, (), {"__init__": lambda self, *args, **kwargs: None})
+
+class StandIn(types.ModuleType):
+    def __getattr__(self, name):
+        return getattr(Anything("anything", (), {}), name)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("numpy", "torch", "tqdm"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return StandIn(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.insert(0, Finder())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+@pytest.fixture(params=PYTHONS)
+def python(request):
+    """A Python of this version, without the packages of this one."""
+    found = shutil.which(f"python{request.param}")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def run(*arguments):
+        command = [found, "-S", *map(str, arguments)]
+        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+    if not found or run("--version").returncode:
+        pytest.skip(f"python{request.param} is not installed")
+    return run
+
+
+def modules(folder, prefix=""):
+    return [prefix + path.stem for path in sorted((REPOSITORY / folder).glob("*.py")) if path.stem != "__main__"]
+
+
+def test_every_module_can_be_imported(python):
+    names = [*modules("common", "common."), *modules("common/scripts", "common.scripts.")]
+    done = python("-c", IMPORT_ALL, *names)
+    assert done.returncode == 0 and "common.scripts.session" in names, done.stderr[-2000:]
+    for folder in ("MagCache4Open-Sora", "MagCache4FramePack"):
+        code = f"import sys; sys.path.insert(0, {folder!r})\n{IMPORT_ALL}"
+        done = python("-c", code, *(name for name in modules(folder) if "opensora" in name or "framepack" in name))
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_install_takes_the_standard_library_alone(python, tmp_path):
+    for folder in sorted(path.parent.name for path in REPOSITORY.glob("MagCache4*/install.json")):
+        known = json.loads((REPOSITORY / folder / "install.json").read_text())
+        for number, facts in enumerate(known if isinstance(known, list) else [known]):
+            target = tmp_path / folder / str(number)
+            target.mkdir(parents=True)
+            for name in facts["recognised_by"]:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                (target / name).touch()
+            done = python("-m", "common", "install", folder, target)
+            assert done.returncode == 0 and facts["run"] in done.stdout, done.stderr[-2000:]
+            assert all((target / facts.get("into", "") / name).is_file() for name in facts["files"])
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("MagCache4*/magcache_*.py")), ids=str
+)
+def test_a_drop_in_started_in_the_clone_says_what_is_missing(script):
+    """Not a traceback; the two of FLUX run there."""
+    if script.parent.name.startswith("MagCache4FLUX") or script.stem in ("magcache_framepack", "magcache_opensora"):
+        pytest.skip("runs in the clone, or is no script")
+    if not (REPOSITORY / script).read_text().count('if __name__ == "__main__"'):
+        pytest.skip("is no script")
+    done = subprocess.run([sys.executable, REPOSITORY / script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith(script.name)]
+    assert "python -m common install" in sentence or "needs the package" in sentence
