@@ -128,8 +128,8 @@ class Target:
                 "calibration measures."
             )
         forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
-        share = reused_share(table, self.payload)
-        return replace(self.place(forecast, share, switch_step), settings=self, ratios=ratios)
+        share, beyond = reused_share(table, self.payload), unpredicted(table, levels)
+        return replace(self.place(forecast, share, switch_step, beyond), settings=self, ratios=ratios)
 
     def spread(self, levels: np.ndarray, switch_step: int | None = None) -> Schedule:
         """The Schedule whose computed steps, the first and the last among them, are spread evenly."""
@@ -154,14 +154,18 @@ class Target:
         """How many steps, from the first on, compute in any case."""
         return max(1, int(steps * (self.retention_ratio or 0)))
 
-    def place(self, forecast, share=0.0, switch_step=None):
-        """The Schedule that these errors ask for; share: cost of a reused step, in computed ones."""
-        computed = self.computed_of(forecast.steps, share, switch_step)
+    def place(self, forecast, share=0.0, switch_step=None, beyond=None):
+        """The Schedule that these errors ask for; share: cost of a reused step, in computed ones; beyond: of
+        `fewest_computed`."""
+        computed = self.computed_of(forecast.steps, share, switch_step, beyond)
         return plan_steps(forecast, computed, self.magcache_K, self.kept(forecast.steps), self.magcache_max_error)
 
-    def computed_of(self, steps: int, share: float = 0.0, switch_step: int | None = None) -> int | None:
-        """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones."""
-        least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step)
+    def computed_of(
+        self, steps: int, share: float = 0.0, switch_step: int | None = None, beyond: np.ndarray | None = None
+    ) -> int | None:
+        """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones;
+        beyond: of `fewest_computed`."""
+        least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step, beyond)
         if self.predictor == "line":
             least = min(steps, max(2, least))  # the first and the last
         if self.magcache_speedup is not None:
@@ -205,12 +209,14 @@ def spread_steps(
     return chosen
 
 
-def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None):
-    """How many steps compute at least: the first `kept`, the first of each expert, and one after every magcache_K
-    reuses."""
+def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None, beyond=None):
+    """How many steps compute at least: the first `kept`, the first of each expert, those of the mask `beyond`
+    (`unpredicted`), and one after every magcache_K reuses."""
     reuse, run = np.zeros(steps, dtype=bool), 0
+    possible = np.ones(steps, dtype=bool) if beyond is None else ~beyond
     for step in range(steps):
-        reuse[step] = step >= kept and step != switch_step and (magcache_K is None or run < magcache_K)
+        allowed = step >= kept and step != switch_step and possible[step]
+        reuse[step] = allowed and (magcache_K is None or run < magcache_K)
         run = run + 1 if reuse[step] else 0
     return int(steps - reuse.sum())
 
@@ -234,6 +240,13 @@ def reused_share(table, payload="residual"):
 
 def has_gram(table):
     return bool(table.statistics.get("gram"))
+
+
+def unpredicted(table: RatioTable, levels: np.ndarray) -> np.ndarray:
+    """Mask (steps,) of the steps beyond the noise levels that a table covers, and of those that would be predicted from
+    one: they compute."""
+    uncovered = ~table.covered(levels)
+    return uncovered | np.append(False, uncovered[:-1])
 
 
 def table_grams(table, levels, payload="residual"):
@@ -286,7 +299,9 @@ class Forecast:
     @classmethod
     def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
         """Of a `RatioTable` at the noise levels of a run."""
-        forecast = cls.of_grams(table_grams(table, levels, payload), predictor)
+        forecast, uncovered = cls.of_grams(table_grams(table, levels, payload), predictor), ~table.covered(levels)
+        if uncovered.any():
+            forecast = forecast.within(uncovered)
         return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
 
     @classmethod
@@ -301,14 +316,23 @@ class Forecast:
     def of_experts(self, second):
         """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's
         steps."""
-        lone, other = np.arange(self.steps), second[:, None] != second
-        errors = np.where(other, self.errors[:, lone, lone][:, :, None], self.errors)
-        weights = (
-            None
-            if self.weights is None
-            else np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
-        )
-        return Forecast(np.where(other[:, :, None], np.inf, errors), weights)
+        other = second[:, None] != second
+        forecast = self.alone(other)
+        return replace(forecast, errors=np.where(other[:, :, None], np.inf, forecast.errors))
+
+    def within(self, uncovered):
+        """The same where steps that the table does not cover, a mask (steps,), are neither predicted nor predict."""
+        forecast = self.alone(np.broadcast_to(uncovered, (self.steps, self.steps)))
+        beyond = uncovered[:, None, None] | uncovered[None, :, None]
+        return replace(forecast, errors=np.where(beyond, np.inf, forecast.errors))
+
+    def alone(self, apart):
+        """The same where the newest anchor j is the only one if k, the one before it, is `apart` from it [j, k]."""
+        same = np.arange(self.steps)
+        errors = np.where(apart, self.errors[:, same, same][:, :, None], self.errors)
+        if self.weights is None:
+            return Forecast(errors)
+        return Forecast(errors, np.where(apart[..., None], self.weights[:, :, same, same][:, :, :, None], self.weights))
 
     def anchors_of(self, reuse):
         """(i, j, k) of every step but the first, where `reuse` (steps,) says which steps do not compute."""
@@ -431,8 +455,9 @@ def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
     """The paper's rule at the settings with which it computes as nearly as possible `computed` steps, and then errs
     least."""
     ratios, forecast, found = table.at(levels), Forecast.of_table(table, levels, "reuse", "residual", switch_step), {}
+    beyond = unpredicted(table, levels)
     for K, retention, thresh in product(range(1, 7), (0.1, 0.2), np.geomspace(0.01, 2, 24)):
-        schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
+        schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step, beyond)
         found[schedule.strip] = replace(schedule, expected_error=forecast.error_of(schedule.reuse))
     return min(found.values(), key=lambda one: (abs(one.computed - computed), one.expected_error[one.reuse].sum()))
 
