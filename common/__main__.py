@@ -5,6 +5,7 @@
 {prog} compare uncached.png cached.png
 {prog} install MagCache4FLUX /path/to/checkout
 {prog} import ratios.json --steps 28 --shift 3
+{prog} describe my/finetune
 """
 
 from __future__ import annotations
@@ -153,7 +154,34 @@ def import_(arguments: list[str]) -> None:
     print(f"use them with --mag_ratios {out}.")
 
 
-COMMANDS = {"presets": presets, "plan": plan, "compare": compare, "install": install, "import": import_}
+def describe(arguments: list[str]) -> None:
+    """Find the facts of a diffusers pipeline's model and print them."""
+    import torch
+
+    from .discover import describe as described
+    from .discover import discover, first_call
+
+    parser = parser_of("describe")
+    parser.add_argument("model", metavar="MODEL", help="hub id or folder")
+    parser.add_argument("--prompt", default="a photo of a cat")
+    args = parser.parse_args(arguments)
+    try:
+        pipe = needs("diffusers", "diffusers").DiffusionPipeline.from_pretrained(args.model)
+        model, positional, named = first_call(pipe, prompt=args.prompt)
+    except (OSError, ValueError, TypeError) as error:  # what loading and calling an unknown pipeline bring
+        raise MagCacheError(f"{args.model} cannot be loaded and run ({str(error).splitlines()[0]}).") from None
+    with torch.no_grad():
+        print(described(model, discover(model, positional, named)))
+
+
+COMMANDS = {
+    "presets": presets,
+    "plan": plan,
+    "compare": compare,
+    "install": install,
+    "import": import_,
+    "describe": describe,
+}
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:

@@ -1,0 +1,182 @@
+"""The table of docs/pipelines.md: every pipeline of the installed diffusers, and what MagCache can do for it.
+
+    git clone --depth 1 https://github.com/huggingface/diffusers
+    python benchmarks/pipelines_table.py --diffusers diffusers
+
+Facts are proved on the tiny models of diffusers' own tests, without weights: the residual of a call, put back on the
+same inputs, has to make the same output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(REPOSITORY))
+
+import torch  # noqa: E402
+
+from common.blocks import Host  # noqa: E402
+from common.discover import discover, wrong  # noqa: E402
+from common.errors import MagCacheError  # noqa: E402
+from common.hosts import HOSTS, class_name, output_host  # noqa: E402
+from common.pipeline import DENOISERS  # noqa: E402
+from common.tables import PRESETS  # noqa: E402
+
+OUTPUT = REPOSITORY / "docs" / "pipelines.md"
+PUBLISHED = {  # how the names of a class's tables begin
+    "ChromaTransformer2DModel": ("chroma",),
+    "FluxTransformer2DModel": ("flux-",),
+    "HunyuanVideo15Transformer3DModel": ("hunyuanvideo-1.5",),
+    "HunyuanVideoFramepackTransformer3DModel": ("framepack",),
+    "HunyuanVideoTransformer3DModel": ("hunyuanvideo-t2v",),
+    "QwenImageTransformer2DModel": ("qwen-image",),
+    "WanTransformer3DModel": ("wan2.1-t2v", "wan2.1-i2v", "wan2.2"),
+    "WanVACETransformer3DModel": ("wan2.1-vace",),
+}
+HEAD = """# Pipelines
+
+Every pipeline of diffusers {version} that calls a transformer or U-Net step by step, and what
+`magcache.enable(pipe, ...)` does for it. `python benchmarks/pipelines_table.py --diffusers CHECKOUT` makes this page
+with the tiny models of diffusers' own tests. Whole pipelines of ten families are run by
+`tests/hosts/test_pipelines.py`.
+
+* **A speed-up** (`speedup=`, `steps=`) needs no facts and no calibration, for it predicts the model's output: every row
+  but those that say `none`. A pipeline whose loop does not go by `pipe.scheduler` computes everything.
+* **Paper's rule** (`thresh=`, `K=`, `retention_ratio=`) reuses the residual of the blocks.
+  `proved`: a residual put back on its own inputs made the same output, to rounding. `found`: the same, with facts that
+  MagCache found. `described`: the facts are written down, and no tiny model proves them here. `output`: only the
+  model's output can be reused. MagCache repeats the proof on your model at its first computed call, and goes over to
+  the output, with a sentence, where it fails.
+* **Ratios** are for the paper's rule alone: the tables that come with MagCache for checkpoints of this class; elsewhere
+  `enable(pipe, calibrate=True)` measures them in one ordinary run.
+
+| pipeline | model | paper's rule | ratios |
+|---|---|---|---|
+"""
+
+
+def tiny_models(checkout: Path) -> Iterator[tuple[torch.nn.Module, dict]]:
+    """(model with random weights, inputs of one call) of each transformer that diffusers tests."""
+    sys.path.insert(0, str(checkout))
+    for path in sorted((checkout / "tests" / "models" / "transformers").glob("test_models*.py")):
+        try:
+            module = importlib.import_module(f"tests.models.transformers.{path.stem}")
+        except ImportError as error:
+            print(f"{path.name} is left out: {error}")
+            continue
+        for name, config in vars(module).items():
+            if not name.endswith("TesterConfig") or config.__module__ != module.__name__:
+                continue
+            try:
+                torch.manual_seed(0)
+                model = config().model_class(**config().get_init_dict()).eval().requires_grad_(False)
+                for parameter in model.parameters():  # final layers often begin with zeros
+                    parameter.copy_(0.1 * torch.randn(parameter.shape))
+                inputs = config().get_dummy_inputs()
+                with torch.no_grad():
+                    model.forward(**inputs)
+            except Exception as error:  # test code of others, for other packages and devices
+                print(f"{path.stem}.{name} is left out: {type(error).__name__}: {error}")
+                continue
+            yield model, inputs
+
+
+def proof(model: torch.nn.Module, inputs: dict, host: Host) -> str:
+    """Why facts do not hold, or ""."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return wrong(model, host, inputs, lambda: model.forward(**inputs))
+
+
+def denoiser_of(pipeline_class) -> str | None:
+    """The class of a pipeline's denoiser, by its annotation."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters
+    for name in DENOISERS:
+        if name in parameters:
+            words = str(parameters[name].annotation).replace("'", " ").replace("|", " ").replace(">", " ").split()
+            named = [
+                word.rpartition(".")[2] for word in words if "Model" in word or "Transformer" in word or "UNet" in word
+            ]
+            return named[0] if named else None
+    return None
+
+
+def pipelines() -> Iterator[tuple[str, str]]:
+    """(pipeline, class of its denoiser) of the installed diffusers."""
+    import diffusers
+
+    for name in sorted(dir(diffusers)):
+        value = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+        if inspect.isclass(value) and issubclass(value, diffusers.DiffusionPipeline):
+            denoiser = denoiser_of(value)
+            if denoiser:
+                yield name, denoiser
+
+
+def tables_of(model_name: str) -> str:
+    """The ratio tables that come with MagCache for a class, or what to do instead."""
+    names = [path.stem for path in sorted(PRESETS.glob("*.json")) if not path.stem.endswith("comfyui")]
+    found = [name for name in names if name.startswith(PUBLISHED.get(model_name, ()))]
+    return "published: " + ", ".join(found) if found else "calibrate"
+
+
+def state_of(model_name: str, proofs: dict[str, str]) -> str:
+    """What the paper's rule can do for a class, as far as it was tried here."""
+    import diffusers
+
+    host = HOSTS.get(f"diffusers.{model_name}")
+    if model_name in proofs:
+        return proofs[model_name]
+    if host is not None:
+        return "described" if host.blocks else f"output, because {host.why_output}"
+    forward = inspect.signature(getattr(diffusers, model_name).forward).parameters
+    try:
+        output_host(model_name, list(forward)[1:])
+    except MagCacheError:
+        return "none: the model is told no timestep"
+    return "looked for at the first call, else output"
+
+
+def proved(checkout: Path) -> dict[str, str]:
+    """{class: what a proof on its tiny models says}."""
+    proofs: dict[str, str] = {}
+    for model, inputs in tiny_models(checkout):
+        host, name = HOSTS.get(class_name(model)), type(model).__name__
+        if host is None:
+            with torch.no_grad():
+                found = discover(model, (), inputs)
+            proofs[name] = (
+                f"found: {', '.join(found.host.blocks)}" if found.host.blocks else f"output, because {found.why}"
+            )
+        elif host.blocks and not proofs.get(name, "").startswith("output"):
+            why = proof(model, inputs, host)
+            proofs[name] = f"output, because {why}" if why else "proved"
+            print(f"{name}: {proofs[name]}")
+    return proofs
+
+
+def main() -> None:
+    import diffusers
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--diffusers", type=Path, required=True, help="a checkout, for the tiny models of its tests")
+    args = parser.parse_args()
+    proofs = proved(args.diffusers)
+    rows = [
+        f"| {pipeline} | {model_name} | {state_of(model_name, proofs)} | "
+        f"{tables_of(model_name) if state_of(model_name, proofs) in ('proved', 'described') else '-'} |"
+        for pipeline, model_name in pipelines()
+    ]
+    OUTPUT.write_text(HEAD.format(version=diffusers.__version__) + "\n".join(rows) + "\n")
+    print(f"{OUTPUT}: {len(rows)} pipelines, {len(proofs)} classes tried")
+
+
+if __name__ == "__main__":
+    main()
