@@ -16,8 +16,6 @@ PUBLIC = {
     "Target": ".planner",
     "disable": ".pipeline",
     "enable": ".pipeline",
-    "disable": ".pipeline",
-    "enable": ".pipeline",
     "load": ".tables",
     "magcache_calibration": ".patch",
     "magcache_forward": ".patch",
