@@ -305,6 +305,7 @@ def measure(subject, rows, reference, plain_bytes, steps):
             pictures, computed = drawn(subject, row.steps, f"{row.family}, {row.setting}", row.batch)
         scores = [quality(true, picture) for true, picture in zip(reference, pictures)]
         psnr = np.array([score["psnr"] for score in scores])
+        tqdm.write(f"{row.family}, {row.setting}: {computed:.1f} of {steps} computed, {psnr.mean():.1f} dB", sys.stderr)
         yield {
             "family": row.family,
             "setting": row.setting,

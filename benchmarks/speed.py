@@ -30,9 +30,10 @@ from tqdm import tqdm
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common.errors import needs  # noqa: E402
+from common.gram import packed  # noqa: E402
 from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
-from common.planner import Target, packed  # noqa: E402
+from common.planner import Target  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .errors import MagCacheError
-from .planner import GRAMS, packed
+from .gram import GRAMS, packed
 from .ranks import summed_over_ranks
 from .ratios import fitted_shift
 from .tables import RatioTable

@@ -1,12 +1,7 @@
-"""Schedules for a number of computed steps, a speed-up or an error: without a calibration, or from its Gram matrix.
+"""Schedules for a number of computed steps, a speed-up or an error: without a calibration, or from one.
 
 Without one the computed steps are spread evenly (`spread_steps`), and a skipped output is predicted along the line
-through the two newest (`corrector.Trajectory`).
-
-With one, G[i, j] = <r_i, r_j> for the block-stack residuals of a run or for the model's outputs. From it follows the
-exact squared error, on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it
-least. So the schedule whose relative errors, each to the fourth power so that peaks count, add up to the least is a
-shortest path over pairs of neighbouring computed steps. numpy only.
+through the two newest (`corrector.Trajectory`). With one, `gram` tells what every prediction would miss. numpy only.
 """
 
 from __future__ import annotations
@@ -18,32 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MagCacheError
+from .gram import PREDICTORS, Forecast, has_gram, plan_steps, unpredicted
 from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
 
 if TYPE_CHECKING:
     from .tables import RatioTable
 
-RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
-POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves
 INDEX_SHARE = 0.75  # of the step's index in the measure that computed steps are spread evenly in; the rest: noise level
-GRAMS = {
-    "residual": "gram",
-    "output": "gram_of_outputs",
-}  # payload: where a calibration's statistics have its Gram matrices
-
-
-def least_squares(anchors, products):
-    """The weights that predict best. anchors: Gram matrices (..., 2, 2) of the newest two; products: theirs with what
-    is to be predicted, (..., 2, steps). Returns weights (..., 2, steps), as every predictor."""
-    return np.linalg.solve(anchors, products)
-
-
-def newest(anchors, products):
-    """The newest as it is, as the paper has it."""
-    return np.zeros(products.shape) + np.array([[1.0], [0.0]])
-
-
-PREDICTORS = {"linear": least_squares, "reuse": newest}  # of a calibration; the third, "line", needs none
 
 
 @dataclass(frozen=True)
@@ -97,6 +73,9 @@ class Target:
                 f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}."
             )
 
+        if self.predictor not in (None, "line", *PREDICTORS):
+            known = ", ".join(["line", *PREDICTORS])
+            raise MagCacheError(f"There is no predictor {self.predictor}; there are {known}.")
         measured = self.magcache_max_error is not None or self.magcache_guard is not None
         predictor = self.predictor or ("linear" if measured or self.payload == "residual" else "line")
         object.__setattr__(self, "predictor", predictor)
@@ -238,213 +217,6 @@ def reused_share(table, payload="residual"):
         raise MagCacheError(f"{table.name}: its step times cannot be read; calibrate again.") from None
 
 
-def has_gram(table):
-    return bool(table.statistics.get("gram"))
-
-
-def unpredicted(table: RatioTable, levels: np.ndarray) -> np.ndarray:
-    """Mask (steps,) of the steps beyond the noise levels that a table covers, and of those that would be predicted from
-    one: they compute."""
-    uncovered = ~table.covered(levels)
-    return uncovered | np.append(False, uncovered[:-1])
-
-
-def table_grams(table, levels, payload="residual"):
-    """The Gram matrices (branches, steps, steps) of a `RatioTable` at the noise levels of a run."""
-    stored = table.statistics.get(GRAMS[payload])
-    if not stored:
-        raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
-    if not table.fine_enough(levels):
-        raise MagCacheError(
-            f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)} by; "
-            "calibrate again in as many steps as you run."
-        )
-    try:
-        grams = [unpacked(rows) for rows in stored.values()]
-    except (TypeError, ValueError, IndexError, AttributeError):
-        grams = []
-    if not grams or any(gram.shape != (table.steps, table.steps) for gram in grams):
-        raise MagCacheError(f"{table.name}: its Gram matrix cannot be read; calibrate again.")
-    return np.stack(grams if table.fits(levels) else [resample_gram(gram, table.sigmas, levels) for gram in grams])
-
-
-def packed(gram):
-    """A symmetric matrix as the rows of its upper triangle, ten digits each."""
-    return [[float(f"{value:.10g}") for value in row[index:]] for index, row in enumerate(np.asarray(gram))]
-
-
-def unpacked(rows):
-    gram = np.zeros((len(rows),) * 2)
-    for index, row in enumerate(rows):
-        gram[index, index:] = gram[index:, index] = row
-    return gram
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What every prediction would miss, all indexed [i, j, k]: step i from the newest anchor j and k, the one before
-    it, k < j < i; k = j where there is only one. What cannot be is infinite.
-
-    errors: squared and relative, |r_i - prediction|^2 / |r_i|^2, the mean over the branches.
-    weights: (branches, steps, steps, steps, 2); None: the newest as it is.
-    """
-
-    errors: np.ndarray
-    weights: np.ndarray = None
-
-    @property
-    def steps(self):
-        return len(self.errors)
-
-    @classmethod
-    def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
-        """Of a `RatioTable` at the noise levels of a run."""
-        forecast, uncovered = cls.of_grams(table_grams(table, levels, payload), predictor), ~table.covered(levels)
-        if uncovered.any():
-            forecast = forecast.within(uncovered)
-        return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
-
-    @classmethod
-    def of_grams(cls, grams, predictor="linear"):
-        """grams: (branches, steps, steps)."""
-        by_branch = [pair_errors(np.asarray(gram, dtype=float), predictor) for gram in grams]
-        return cls(
-            np.mean([errors for errors, _ in by_branch], axis=0),
-            None if predictor == "reuse" else np.stack([weights for _, weights in by_branch]),
-        )
-
-    def of_experts(self, second):
-        """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's
-        steps."""
-        other = second[:, None] != second
-        forecast = self.alone(other)
-        return replace(forecast, errors=np.where(other[:, :, None], np.inf, forecast.errors))
-
-    def within(self, uncovered):
-        """The same where steps that the table does not cover, a mask (steps,), are neither predicted nor predict."""
-        forecast = self.alone(np.broadcast_to(uncovered, (self.steps, self.steps)))
-        beyond = uncovered[:, None, None] | uncovered[None, :, None]
-        return replace(forecast, errors=np.where(beyond, np.inf, forecast.errors))
-
-    def alone(self, apart):
-        """The same where the newest anchor j is the only one if k, the one before it, is `apart` from it [j, k]."""
-        same = np.arange(self.steps)
-        errors = np.where(apart, self.errors[:, same, same][:, :, None], self.errors)
-        if self.weights is None:
-            return Forecast(errors)
-        return Forecast(errors, np.where(apart[..., None], self.weights[:, :, same, same][:, :, :, None], self.weights))
-
-    def anchors_of(self, reuse):
-        """(i, j, k) of every step but the first, where `reuse` (steps,) says which steps do not compute."""
-        computed, steps = np.flatnonzero(~reuse), np.arange(1, len(reuse))
-        newest = np.searchsorted(computed, steps) - 1
-        return steps, computed[newest], computed[np.maximum(newest - 1, 0)]
-
-    def error_of(self, reuse):
-        """Expected relative error (steps,) of predicting each step; that of a computed step is what it saved."""
-        error = np.sqrt(self.errors[self.anchors_of(reuse)])
-        return np.append(0.0, np.where(np.isfinite(error), error, 0))
-
-    def weights_of(self, reuse):
-        """(branches, steps, 2), or None"""
-        if self.weights is None:
-            return None
-        weights = np.zeros((len(self.weights), len(reuse), 2))
-        weights[:, 1:] = self.weights[(slice(None), *self.anchors_of(reuse))]
-        return weights
-
-
-def pair_errors(gram, predictor="linear"):
-    """Errors (steps, steps, steps) and weights (steps, steps, steps, 2) of one branch, as in `Forecast`.
-
-    gram: (steps, steps). Where there is one anchor it is taken as it is.
-    """
-    steps, energy = len(gram), np.diag(gram)
-    anchors, products = np.empty((steps, steps, 2, 2)), np.empty((steps, steps, 2, steps))  # [j, k, ...]
-    anchors[..., 0, 0], anchors[..., 1, 1], anchors[..., 0, 1], anchors[..., 1, 0] = energy[:, None], energy, gram, gram
-    products[..., 0, :], products[..., 1, :] = gram[:, None], gram
-    weights = PREDICTORS[predictor](anchors + RIDGE * energy.mean() * np.eye(2), products)
-    weights[np.arange(steps), np.arange(steps)] = [[1.0], [0.0]]
-    missed = energy - 2 * (weights * products).sum(2) + np.einsum("jkai,jkab,jkbi->jki", weights, anchors, weights)
-    i, j, k = np.indices((steps,) * 3)
-    errors = np.where((k <= j) & (j < i), (np.maximum(missed, 0) / energy).transpose(2, 0, 1), np.inf)
-    return errors, weights.transpose(3, 0, 1, 2)
-
-
-def fourth_powers(errors):
-    return errors**POWER
-
-
-def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None, cost=fourth_powers):
-    """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of
-    costs.
-
-    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on
-    the expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic
-    programming over (anchor, the one before). Returns a Schedule with each step's expected relative
-    error; with the linear predictor it has `weights`.
-    """
-    steps = forecast.steps
-    i, j, _ = np.indices((steps,) * 3)
-    possible = np.isfinite(forecast.errors) & (i >= kept) & (i - j <= (steps if magcache_K is None else magcache_K))
-    if max_error is not None:
-        possible &= forecast.errors <= max_error**2
-
-    until = sum_until(cost(np.where(possible, forecast.errors, 0)))
-    until[sum_until((i > j) & ~possible) > 0] = np.inf
-
-    return scheduled(cheapest_path(until, computed), forecast, kept)
-
-
-def cheapest_path(until, computed=None):
-    """The `computed` anchors (None: as few as can be) whose costs add up to the least, the first of them step 0.
-
-    until: (steps + 1, steps, steps), the cost at [m, j, k] of reusing the steps j+1 .. m-1 from the anchors j and k.
-    """
-    steps = until.shape[1]
-    # through[j, k]: least cost so far with newest anchor j and the one before it k; k = j while there is only one.
-    through, choices = np.full((steps, steps), np.inf), []
-    through[0, 0] = 0
-    while len(choices) + 1 < (computed or steps) and (computed or not np.isfinite(through + until[steps]).any()):
-        following, choice = np.full((steps, steps), np.inf), np.zeros((steps, steps), dtype=int)
-        for m in range(1, steps):
-            # Newest anchor m, before it j; the best anchor before that one is choice[m, j].
-            costs = through[:m] + until[m, :m]
-            choice[m, :m] = costs.argmin(axis=1)
-            following[m, :m] = costs.min(axis=1)
-        through = following
-        choices.append(choice)
-    ends = through + until[steps]
-    newest, before = np.unravel_index(ends.argmin(), ends.shape)
-    anchors = [int(newest)]
-    for choice in reversed(choices):
-        anchors.append(int(before))
-        newest, before = before, choice[newest, before]
-    return sorted(set(anchors))
-
-
-def sum_until(values):
-    """(steps + 1, steps, steps): the sum of values[j+1 .. m-1, j, k] at [m, j, k]."""
-    steps = len(values)
-    total = np.concatenate([np.zeros((1, steps, steps)), np.cumsum(values, axis=0)])
-    return total - total[np.arange(1, steps + 1), np.arange(steps)][None]
-
-
-def scheduled(anchors, forecast, kept=1):
-    """The Schedule that computes at `anchors` (which begin with 0)."""
-    reuse = np.ones(forecast.steps, dtype=bool)
-    reuse[anchors] = False
-    why_none = "" if reuse.any() else "every step was asked to compute"
-    return Schedule(
-        reuse,
-        np.arange(forecast.steps) < kept,
-        expected_error=forecast.error_of(reuse),
-        why_none=why_none,
-        fewest_computed=len(anchors),
-        weights=forecast.weights_of(reuse),
-    )
-
-
 def error_by_gram(schedule, levels, table):
     """Expected relative error of every step that a schedule of the paper's rule reuses."""
     forecast = Forecast.of_table(table, levels, "reuse", "residual", table.switch_step(levels))
@@ -460,31 +232,3 @@ def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
         schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step, beyond)
         found[schedule.strip] = replace(schedule, expected_error=forecast.error_of(schedule.reuse))
     return min(found.values(), key=lambda one: (abs(one.computed - computed), one.expected_error[one.reuse].sum()))
-
-
-def resample_gram(gram, sigmas, new_sigmas):
-    """The Gram matrix of a run at other noise levels: residuals interpolated in sigma by cubics through four levels.
-
-    G' = W G W^T, with the rows of W the Lagrange weights of the nearest calibrated levels; beyond the ends the
-    outermost straight line goes on.
-    """
-    gram, sigmas = np.asarray(gram, dtype=float), np.asarray(sigmas, dtype=float)
-    weights = np.zeros((len(new_sigmas), len(sigmas)))
-    for row, sigma in zip(weights, np.asarray(new_sigmas, dtype=float)):
-        nodes = nearest_levels(sigmas, sigma)
-        for node in nodes:
-            others = [other for other in nodes if other != node]
-            row[node] = np.prod([(sigma - sigmas[other]) / (sigmas[node] - sigmas[other]) for other in others])
-    return weights @ gram @ weights.T
-
-
-def nearest_levels(sigmas, sigma):
-    """Indices of the calibrated levels that a new one is interpolated from: two on each side, or the outermost two."""
-    above = int((sigmas > sigma).sum())
-    if len(sigmas) < 2:
-        return [0]
-    if above == 0:
-        return [0, 1]
-    if above == len(sigmas):
-        return [above - 2, above - 1]
-    return list(range(max(0, above - 2), min(len(sigmas), above + 2)))

@@ -11,7 +11,8 @@ import numpy as np
 
 from . import __version__
 from .files import write_json
-from .planner import Target, error_by_gram, has_gram, nearest_by_the_rule, reused_share, speedup
+from .gram import has_gram
+from .planner import Target, error_by_gram, nearest_by_the_rule, reused_share, speedup
 from .schedule import rule_of
 
 FORMAT = 1  # of the JSON

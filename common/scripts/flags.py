@@ -8,7 +8,8 @@ import tempfile
 from difflib import get_close_matches
 
 from ..errors import MagCacheError, needs
-from ..planner import GRAMS, PREDICTORS, Target
+from ..gram import GRAMS, PREDICTORS
+from ..planner import Target
 from ..schedule import Settings
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -11,10 +11,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from ranks import two_ranks
 
 from common.errors import MagCacheError
+from common.gram import unpacked
 from common.guard import Guard
 from common.patch import magcache_calibration, magcache_forward
 from common.payloads import ModelOutput
-from common.planner import Target, unpacked
+from common.planner import Target
 from common.tables import read
 
 

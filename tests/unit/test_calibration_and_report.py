@@ -14,8 +14,9 @@ from common import __version__
 from common.blocks import Host
 from common.calibration import Statistics
 from common.errors import MagCacheError
+from common.gram import Forecast
 from common.patch import magcache_calibration, magcache_forward
-from common.planner import Forecast, Target
+from common.planner import Target
 from common.report import write_report
 from common.schedule import Settings
 from common.steps import Call

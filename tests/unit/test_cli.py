@@ -55,7 +55,7 @@ def test_plan_of_flux_dev(capsys, tmp_path):
 def test_plan_for_a_number_of_steps_or_a_speedup(capsys, tmp_path):
     text = say(capsys, "plan", "demo", "--steps", 20, "--magcache_steps", 8, "--plot", tmp_path / "plan.png")
     assert (
-        "magcache_steps 8, predictor linear" in text
+        "magcache_steps 8, predictor line, " in text
         and "computes 8 of 20" in text
         and (tmp_path / "plan.png").is_file()
     )

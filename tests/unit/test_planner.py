@@ -8,18 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import MagCacheError
-from common.planner import (
-    Forecast,
-    Target,
-    error_by_gram,
-    nearest_by_the_rule,
-    packed,
-    pair_errors,
-    plan_steps,
-    resample_gram,
-    speedup,
-    unpacked,
-)
+from common.gram import Forecast, packed, pair_errors, plan_steps, resample_gram, unpacked
+from common.planner import Target, error_by_gram, nearest_by_the_rule, speedup
 from common.ratios import flow_sigmas
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule

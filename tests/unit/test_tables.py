@@ -9,7 +9,8 @@ import pytest
 from common import __version__
 from common.__main__ import main
 from common.errors import MagCacheError
-from common.planner import Target, packed
+from common.gram import packed
+from common.planner import Target
 from common.ratios import flow_sigmas
 from common.report import plan_text
 from common.schedule import Settings
