@@ -13,12 +13,15 @@ from comfy_api.latest import ComfyExtension, io, ui
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from PIL import Image
 
+from .caching import MagCache
 from .common.scripts.plots import plot_schedule
+from .measuring import Calibration, ratios_text, schedule_of
 from .models import MODEL_TYPES
-from .wrappers import Calibration, MagCache, ratios_text, schedule_of
+from .page import Speaker
 
 CATEGORY = "MagCache"
 PACKAGE = Path(__file__).resolve().parent
+OURS = {f"custom_nodes.{name}" for name in (PACKAGE.name, PACKAGE.parent.name)}  # this folder, or the clone around it
 CALIBRATED = io.Custom("MAGCACHE_CALIBRATION")
 RELEASED_CALIBRATIONS = (
     "chroma_calibration",
@@ -30,19 +33,7 @@ RELEASED_CALIBRATIONS = (
 RECOMMENDED = -1  # what a threshold is while the user leaves it to the model type
 
 
-def speaker(hidden):
-    """A function that shows a text on a node of the page and on the console. hidden: the node's, None in a script."""
-    node_id = hidden and hidden.unique_id
-
-    def say(text):
-        logging.info(text)
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)  # there is none where nodes run in a script
-        if server is not None and node_id is not None:
-            server.send_progress_text(text, node_id)
-
-    return say
+ADVANCED = {"advanced": True}  # behind a fold on pages that have one
 
 
 class MagCacheNode(io.ComfyNode):
@@ -52,7 +43,10 @@ class MagCacheNode(io.ComfyNode):
             node_id="MagCache",
             display_name="MagCache",
             category=CATEGORY,
-            description="Skips the transformer's blocks where reusing their effect costs least: up to 2-3x faster.",
+            description=(
+                "Renders up to 2-3x faster: the model runs at a part of the steps, and what it would make of the "
+                "others is predicted. Works with every model; say how fast with speedup."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA, in any order."),
                 io.Combo.Input(
@@ -61,9 +55,10 @@ class MagCacheNode(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "Whose published magnitude ratios and settings to use; auto recognises the model. Your own "
-                        "calibration of "
-                        "the model comes first. Wan2.2 T2V is told from Wan2.1 by its file name."
+                        "calibration of the model comes first. If the node says that it cannot tell Wan2.1 from "
+                        "Wan2.2, choose here."
                     ),
+                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "magcache_thresh",
@@ -72,11 +67,11 @@ class MagCacheNode(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     tooltip=(
-                        "Bound on the accumulated error of a reuse. Higher is faster and less exact; 0 turns MagCache "
-                        "off; -1 takes "
-                        "the recommended value: FLUX and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), "
-                        "Chroma 0.1."
+                        "Of the paper's rule, used while speedup is 0: bound on the accumulated error of a reuse. "
+                        "Higher is faster and less exact; 0 turns MagCache off; -1 takes the recommended value: FLUX "
+                        "and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1."
                     ),
+                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "retention_ratio",
@@ -86,9 +81,9 @@ class MagCacheNode(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "Share of the steps, from the first on, that always compute: they fix the composition. -1: "
-                        "recommended. 0.2 "
-                        "allows at most 5x."
+                        "recommended. 0.2 allows at most 5x."
                     ),
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "magcache_K",
@@ -99,6 +94,7 @@ class MagCacheNode(io.ComfyNode):
                         "Most reuses in a row; 0 turns MagCache off; -1: recommended. K allows at most (K + 1)x: 2 "
                         "for 3x."
                     ),
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "start_step",
@@ -107,6 +103,7 @@ class MagCacheNode(io.ComfyNode):
                     max=1000,
                     optional=True,
                     tooltip="First step that may be reused; negative counts from the end.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "end_step",
@@ -115,20 +112,19 @@ class MagCacheNode(io.ComfyNode):
                     max=1000,
                     optional=True,
                     tooltip="Last step that may be reused; negative counts from the end: -1 is the last step.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "speedup",
                     default=0.0,
                     min=0.0,
-                    max=20.0,
+                    max=5.0,
                     step=0.1,
                     optional=True,
+                    display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "Plan the run for this speed-up, say 2.5, instead of by magcache_thresh. After one run with "
-                        "MagCache "
-                        "Calibration the steps are placed where the least is lost and skipped residuals are predicted "
-                        "from the two "
-                        "newest. 0: off."
+                        "How many times faster, against quality: 1.5 is close to the plain picture, 2 to 2.5 usual. 0: "
+                        "recommended (the published settings of the model; 2 where there are none)."
                     ),
                 ),
                 io.Combo.Input(
@@ -138,15 +134,26 @@ class MagCacheNode(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Where residuals are kept between steps. cpu saves GPU memory (Wan 14B at 720p: about 0.8 GB "
-                        "a branch) and "
-                        "costs their transfer."
+                        "a branch) and costs their transfer. With speedup there is little to keep."
                     ),
+                    extra_dict=ADVANCED,
                 ),
                 io.String.Input(
                     "mag_ratios",
                     default="",
                     optional=True,
-                    tooltip=("Name of a preset or path of a calibration file to use instead of what model_type finds."),
+                    tooltip="Name of a preset or path of a calibration file to use instead of what model_type finds.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "corrector",
+                    default=True,
+                    optional=True,
+                    tooltip=(
+                        "With the samplers euler and ddim: put skipped steps right when the next one is computed. It "
+                        "costs nothing."
+                    ),
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -166,11 +173,12 @@ class MagCacheNode(io.ComfyNode):
         speedup=0.0,
         cache_device="gpu",
         mag_ratios="",
+        corrector=True,
     ):
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
         magcache = MagCache(
-            speaker(cls.hidden),
+            Speaker(cls.hidden),
             model_type,
             thresholds,
             start_step,
@@ -178,6 +186,7 @@ class MagCacheNode(io.ComfyNode):
             speedup,
             torch.device("cpu") if cache_device == "cpu" else None,
             mag_ratios.strip(),
+            corrector,
         )
         return io.NodeOutput(magcache.on(model))
 
@@ -213,7 +222,7 @@ class MagCacheCalibrationNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, model_type="auto"):
-        calibration = Calibration(speaker(cls.hidden))
+        calibration = Calibration(Speaker(cls.hidden))
         return io.NodeOutput(calibration.on(model), calibration)
 
 
@@ -307,8 +316,9 @@ class MagCacheExtension(ComfyExtension):
         taken = {}
         for node in NODES:
             other = NODE_CLASS_MAPPINGS.get(node.GET_SCHEMA().node_id)
-            if other is not None and getattr(other, "RELATIVE_PYTHON_MODULE", None) != f"custom_nodes.{PACKAGE.name}":
-                taken[node] = getattr(other, "RELATIVE_PYTHON_MODULE", other.__module__)
+            module = getattr(other, "RELATIVE_PYTHON_MODULE", None) or getattr(other, "__module__", None)
+            if other is not None and module not in OURS:
+                taken[node] = module
         if taken:
             logging.warning(
                 f"MagCache: {', '.join(sorted(set(taken.values())))} already provides the nodes "
@@ -325,17 +335,15 @@ class MagCacheExtension(ComfyExtension):
 
 
 def released_packages():
-    """Other folders of custom nodes that hold the released ComfyUI-MagCache."""
-    folders = [
-        path for root in folder_paths.get_folder_paths("custom_nodes") for path in Path(root).glob("*/pyproject.toml")
-    ]
-    return [
-        path.parent
-        for path in folders
-        if path.parent.resolve() != PACKAGE
-        and path.parent.suffix != ".disabled"
-        and 'name = "magcache"' in path.read_text(errors="replace")
-    ]
+    """Other folders of custom nodes that hold the released ComfyUI-MagCache, not a clone of this repository."""
+    found = []
+    for root in folder_paths.get_folder_paths("custom_nodes"):
+        for path in Path(root).glob("*/pyproject.toml"):
+            text, folder = path.read_text(errors="replace"), path.parent
+            ours = PACKAGE.is_relative_to(folder.resolve()) or folder.suffix == ".disabled"
+            if not ours and 'name = "magcache"' in text and "[tool.comfy]" in text:
+                found.append(folder)
+    return found
 
 
 async def comfy_entrypoint():

@@ -222,7 +222,7 @@ def share_one_picture(pipe, device: str) -> None:
     for model in (model for group in denoisers(pipe) for model in group.models):
         try:
             model.enable_parallelism(config=config)
-        except (ValueError, NotImplementedError) as error:
+        except (ArithmeticError, NotImplementedError, RuntimeError, ValueError) as error:  # no GPU: a division by zero
             raise MagCacheError(f"{type(model).__name__} cannot be shared by several GPUs ({error}).") from None
 
 

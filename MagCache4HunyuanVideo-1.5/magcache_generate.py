@@ -6,23 +6,25 @@
 Lies beside generate.py in a HunyuanVideo-1.5 checkout, with `common/`. --no-magcache runs generate.py as it is.
 """
 
-from __future__ import annotations
-
 import functools
-import math
 import random
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+with suppress(ImportError):  # `main` says what is missing
+    import generate  # noqa: F401  before torch, whose settings it puts into the environment
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
 
-from common.blocks import Host  # noqa: E402
 from common.calibration import fingerprint  # noqa: E402
 from common.errors import MagCacheError  # noqa: E402
+from common.hosts import HUNYUANVIDEO_15_CHECKOUT  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
 from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
 from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
+from common.scripts.quality import VIDEO_SUFFIXES  # noqa: E402
 from common.scripts.session import Session  # noqa: E402
 from common.tables import load  # noqa: E402
 
@@ -38,34 +40,16 @@ PUBLISHED_FOR = ("480p_t2v", "720p_t2v")
 SQUARES = {"480p": 640, "720p": 960}  # side of the square that has as many pixels; sides go by 16
 
 
-def residual_shape(model, forward):
-    """Of one rank, where several share the tokens."""
-    from hyvideo.commons.parallel_states import get_parallel_state
-
-    latents = forward["hidden_states"]
-    tokens = math.prod(size // patch for size, patch in zip(latents.shape[2:], model.patch_size))
-    return len(latents), -(-tokens // get_parallel_state().sp), model.hidden_size
-
-
-# The transformer: image and text tokens apart in double_blocks; single_blocks, where there are any, have them joined.
-HOST = Host(
-    blocks=("double_blocks", "single_blocks"),
-    final_layer="final_layer",
-    image_tokens="img",
-    residual_shape=residual_shape,
-)
-
-
 @one_sentence
 def main():
+    args = flags_taken(add_magcache_flags)
+    check_flags(args)
     generate = checkouts_script("generate", "HunyuanVideo-1.5", "MagCache4HunyuanVideo-1.5")
     if not hasattr(generate, "HunyuanVideo_1_5_Pipeline"):
         raise MagCacheError(
             "The generate.py beside this script is not that of HunyuanVideo-1.5: python -m common install tells which "
             "folder fits it."
         )
-    args = flags_taken(add_magcache_flags)
-    check_flags(args)
     plain = generate.generate_video
 
     def generate_video(host_args):
@@ -81,8 +65,7 @@ def main():
 def session_of(args, host_args, generate):
     """The Session of a command line; None where MagCache is off. Raises MagCacheError for what cannot work, before
     anything is loaded."""
-    calibrating = args.magcache_calibration is not None
-    if not args.magcache and not calibrating:
+    if not args.magcache and args.magcache_calibration is None:
         return None
     if host_args.enable_cache:
         raise MagCacheError(
@@ -94,9 +77,12 @@ def session_of(args, host_args, generate):
             "--compare renders three times, and --rewrite would write another prompt each time: add --rewrite false, "
             "with the rewritten prompt as --prompt."
         )
-    task = "i2v" if host_args.image_path else "t2v"
     version = generate.HunyuanVideo_1_5_Pipeline.get_transformer_version(
-        host_args.resolution, task, host_args.cfg_distilled, host_args.enable_step_distill, host_args.sparse_attn
+        host_args.resolution,
+        "i2v" if host_args.image_path else "t2v",
+        host_args.cfg_distilled,
+        host_args.enable_step_distill,
+        host_args.sparse_attn,
     )
     if host_args.enable_step_distill and not args.given:
         if is_writer():
@@ -109,22 +95,20 @@ def session_of(args, host_args, generate):
     if host_args.seed in (None, -1):
         host_args.seed = random.randint(100_000, 999_999)  # --compare renders it more than once
     steps = host_args.num_inference_steps or steps_of(version)
-    preset = published(version, steps, SETTINGS)
-    settings = SETTINGS[preset or nearest(steps, SETTINGS)]
-    about = {"prompt": host_args.prompt, "seed": host_args.seed, "version": version}
+    table = min(SETTINGS, key=lambda name: abs(load(name).steps - steps))
     session = Session(
         args,
-        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings)),
+        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), SETTINGS[table])),
         f"hunyuanvideo-1.5-{version}",
         "{}x{}".format(*size_of(host_args)),
         host_args.video_length,
         steps,
-        preset,
-        about,
+        table if version in PUBLISHED_FOR else None,
+        {"prompt": host_args.prompt, "seed": host_args.seed, "version": version},
         videos=lambda made: 2 * getattr(made, "sr_videos", made.videos) - 1,
         family="hunyuanvideo-1.5",
     )
-    session.check(host_args.output_path)
+    session.check(host_args.output_path or "outputs/output.mp4", VIDEO_SUFFIXES)
     return session
 
 
@@ -134,32 +118,23 @@ def steps_of(version):
     return PIPELINE_CONFIGS.get(version, {}).get("num_inference_steps", 50)
 
 
-def published(version, steps, tables):
-    """The name of the table that was published for a checkpoint, or None."""
-    return nearest(steps, tables) if version in PUBLISHED_FOR else None
-
-
-def nearest(steps, tables):
-    return min(tables, key=lambda name: abs(load(name).steps - steps))
-
-
-def size_of(args):
+def size_of(host_args):
     """(width, height) of the video before super-resolution, which the pipeline chooses by the aspect ratio."""
     from hyvideo.utils.data_utils import generate_crop_size_list, get_closest_ratio
 
-    if args.image_path:
+    if host_args.image_path:
         from PIL import Image
 
         try:
-            with Image.open(args.image_path) as picture:
+            with Image.open(host_args.image_path) as picture:
                 width, height = picture.size
         except OSError:
-            raise MagCacheError(f"--image_path {args.image_path} is no picture that can be read.") from None
+            raise MagCacheError(f"--image_path {host_args.image_path} is no picture that can be read.") from None
     else:
-        width, _, height = args.aspect_ratio.partition(":")
+        width, _, height = host_args.aspect_ratio.partition(":")
         if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-            raise MagCacheError(f"--aspect_ratio {args.aspect_ratio} is not like 16:9.")
-    sizes = generate_crop_size_list(SQUARES[args.resolution], 16)
+            raise MagCacheError(f"--aspect_ratio {host_args.aspect_ratio} is not like 16:9.")
+    sizes = generate_crop_size_list(SQUARES[host_args.resolution], 16)
     (height, width), _ = get_closest_ratio(
         float(height), float(width), [round(height / width, 5) for height, width in sizes], sizes
     )
@@ -171,19 +146,18 @@ def cached(pipeline_class, session):
 
     class Cached(pipeline_class):
         def __call__(self, *args, num_inference_steps=None, **kwargs):
-            plain = super().__call__
-            checkpoint = fingerprint(self.transformer)
+            steps, plain = num_inference_steps or self.config.num_inference_steps, super().__call__
             session.patch(
                 self.transformer,
-                HOST,
+                HUNYUANVIDEO_15_CHECKOUT,
                 lambda: self.scheduler.timesteps,
-                checkpoint,
+                fingerprint(self.transformer),
                 scheduler=lambda: self.scheduler,
             )
-            return session.render(
-                lambda steps: plain(*args, num_inference_steps=steps, **kwargs),
-                num_inference_steps or self.config.num_inference_steps,
-            )
+            try:
+                return session.render(lambda steps: plain(*args, num_inference_steps=steps, **kwargs), steps)
+            finally:
+                session.unpatch()
 
     Cached.__name__ = pipeline_class.__name__
     return Cached

@@ -20,6 +20,9 @@ SETTINGS = {
     "t2v-A14B": (0.06, 2, 0.4),
     "i2v-A14B": (0.06, 2, 0.1),
     "ti2v-5B": (0.06, 2, 0.2),
+    # For these two nothing was published: they are calibrated first.
+    "s2v-14B": (0.06, 2, 0.2),
+    "animate-14B": (0.06, 2, 0.2),
 }
 
 # Ratio tables (common/presets) by what a checkpoint's config.json says: model_type and dim; TI2V serves two tasks.
@@ -30,7 +33,7 @@ TABLES = {
     "ti2v 3072 ti2v-5B-i2v": "wan2.2-ti2v-5b-i2v",
 }
 
-PIPELINES = ("WanT2V", "WanI2V", "WanTI2V")
+PIPELINES = ("WanT2V", "WanI2V", "WanTI2V", "WanS2V", "WanAnimate")
 
 if __name__ == "__main__":
     main(settings=SETTINGS, tables=TABLES, pipelines=PIPELINES, upstream="Wan2.2", folder="MagCache4Wan2.2")

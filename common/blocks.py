@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
+import torch
 from torch.nn import functional
 
 from .errors import MagCacheError
@@ -43,6 +44,8 @@ class Host:
     output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
     output,
         where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
+    on_the_way: (model, image tokens before the first block) -> those of them that the final layer would get, where
+        forward takes others away after the blocks or gathers what ranks share. None: the last, as many as it gets.
     tokens_lead: tokens that forward cuts off between its blocks and its final layer follow those that it keeps
         (reference pictures behind the noise). Otherwise they precede them.
     reads_blocks: forward reads attributes of its blocks beside running them.
@@ -61,6 +64,7 @@ class Host:
     noise_tokens: Callable | None = None
     in_place: bool = False
     output_tokens: Callable | None = None
+    on_the_way: Callable | None = None
     hint_methods: tuple = ()
     noise_level: Callable | None = None
     outside: Callable | None = None
@@ -148,6 +152,10 @@ class BlockStack:
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                 f"{self.host.final_layer}; run it without MagCache."
             )
+        if after.dtype != before.dtype and torch.equal(after.to(before.dtype).to(after.dtype), after):
+            after = after.to(before.dtype)  # forward had cast what the blocks made for its final layer alone
+        if self.host.on_the_way:
+            before = self.host.on_the_way(self.model, before)
         if after.ndim == 2:  # packed
             before, after = before[None], after[None]
         tokens = self.last or after.shape[1]
@@ -194,6 +202,8 @@ class FirstBlock:
         self.image_tokens, self.in_place, self.tokens, self.block = image_tokens, in_place, None, None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.block, name)
 
     def __call__(self, *args, **kwargs):
@@ -217,6 +227,8 @@ class FinalLayer:
         self.tokens_lead, self.layer, self.tokens, self.residual = tokens_lead, None, None, None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def __call__(self, tokens, *args, **kwargs):
@@ -237,6 +249,8 @@ class LastBlock:
         self.layer = self.tokens = self.residual = None
 
     def __getattr__(self, name):
+        if name.startswith("__"):  # Dynamo asks for what slots have not
+            raise AttributeError(name)
         return getattr(self.layer, name)
 
     def __call__(self, *args, **kwargs):
@@ -246,11 +260,18 @@ class LastBlock:
         return added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead)
 
 
+class TokensChanged(MagCacheError):
+    """A residual was made of more tokens than it is added to: reference pictures went."""
+
+
 def added(tokens, residual, tokens_lead=False):
-    """The residual added to the last of the tokens, or the first; the others do not reach the output."""
+    """The residual added to the last of the tokens, or the first; the others do not reach the output. Raises
+    TokensChanged where there are fewer tokens than the residual has."""
     if tokens.ndim == 2:
         return added(tokens[None], residual, tokens_lead)[0]
     others = tokens.shape[1] - residual.shape[1]
+    if others < 0:
+        raise TokensChanged("the number of image tokens changed")
     if others:
         residual = functional.pad(residual, (0, 0, 0, others) if tokens_lead else (0, 0, others, 0))
     return tokens + residual

@@ -66,6 +66,11 @@ class Expert:
                 f"A cache of diffusers is on in this {type(self.model).__name__}, and two caches do not go together: "
                 "call its disable_cache() first."
             )
+        if self.model.__dict__.get("_is_cached"):
+            raise MagCacheError(
+                f"cache-dit is on in this {type(self.model).__name__}, and two caches do not go together: call "
+                "cache_dit.disable_cache(pipe) first."
+            )
 
 
 class PatchedForward:
@@ -148,7 +153,7 @@ def inner_module(model: torch.nn.Module) -> torch.nn.Module:
     """The module whose forward the model's authors wrote, inside torch.compile, FSDP or DataParallel wrappers."""
     for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
         if name in model.__dict__.get("_modules", {}):
-            return inner_module(model._modules[name])
+            return inner_module(getattr(model, name))
     return model
 
 
@@ -159,3 +164,25 @@ def argument_names(model: torch.nn.Module) -> list[str]:
     if forward is torch.nn.Module.forward:
         return list(inspect.signature(model.forward).parameters)
     return list(inspect.signature(forward).parameters)[1:]
+
+
+def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
+    """(noise level of a call, how far it may be off, relatively)."""
+    timestep = arguments.get(host.timestep)
+    # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
+    if host.noise_level is None:
+        return highest(timestep) / host.timestep_scale, level_tolerance(timestep)
+    told = host.noise_level(arguments)
+    level = highest(told)
+    return level, level_tolerance(told) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
+
+
+def level_tolerance(timestep) -> float:
+    """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
+    if torch.is_tensor(timestep) and timestep.is_floating_point():
+        return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
+    return 1e-6
+
+
+def highest(value) -> float:
+    return float(value.max() if torch.is_tensor(value) else value)

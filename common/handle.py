@@ -8,37 +8,40 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .blocks import Host
+from .conditioning import Conditionings
 from .errors import MagCacheError
-from .expert import Expert
+from .expert import Expert, noise_level
 from .payloads import Residual
 from .run import Run
-from .steps import TRAIN_TIMESTEPS, Part, StepTracker
+from .steps import TRAIN_TIMESTEPS, Part, StepTracker, close
 
+BETWEEN = "the noise level is none of the sampler's timesteps"
 KEPT_REPORTS = 128  # a server's handle lives long; a video of FramePack has a report for each of its sections
 
 
 class Sampling:
     """A sampler on its way through its noise levels: the run that it makes, and how far it is.
 
-    timesteps: the sampler's, whose identity tells one run from the next; branches: calls at each step so far; call: the
-    `run.ModelCall` under way or made last.
+    timesteps: the sampler's, whose identity tells one run from the next; keys: of the calls at each step so far; call:
+    the `run.ModelCall` under way.
     """
 
-    def __init__(self, timesteps, tracker, run):
-        self.timesteps, self.tracker, self.run = timesteps, tracker, run
-        self.branches: dict[int, int] = {}
+    def __init__(self, timesteps, tracker, run, conditionings):
+        self.timesteps, self.tracker, self.run, self.conditionings = timesteps, tracker, run, conditionings
+        self.keys: dict[int, set] = {}
         self.expert = self.call = None
 
-    def observe(self, level, latent, tolerance):
-        """The Call that this is, or None if it belongs to another run."""
-        call = self.tracker.observe(level, latent, tolerance)
-        if call is not None:
-            self.branches[call.step] = max(self.branches.get(call.step, 0), call.branch + 1)
-        return call
+    def part(self, call, latent, arguments):
+        """(the `steps.Part` that a call is, why it must compute or "")."""
+        first_level = close(self.tracker.level, self.tracker.levels[0], 1e-6)
+        key, why = self.conditionings.key_of(call, first_level, arguments)
+        self.keys.setdefault(call.step, set()).add(key)
+        if self.run.measures:  # a prompt that changes on the way is part of what is measured
+            key = key[1:]
+        return Part(key, call, latent), why if self.tracker.listed else BETWEEN
 
     def calls_at(self, step):
-        return self.branches.get(step, 0)
+        return len(self.keys.get(step, ()))
 
     @property
     def last_step(self):
@@ -92,7 +95,7 @@ class Patch:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.entered -= 1
+        self.entered = max(0, self.entered - 1)
         if self.entered:
             return
         if kind is not None:
@@ -153,20 +156,21 @@ class Patch:
         if (self.host.outside and self.host.outside(arguments)) or self.is_taken(timesteps):
             return None
         latent = arguments[self.host.latent]
-        latent = latent[0] if isinstance(latent, (list, tuple)) else latent
+        latent = latent if torch.is_tensor(latent) else latent[0]  # a list, or what the host made of one
         level, tolerance = noise_level(self.host, arguments)
         if sampling is not None and timesteps is sampling.timesteps:
-            call = sampling.observe(level, latent, tolerance)
-        elif sampling is not None:
-            self.expect_lasting_timesteps(sampling, level)
+            call = sampling.tracker.observe(level, latent, tolerance)
+        if sampling is not None and call is None:
+            self.expect_steps(sampling, timesteps, level)
         if sampling is None or call is None:
             sampling = self.begin_run(timesteps, level, tolerance, expert, arguments, latent)
-            call = sampling.observe(level, latent, tolerance)
+            call = sampling.tracker.observe(level, latent, tolerance)
         if expert is not sampling.expert:
             sampling.expert = expert
             sampling.run.expert_changed()
         try:
-            sampling.call = sampling.run.begin([Part(call.branch, call, latent)], expert.payload, arguments)
+            part, why = sampling.part(call, latent, arguments)
+            sampling.call = sampling.run.begin([part], expert.payload, arguments, why)
         except BaseException:
             self.forget(sampling)
             raise
@@ -183,9 +187,10 @@ class Patch:
         sampling = self.sampling
         if sampling is None:  # ended by the call itself
             return output
+        sampling.call = None
         last = sampling.last_step
         if call.parts[0].call.step == last and sampling.calls_at(last) >= max(1, sampling.calls_at(last - 1)):
-            self.complete_run(sampling.run)
+            self.complete(sampling)
         return output
 
     @torch.compiler.disable
@@ -195,16 +200,31 @@ class Patch:
         if self.sampling is not None:
             self.forget(self.sampling)
 
-    def expect_lasting_timesteps(self, sampling, level):
-        """New timesteps mean a new run. Raises MagCacheError if every call has new ones, so that no run gets beyond one
-        call."""
-        goes_on = len(sampling.run.report.calls) == 1 and level < sampling.tracker.level
-        self.short_runs = self.short_runs + 1 if goes_on else 0
-        if self.short_runs == 3:
+    def expect_steps(self, sampling, timesteps, level):
+        """A new run begins. Raises MagCacheError if run after run comes to an end at its first step: then what is known
+        of the sampler is wrong."""
+        before = sampling.tracker
+        if timesteps is sampling.timesteps:
+            stuck = before.step == 0 and not close(level, before.levels[0], 1e-6)
+        else:
+            stuck = len(sampling.run.report.calls) == 1 and level < before.level
+        self.short_runs = self.short_runs + 1 if stuck else 0
+        if self.short_runs < 3:
+            return
+        if timesteps is not sampling.timesteps:
             raise MagCacheError(
                 "The function `timesteps` returns a new object at each call, which tells one run from the next: "
                 "let it return the sampler's own timesteps."
             )
+        if level > before.level:
+            raise MagCacheError(
+                f"The noise level of {type(sampling.expert.model).__name__}'s calls rises from step to step, so its "
+                "timestep counts the other way: tell it with the host's `noise_level`."
+            )
+        raise MagCacheError(
+            f"The model is called at noise levels such as {level:.4f} that are none of the timesteps that MagCache was "
+            "given: let the function `timesteps` return those of the sampler that runs this model."
+        )
 
     def settle(self) -> None:
         """Complete each run that reached its last step with fewer branches than before: guidance ended there."""
@@ -214,9 +234,18 @@ class Patch:
 
     def settle_run(self, sampling):
         if not sampling.run.report.complete and sampling.calls_at(sampling.last_step):
-            self.complete_run(sampling.run)
+            self.complete(sampling)
+
+    def ended(self, run):
+        """A run is over, whole or not: what a user should hear of it."""
+
+    def complete(self, sampling):
+        sampling.conditionings = Conditionings(sampling.expert.model, self.host)  # lets go of the prompt's tensors
+        self.complete_run(sampling.run)
+        self.ended(sampling.run)
 
     def begin_run(self, timesteps, level, tolerance, expert, arguments, latent):
+        expert.refuse_other_caches()
         if self.sampling is not None:
             self.settle_run(self.sampling)
             self.forget(self.sampling)
@@ -230,7 +259,7 @@ class Patch:
         run = self.new_run(tracker.levels, expert, arguments, latent)
         self.reports.append(run.report)
         del self.reports[:-KEPT_REPORTS]
-        sampling = Sampling(timesteps, tracker, run)
+        sampling = Sampling(timesteps, tracker, run, Conditionings(expert.model, self.host))
         self.samplings[threading.current_thread().ident] = sampling
         return sampling
 
@@ -242,6 +271,8 @@ class Patch:
 
     def forget(self, sampling):
         sampling.run.end()
+        if not sampling.run.report.complete:
+            self.ended(sampling.run)
         self.samplings = {thread: one for thread, one in self.samplings.items() if one is not sampling}
 
     def forget_threads_that_ended(self):
@@ -249,25 +280,3 @@ class Patch:
         for thread, sampling in list(self.samplings.items()):
             if thread not in alive:
                 self.forget(sampling)
-
-
-def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
-    """(noise level of a call, how far it may be off, relatively)."""
-    timestep = arguments.get(host.timestep)
-    # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
-    if host.noise_level is None:
-        return highest(timestep) / host.timestep_scale, level_tolerance(timestep)
-    told = host.noise_level(arguments)
-    level = highest(told)
-    return level, level_tolerance(told) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
-
-
-def level_tolerance(timestep) -> float:
-    """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
-    if torch.is_tensor(timestep) and timestep.is_floating_point():
-        return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
-    return 1e-6
-
-
-def highest(value) -> float:
-    return float(value.max() if torch.is_tensor(value) else value)

@@ -66,6 +66,27 @@ WAN = Host(
     residual_shape=lambda model, forward: (len(forward["x"]), forward["seq_len"], model.dim),
 )
 
+
+def denoised_tokens_of_s2v(model, tokens):
+    """Of all ranks, without the reference picture and the motion that follow them."""
+    if model.use_context_parallel:
+        from wan.distributed.util import gather_forward  # of the checkout
+
+        tokens = gather_forward(tokens.contiguous(), dim=1)
+    return tokens[:, : model.original_seq_len]
+
+
+# Wan2.2's S2V: sound is added between the blocks; reference and motion are cut off in front of the head.
+WAN_S2V = replace(
+    WAN,
+    on_the_way=denoised_tokens_of_s2v,
+    residual_shape=lambda model, forward: (
+        len(forward["x"]),
+        patches(forward["x"][0].shape[1:], model.patch_size),
+        model.dim,
+    ),
+)
+
 # The checkout of HunyuanVideo: image and text apart in double_blocks, joined in single_blocks with the image first.
 HUNYUANVIDEO_CHECKOUT = Host(
     blocks=("double_blocks", "single_blocks"),
@@ -78,6 +99,24 @@ HUNYUANVIDEO_CHECKOUT = Host(
         patches(forward["x"].shape[2:], model.patch_size),
         model.hidden_size,
     ),
+)
+
+
+def residual_of_hunyuanvideo_15(model, forward):
+    """Of one rank, where several share the tokens."""
+    from hyvideo.commons.parallel_states import get_parallel_state  # of the checkout
+
+    latents = forward["hidden_states"]
+    tokens = patches(latents.shape[2:], model.patch_size)
+    return len(latents), ceil(tokens / get_parallel_state().sp), model.hidden_size
+
+
+# The checkout of HunyuanVideo-1.5, whose single_blocks are empty.
+HUNYUANVIDEO_15_CHECKOUT = Host(
+    blocks=("double_blocks", "single_blocks"),
+    final_layer="final_layer",
+    image_tokens="img",
+    residual_shape=residual_of_hunyuanvideo_15,
 )
 
 

@@ -146,6 +146,11 @@ class MagCache(Patch):
             self.announce(plan_text(run.schedule, levels, self.table, bytes_a_branch, run.why_uncorrected))
         return run
 
+    def ended(self, run):
+        report = run.report
+        if self.announce and run.schedule.reuse.any() and report.unplanned and not report.reused:
+            self.announce(report.line())
+
     def facts_are_wrong(self, run, told):
         """The model's output is predicted from here on, and planned for."""
         run.schedule = run.report.schedule = self.plan(np.asarray(run.levels), "output")

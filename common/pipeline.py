@@ -13,24 +13,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from .blocks import Host
 from .calibration import fingerprint
+from .clock import Clock
 from .discover import discover
 from .errors import MagCacheError
 from .expert import argument_names, inner_module, patch_of
 from .handle import Patch
 from .hosts import HOSTS, class_name, output_host
+from .loop import LoopEnd
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
 from .report import RunReport
 from .schedule import Settings
-from .steps import TRAIN_TIMESTEPS
 from .tables import RatioTable, calibrations_folder, find
 
 DEFAULT_SPEEDUP = 2.0
@@ -95,6 +95,8 @@ def disable(pipe) -> None:
         raise MagCacheError(f"MagCache is not enabled on this {type(pipe).__name__}.")
     for patch in patches.values():
         patch.remove()
+    if isinstance(vars(pipe).get("progress_bar"), LoopEnd):
+        pipe.progress_bar.take_off()
 
 
 class PipelineCache:
@@ -102,18 +104,22 @@ class PipelineCache:
 
     def __init__(self, pipe, handles: list[Patch]) -> None:
         self.pipe, self.handles = pipe, handles
+        self.loop = LoopEnd(pipe, handles)
 
     def __enter__(self) -> PipelineCache:
         for handle in self.handles:
             handle.__enter__()
+        self.loop = LoopEnd(self.pipe, self.handles)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        self.loop.take_off()
         for handle in self.handles:
             handle.__exit__(kind, error, trace)
 
     def disable(self) -> None:
         """Let the pipeline run as it did before."""
+        self.loop.take_off()
         for handle in self.handles:
             handle.remove()
 
@@ -179,14 +185,15 @@ def refuse_other_caches(model: torch.nn.Module) -> None:
     name = type(model).__name__
     if getattr(model, "is_cache_enabled", False):
         raise MagCacheError(f"This {name} has a cache of diffusers enabled: call its disable_cache() first.")
-    hooks = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    if any("cache" in hook for registry in hooks if registry is not None for hook in registry.hooks):
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
+    if any(type(hook).__module__.endswith("_cache") for hook in hooks):
         raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
 
 
 def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch:
     """`magcache_forward` on the denoiser of a pipeline."""
-    clock = Clock(pipe)
+    clock = Clock(pipe, group.models)
 
     def patch(host):
         return magcache_forward(
@@ -205,7 +212,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
 
 def calibrated(pipe, group: Denoisers, announce) -> Patch:
     """`magcache_calibration` on the denoiser of a pipeline."""
-    clock, checkpoint, known = Clock(pipe), checkpoint_of(pipe, group), fingerprint(group.models[0])
+    clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
     name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
     path = calibrations_folder() / f"{name}-{known}.json"
     description = {"provenance": {"checkpoint": checkpoint, "fingerprint": known, "pipeline": type(pipe).__name__}}
@@ -270,6 +277,10 @@ class Undescribed:
         if self.patch:
             self.patch.settle()
 
+    def end_run(self) -> None:
+        if self.patch:
+            self.patch.end_run()
+
     def remove(self) -> None:
         if self.patch:
             self.patch.remove()
@@ -286,51 +297,3 @@ class Undescribed:
             self.patch.require_reached()
             if getattr(self.patch, "failure", None):
                 raise self.patch.failure
-
-
-class Clock:
-    """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
-
-    A scheduler counts its steps; the few that do not (DDIM) are read by the timestep that the model is given.
-    """
-
-    def __init__(self, pipe) -> None:
-        self.pipe = pipe
-        self.source = self.levels = None  # the scheduler's timesteps, and what they are as noise levels * 1000
-
-    def host(self, host: Host) -> Host:
-        """The facts with the noise level told by the scheduler."""
-        return replace(host, noise_level=lambda arguments: self.level(host, arguments))
-
-    def scheduler(self):
-        """The pipeline's at the beginning of a run: a user may have put in another."""
-        return self.pipe.scheduler
-
-    def timesteps(self) -> np.ndarray:
-        """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""
-        source = self.pipe.scheduler.timesteps
-        if source is not self.source:
-            self.source, self.levels = source, falling(source)
-        return self.levels
-
-    def level(self, host: Host, arguments: dict) -> float:
-        """The noise level of a call."""
-        scheduler, levels = self.pipe.scheduler, self.timesteps()
-        if hasattr(scheduler, "step_index"):
-            step = scheduler.step_index
-            if step is None:
-                step = getattr(scheduler, "begin_index", None) or 0
-            return levels[min(step, len(levels) - 1)] / TRAIN_TIMESTEPS
-        timestep = arguments[host.timestep]
-        return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
-
-
-def falling(timesteps) -> np.ndarray:
-    """A scheduler's timesteps as noise levels * 1000, high to low: where they rise (time from noise to picture)
-    turned round, and where they are no times of this kind (logarithms of sigma) their order alone."""
-    values = np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float).reshape(-1)
-    if len(values) > 1 and (np.diff(values) >= 0).all():
-        values = TRAIN_TIMESTEPS - values
-    if len(values) and values.min() >= 0 and values.max() <= TRAIN_TIMESTEPS and (np.diff(values) <= 0).all():
-        return values
-    return np.linspace(TRAIN_TIMESTEPS, 0, len(values), endpoint=False)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .tables import RatioTable
 
 INDEX_SHARE = 0.75  # of the step's index in the measure that computed steps are spread evenly in; the rest: noise level
+EXACT_STEPS = 100  # of longer runs not every schedule is weighed (`long_runs`): time and memory grow with their cube
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Target:
                 f"{has}; the predictors linear and reuse, magcache_max_error and the guard need the Gram matrix that a "
                 "calibration measures."
             )
+        if len(levels) > EXACT_STEPS:
+            from .long_runs import plan_long_run  # which is made of what is here
+
+            return plan_long_run(self, table, levels, switch_step)
         forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
         share, beyond = reused_share(table, self.payload), unpredicted(table, levels)
         return replace(self.place(forecast, share, switch_step, beyond), settings=self, ratios=ratios)
@@ -215,12 +220,6 @@ def reused_share(table, payload="residual"):
         return min(1.0, seconds["reused"] / seconds["computed"])
     except (TypeError, KeyError, ZeroDivisionError):
         raise MagCacheError(f"{table.name}: its step times cannot be read; calibrate again.") from None
-
-
-def error_by_gram(schedule, levels, table):
-    """Expected relative error of every step that a schedule of the paper's rule reuses."""
-    forecast = Forecast.of_table(table, levels, "reuse", "residual", table.switch_step(levels))
-    return forecast.error_of(schedule.reuse)[schedule.reuse]
 
 
 def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):

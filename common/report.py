@@ -12,10 +12,12 @@ import numpy as np
 from . import __version__
 from .files import write_json
 from .gram import has_gram
-from .planner import Target, error_by_gram, nearest_by_the_rule, reused_share, speedup
+from .long_runs import error_by_gram
+from .planner import Target, nearest_by_the_rule, reused_share, speedup
 from .schedule import rule_of
 
 FORMAT = 1  # of the JSON
+COMPARED_STEPS = 60  # the other way to plan is worked out only where that takes no time worth noticing
 
 
 def memory_text(count):
@@ -105,15 +107,16 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
     ]
     if has_gram(table) and table.fine_enough(levels):
         errors = error_by_gram(schedule, levels, table)
-        other = Target(schedule.computed, predictor="linear").plan(table, levels, table.switch_step(levels))
-        lines += [
-            PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"),
-            PlanLine(
-                "other error",
-                f"    a planned run with magcache_steps {schedule.computed}: "
-                f"{error_text(other.expected_error[other.reuse])}",
-            ),
-        ]
+        lines.append(PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"))
+        if schedule.steps <= COMPARED_STEPS:
+            other = Target(schedule.computed, predictor="linear").plan(table, levels, table.switch_step(levels))
+            lines.append(
+                PlanLine(
+                    "other error",
+                    f"    a planned run with magcache_steps {schedule.computed}: "
+                    f"{error_text(other.expected_error[other.reuse])}",
+                )
+            )
     return lines
 
 
@@ -141,17 +144,18 @@ def target_lines(schedule, levels, table) -> list[PlanLine]:
                 "step allow this",
             )
         )
-    rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
     errors = schedule.expected_error[schedule.reuse]
-    return [
-        *lines,
-        PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"),
-        PlanLine(
-            "other error",
-            f"    the paper's rule with {rule.computed} computed steps, of a residual: "
-            f"{error_text(rule.expected_error[rule.reuse])}",
-        ),
-    ]
+    lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"))
+    if schedule.steps <= COMPARED_STEPS:
+        rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
+        lines.append(
+            PlanLine(
+                "other error",
+                f"    the paper's rule with {rule.computed} computed steps, of a residual: "
+                f"{error_text(rule.expected_error[rule.reuse])}",
+            )
+        )
+    return lines
 
 
 def error_text(errors):
@@ -191,10 +195,12 @@ class RunReport:
     def seconds(self):
         """(spent, saved): the saving is what the reused calls would have cost at the median computed call.
 
-        The first computed call is left out of the median: it warms up and compiles.
+        The first call of each kind warms up and compiles: it is left out of the median, and a reused one is counted as
+        the others are.
         """
         computed, reused = self.times("computed"), self.times("reused")
-        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(reused)
+        warm = [median(reused[1:] or reused), *reused[1:]] if reused else []
+        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(warm)
 
     def times(self, kind):
         return [seconds() for _, _, this, seconds, _ in self.calls if this == kind]

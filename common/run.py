@@ -40,10 +40,10 @@ class ModelCall:
     output: of the model, where it is predicted as a whole and no forward is needed; else None.
     """
 
-    def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None) -> None:
+    def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None, compute: str) -> None:
         self.run, self.parts, self.payload, self.arguments = run, parts, payload, arguments
         self.stopwatch = Stopwatch(parts[0].latent.device)
-        predicted, self.why = run.predict(parts)
+        predicted, self.why = run.predict(parts, compute)
         self.reused, self.output = predicted is not None, None
         if predicted is None:
             run.before_computing(parts)
@@ -83,23 +83,28 @@ class Run:
 
     levels: noise levels of its steps, high to low, in 0..1; report: what was done.
     observers: functions of (ModelCall, the model's output), called after each call: for what follows a run from
-        outside it.
+        outside it; measures: whether residuals are measured and none reused.
     """
+
+    measures = False
 
     def __init__(self, schedule: Schedule, levels: Sequence[float]) -> None:
         self.schedule, self.levels = schedule, [float(level) for level in levels]
         self.report = RunReport(schedule, self.levels)
         self.observers: list[Callable[[ModelCall, Any], None]] = []
 
-    def begin(self, parts: Sequence[Part], payload: Payload, arguments: dict | None = None) -> ModelCall:
-        """Before a call of the model. parts: of its batch, in order and of one step; arguments: of forward, by name."""
+    def begin(
+        self, parts: Sequence[Part], payload: Payload, arguments: dict | None = None, compute: str = ""
+    ) -> ModelCall:
+        """Before a call of the model. parts: of its batch, in order and of one step; arguments: of forward, by name;
+        compute: why it computes whatever is planned, or ""."""
         try:
-            return ModelCall(self, parts, payload, arguments)
+            return ModelCall(self, parts, payload, arguments, compute)
         except BaseException:
             payload.restore()
             raise
 
-    def predict(self, parts: Sequence[Part]) -> tuple[torch.Tensor | None, str]:
+    def predict(self, parts: Sequence[Part], compute: str = "") -> tuple[torch.Tensor | None, str]:
         """(what takes the place of a computation of the whole batch, ""), or (None, why a planned reuse computes)."""
         return None, ""
 
@@ -164,9 +169,11 @@ class CachedRun(Run):
         if self.fall_back:
             self.fall_back(self, told)
 
-    def predict(self, parts):
+    def predict(self, parts, compute=""):
         if not self.schedule.reuse[parts[0].call.step]:
             return None, ""
+        if compute:
+            return None, compute
         return (None, self.stopped) if self.stopped else self.predicted(parts)
 
     def predicted(self, parts: Sequence[Part]) -> tuple[torch.Tensor | None, str]:
@@ -200,7 +207,7 @@ class CachedRun(Run):
     def watch(self, parts: Sequence[Part], made: torch.Tensor) -> None:
         """Skip nothing more in this run if the guard says so."""
         predicted, missing = self.predicted(parts)
-        if not missing:
+        if not missing and self.guard and self.schedule.expected_error is not None:
             step = parts[0].call.step
             self.stopped = self.guard.judge(step, made, predicted, self.schedule.expected_error[step])
         self.drop_unneeded(parts)
@@ -232,6 +239,8 @@ class MeasuredRun(Run):
 
     statistics: collects them; noise_tokens: `Host.noise_tokens`.
     """
+
+    measures = True
 
     def __init__(
         self, levels: Sequence[float], statistics: Statistics, noise_tokens: Callable[[dict], int] | None = None

@@ -47,6 +47,7 @@ class StepTracker:
         levels = np.asarray(levels, dtype=float)
         self.levels = levels[self.locate(levels, level, tolerance) :]
         self.step, self.branch, self.latent, self.level = 0, -1, None, level
+        self.listed = True  # whether the last call was at one of these levels, not between two
 
     @staticmethod
     def locate(levels, level, tolerance):
@@ -80,6 +81,7 @@ class StepTracker:
         else:
             return None
         self.level, self.latent = level, latent
+        self.listed = close(level, self.levels[self.step], tolerance)
         return Call(self.step, self.branch)
 
 

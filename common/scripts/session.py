@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +18,12 @@ from tqdm import tqdm
 
 from ..calibration import Statistics
 from ..errors import MagCacheError
-from ..patch import magcache_calibration, magcache_forward
+from ..patch import Calibration, MagCache, magcache_calibration, magcache_forward
 from ..planner import Target
 from ..ranks import is_writer, told_by_writer
-from ..report import write_report
-from ..schedule import Rule, rule_of
-from ..tables import best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
+from ..report import RunReport, write_report
+from ..schedule import Rule, Settings, rule_of
+from ..tables import RatioTable, best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
 from .flags import cache_options, check_writable, settings_of, target_of
 from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, report_place
 from .plots import plot_schedule
@@ -50,7 +53,7 @@ class Session:
 
     def __init__(
         self,
-        args,
+        args: argparse.Namespace,
         script_settings: dict,
         task: str,
         size: str,
@@ -58,7 +61,7 @@ class Session:
         steps: int,
         preset: str | None,
         about: dict,
-        videos=lambda result: [result],
+        videos: Callable = lambda result: [result],
         measures: bool = False,
         one_task: bool = False,
         published_settings: bool = False,
@@ -76,15 +79,20 @@ class Session:
         self.calibrating = args.magcache_calibration is not None
         self.measuring = False
         self.statistics = Statistics()
-        self.table = self.handle = self.calibration_path = None
-        self.reports, self.said = [], set()
-        self.seconds = 0.0
-        self.comparison, self.frames_rendered, self.files_saved = None, {}, 0
-        self.files = []  # beside the outputs, written by the script itself
+        self.table: RatioTable | None = None
+        self.handle: MagCache | Calibration | None = None
+        self.calibration_path: Path | None = None
+        self.reports: list[RunReport] = []  # of this output, newest last
+        self.said: set[str] = set()
+        self.seconds = 0.0  # of the last rendering, the whole pipeline's
+        self.comparison: dict | None = None
+        self.frames_rendered: dict[str, list] = {}
+        self.files_saved = 0
+        self.files: list[str] = []  # beside the outputs, written by the script itself
 
     # Before anything is loaded
 
-    def check(self, output: str | Path, endings: tuple = ()):
+    def check(self, output: str | Path, endings: tuple = ()) -> None:
         """Find what cannot work. output: the file to write, or one beside those that the host names; endings: those
         that the host can write, () for whatever it names itself. Raises MagCacheError."""
         if not is_writer():
@@ -109,7 +117,7 @@ class Session:
         if table and not own:  # else only the weights tell which
             settings.plan(table, table.levels(self.steps))
 
-    def no_table(self):
+    def no_table(self) -> str:
         return (
             f"No magnitude ratios are known for {self.task} with this checkpoint, and the paper's rule needs them: "
             "name a speed-up, as --magcache_speedup 2, which needs none; or measure them once by the same command with "
@@ -118,7 +126,7 @@ class Session:
 
     # Which ratios, and the patch
 
-    def own_tables(self, checkpoint: str | None = None):
+    def own_tables(self, checkpoint: str | None = None) -> list[RatioTable]:
         """The calibrations of this machine that are for this task, and for this checkpoint where it is named."""
         found = calibrations(f"*-{checkpoint}*.json" if checkpoint else "*.json", self.say_once).values()
         return [
@@ -128,7 +136,7 @@ class Session:
             and (self.one_task or table.sampler.get("task") == self.task)
         ]
 
-    def named_table(self):
+    def named_table(self) -> RatioTable | None:
         """The table of --mag_ratios, or None. Raises MagCacheError for a preset of another family of models, and for a
         measurement too coarse to predict from."""
         name = self.args.mag_ratios
@@ -146,7 +154,7 @@ class Session:
             )
         return table
 
-    def find_table(self, checkpoint: str):
+    def find_table(self, checkpoint: str) -> RatioTable | None:
         """The ratios to use: those named, else this checkpoint's own for this task and the nearest size, else the
         published ones; None where there are none and they are to be measured."""
         if self.args.mag_ratios:
@@ -209,7 +217,7 @@ class Session:
             self.measuring = False
             self.say_once(f"A run of {self.steps} steps has nothing to skip; it is computed in full.")
 
-    def unpatch(self):
+    def unpatch(self) -> None:
         """Leave the models as they were."""
         if self.handle:
             self.handle.remove()
@@ -219,7 +227,7 @@ class Session:
     def table_name(self):
         return self.table.name if self.table else "no ratios"
 
-    def settings(self):
+    def settings(self) -> Settings | Target:
         """Of a run with `self.table`."""
         published = self.table.settings if self.table and self.published_settings else {}
         return settings_of(self.args, {**self.script_settings, **published})
@@ -253,14 +261,16 @@ class Session:
 
     # Rendering
 
-    def render(self, draw, steps: int):
-        """Render as asked for. draw: steps -> what the host's pipeline returns. Returns that for the host to save."""
+    def render(self, draw: Callable, steps: int) -> Any:
+        """Render as asked for. draw: steps -> what the host's pipeline returns, in one run of the sampler or, where a
+        video is made in segments, in several. Returns that for the host to save."""
         if self.files_saved:  # of an earlier rendering
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
         if self.handle is None:
             return draw(steps)
         if not self.measuring and self.table:
             self.say_what_differs()
+        first = len(self.handle.reports)
         try:
             result, self.seconds = timed(draw, steps)
         except BaseException:
@@ -272,8 +282,10 @@ class Session:
             if self.measuring:
                 self.tell_measured()
             else:
-                self.reports.append(self.handle.reports[-1])
-                self.say(self.report.line())
+                self.reports += self.handle.reports[first:]
+                for number, report in enumerate(self.handle.reports[first:], start=1):
+                    part = f"Segment {number}: " if len(self.handle.reports) - first > 1 else ""
+                    self.say(part + report.line())
         if self.args.compare and self.report and not self.measuring:
             with self.bookkeeping("The comparison"), self.handle.paused():
                 self.compare(draw, steps, result)
@@ -295,7 +307,7 @@ class Session:
             self.reports.append(self.handle.reports[-1])
 
     @property
-    def report(self):
+    def report(self) -> RunReport | None:
         """Of the last rendering; None where there is nothing to report."""
         return self.reports[-1] if self.reports else None
 
@@ -326,7 +338,7 @@ class Session:
 
     # Saving
 
-    def saving(self, write, rename=None):
+    def saving(self, write: Callable, rename: Callable[[str], str] | None = None) -> Callable:
         """The host's `write(tensor=..., save_file=..., ...)`, made whole: under a temporary name, renamed, with a
         report. rename: name of the host's file -> name to give it."""
 
@@ -350,7 +362,7 @@ class Session:
 
         return save
 
-    def saved(self, target: Path, fps: float | None = None, sheet: bool = True):
+    def saved(self, target: Path, fps: float | None = None, sheet: bool = True) -> None:
         """What lies beside the output: on request a plot and a comparison (sheet: side by side), and a report."""
         self.say(f"Saved {target}")
         number, self.files_saved = self.files_saved, self.files_saved + 1
@@ -413,13 +425,13 @@ class Session:
                 "frames. --magcache_calibration measures anew."
             )
 
-    def say_once(self, text: str):
+    def say_once(self, text: str) -> None:
         """What would be the same for every video of a session."""
         if text not in self.said:
             self.said.add(text)
             self.say(text)
 
-    def say(self, text: str):
+    def say(self, text: str) -> None:
         if is_writer():
             tqdm.write(text)
 

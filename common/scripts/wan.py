@@ -14,7 +14,7 @@ import torch
 
 from ..errors import MagCacheError
 from ..expert import inner_module
-from ..hosts import WAN
+from ..hosts import WAN, WAN_S2V
 from ..ranks import is_writer
 from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
 from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on
@@ -73,6 +73,8 @@ def session_of(args, host_args, settings, tables):
     task = host_args.task
     if task == "ti2v-5B":
         task = f"ti2v-5B-{'i2v' if host_args.image else 't2v'}"
+    if getattr(host_args, "use_relighting_lora", False):  # loaded after the weights whose fingerprint is taken
+        task = f"{task}-relighting"
     width, height = map(int, host_args.size.split("*"))
     about = {
         "prompt": host_args.prompt,
@@ -86,7 +88,7 @@ def session_of(args, host_args, settings, tables):
         dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings[host_args.task])),
         task,
         f"{width}x{height}",
-        host_args.frame_num,
+        host_args.infer_frames if task == "s2v-14B" else host_args.frame_num,  # of a segment
         host_args.sample_steps,
         published(host_args, tables, task),
         about,
@@ -161,7 +163,9 @@ def cached(pipeline_class, session):
 
 def experts_of(pipe):
     """The transformer of a pipeline; with two experts, both, the one for high noise first."""
-    return [pipe.high_noise_model, pipe.low_noise_model] if hasattr(pipe, "high_noise_model") else [pipe.model]
+    if hasattr(pipe, "high_noise_model"):
+        return [pipe.high_noise_model, pipe.low_noise_model]
+    return [pipe.noise_model if hasattr(pipe, "noise_model") else pipe.model]
 
 
 def schedulers_of(pipeline_class):
@@ -170,7 +174,9 @@ def schedulers_of(pipeline_class):
 
 
 def host_of(pipe, model):
-    """WAN, with what is particular to a VACE model and to sequence parallelism."""
+    """WAN, with what is particular to an S2V or a VACE model and to sequence parallelism."""
+    if hasattr(model, "audio_injector"):
+        return WAN_S2V
     host = replace(WAN, hint_methods=("forward_vace",)) if hasattr(model, "forward_vace") else WAN
     if pipe.sp_size == 1:
         return host

@@ -2,19 +2,16 @@
 
     python comfyui_client.py PORT < workflows.json > answers.json
 
-Workflows come as a list in the format of the API. Of each the answer has the texts shown on nodes, the outputs that the
-history holds, and the pictures among them, read back over HTTP.
+Workflows come as a list in the format of the API. Of each the answer has what MagCache shows on nodes (id, text,
+picture), the outputs that the history holds, and the pictures among them, read back over HTTP.
 """
 
 import asyncio
 import base64
 import json
-import struct
 import sys
 
 import aiohttp
-
-TEXT = 3  # binary message: 4 bytes event, 4 bytes length of the node's id, the id, the text
 
 
 async def run(session, address, socket, prompt):
@@ -24,12 +21,10 @@ async def run(session, address, socket, prompt):
         return {"error": posted}
     texts, error = [], None
     async for message in socket:
-        if message.type == aiohttp.WSMsgType.BINARY:
-            event, length = struct.unpack(">II", message.data[:8])
-            if event == TEXT:
-                texts.append([message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()])
-        elif message.type == aiohttp.WSMsgType.TEXT:
+        if message.type == aiohttp.WSMsgType.TEXT:
             told = json.loads(message.data)
+            if told["type"] == "magcache":
+                texts.append([told["data"]["node"], told["data"]["text"], told["data"]["picture"]])
             if told["data"].get("prompt_id") == posted["prompt_id"]:
                 if told["type"] == "execution_error":
                     error = told["data"]["exception_message"]
@@ -55,10 +50,12 @@ async def main():
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{address}/object_info") as answer:
             known = await answer.json()
+        async with session.get(f"{address}/extensions") as answer:
+            scripts = [name for name in await answer.json() if "magcache" in name.lower()]
         async with session.ws_connect(f"{address}/ws?clientId=tests", max_msg_size=0) as socket:
             answers = [await run(session, address, socket, prompt) for prompt in json.load(sys.stdin)]
     ours = sorted(name for name, about in known.items() if about["category"] == "MagCache")
-    print(json.dumps({"nodes": ours, "answers": answers}))
+    print(json.dumps({"nodes": ours, "scripts": scripts, "answers": answers}))
 
 
 asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Runs the checks of comfyui_checks.py in one process that has a ComfyUI tree on its path: one name a line on standard
+"""Runs the checks of comfyui_*_checks.py in a process that has a ComfyUI tree on its path: one name a line on standard
 input, one JSON line with the outcome on standard output.
 
     python comfyui_worker.py COMFYUI_ROOT CUSTOM_NODES_FOLDER
@@ -39,12 +39,26 @@ def main():
     os.dup2(2, 1)  # what ComfyUI prints goes to standard error
     start(Path(sys.argv[1]), sys.argv[2])
     sys.path.insert(0, str(Path(__file__).parent))
-    import comfyui_checks
+    import comfyui_fault_checks
+    import comfyui_measure_checks
+    import comfyui_model_checks
+    import comfyui_package_checks
+    import comfyui_plan_checks
+    import comfyui_run_checks
 
+    modules = (
+        comfyui_fault_checks,
+        comfyui_measure_checks,
+        comfyui_model_checks,
+        comfyui_package_checks,
+        comfyui_plan_checks,
+        comfyui_run_checks,
+    )
+    checks = {name: check for module in modules for name, check in vars(module).items()}
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         try:
-            getattr(comfyui_checks, name)(*arguments)
+            checks[name](*arguments)
             answer = {"failure": None}
         except BaseException:  # also what ComfyUI raises to interrupt
             answer = {"failure": traceback.format_exc()}

@@ -205,7 +205,7 @@ def import_hyvideo():
     pipeline.get_gpu_memory = lambda: 80 << 30
     pipeline.hunyuanvideo_15_vae = types.SimpleNamespace(AutoencoderKLConv3D=Vae)
     pipe = pipeline.HunyuanVideo_1_5_Pipeline
-    glyphs = {"byt5_model": None, "byt5_tokenizer": None, "byt5_max_length": 16}
+    glyphs = {"byt5_model": torch.nn.Identity(), "byt5_tokenizer": None, "byt5_max_length": 16}
     pipe._load_byt5 = classmethod(lambda cls, *args, **kwargs: (glyphs, None))
     pipe._load_text_encoders = classmethod(lambda cls, *args, **kwargs: (TextEncoder(), None))
     pipe._load_vision_encoder = classmethod(lambda cls, *args, **kwargs: VisionEncoder())

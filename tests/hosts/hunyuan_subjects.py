@@ -4,7 +4,6 @@ package hyvideo:
 hunyuan15_cpu.py hunyuan_subjects.py 1.5
 hunyuan_cpu.py hunyuan_subjects.py token_replace|latent_concat"""
 
-import runpy
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from test_hunyuan import (  # noqa: E402
     test_reused_steps_equal_the_oracle,
 )
 
+from common.hosts import HUNYUANVIDEO_15_CHECKOUT, HUNYUANVIDEO_CHECKOUT  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 
 
@@ -33,7 +33,7 @@ class Hunyuan15(Subject):
 
         super().__init__(
             hunyuan15_cpu.tiny_model(),
-            runpy.run_path(str(REPOSITORY / "MagCache4HunyuanVideo-1.5" / "magcache_generate.py"))["HOST"],
+            HUNYUANVIDEO_15_CHECKOUT,
             channels=8,
             text_width=48,
         )
@@ -63,10 +63,9 @@ class HunyuanI2V(Subject):
         import hunyuan_cpu
 
         self.condition = condition
-        script = REPOSITORY / "MagCache4HunyuanVideo" / "magcache_sample_image2video.py"
         super().__init__(
             hunyuan_cpu.tiny_model(condition),
-            runpy.run_path(str(script))["HOST"],
+            HUNYUANVIDEO_CHECKOUT,
             channels=16,
             text_width=4096,
             pooled_width=768,

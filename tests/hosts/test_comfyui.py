@@ -155,7 +155,8 @@ def test_other_sampler(worker, sampler):
         ("the_last_magcache_node_holds",),
         ("window_of_steps",),
         ("cache_on_the_cpu",),
-        ("unknown_models_render_uncached",),
+        ("what_cannot_be_cached_renders_plain",),
+        ("a_model_without_ratios_is_planned",),
         ("mistakes_are_refused_by_the_node",),
         ("recommended_settings",),
         ("wan22_in_two_samplers",),
@@ -189,11 +190,34 @@ def test_run(worker, check):
         ("interrupted_calibration_writes_nothing",),
         ("planned_speedup",),
         ("loras_have_calibrations_of_their_own",),
-        ("weights_that_cannot_be_read",),
+        ("packed_weights_are_not_unpacked",),
     ],
     ids=lambda check: "-".join(map(str, check)),
 )
 def test_calibration(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        ("wan22_is_told_from_wan21",),
+        ("a_part_of_the_steps_is_noticed",),
+        ("no_table_is_borrowed",),
+        ("a_partial_run_replaces_no_calibration",),
+        ("moving_windows_hoard_nothing",),
+        ("what_exceeds_the_limit_computes",),
+        ("fewer_tokens_compute",),
+        ("control_nets_rest_on_reused_steps", 0.0, 1.0),
+        ("control_nets_rest_on_reused_steps", 0.2, 0.6),
+        ("rising_noise_computes",),
+        ("bypass_loras_have_calibrations_of_their_own",),
+        ("a_name_with_dashes_is_shown",),
+        ("a_calibration_that_is_not_used_is_named",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
+def test_fault(worker, check):
     worker.run(*check)
 
 
@@ -219,9 +243,35 @@ def test_example(worker, name):
     worker.run("example_is_valid", name)
 
 
-@pytest.mark.parametrize("check", ["the_released_package_is_not_replaced", "without_common_it_says_what_to_do"])
+@pytest.mark.parametrize(
+    "check", ["the_released_package_is_not_replaced", "without_common_it_says_what_to_do", "a_whole_clone_loads"]
+)
 def test_package(worker, check):
     worker.run(check)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["sd15", "sd3", "zimage", "ltxv", "ltxav", "cosmos2", "auraflow", "hidream", "omnigen2"]
+    + ["ernie", "krea2", "camera", "humo", "kandinsky5", "cogvideox", "wan", "qwen"],
+)
+def test_output(worker, family):
+    worker.run("output_is_predicted", family)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+@pytest.mark.parametrize(
+    "sampler",
+    ["euler", "ddim", "euler_ancestral", "heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "uni_pc", "lcm"]
+    + ["res_multistep", "euler_cfg_pp", "er_sde", "ipndm"],
+)
+def test_output_with_a_sampler(worker, sampler):
+    worker.run("output_with_a_sampler", sampler)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+def test_models(worker):
+    worker.run("models_are_as_the_table_says")
 
 
 def test_recognition(worker):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 
 from common.hosts import FLUX
@@ -46,7 +46,7 @@ def draw(pipe, prompt=PROMPT, steps=12, size=64, seed=0, **options):
     return (images * 255).round().astype(np.uint8)
 
 
-def patched(pipe, thresh=0.12, K=3, retention=0.2, target=None):
+def patched(pipe, thresh=0.12, K=3, retention=0.2, target=None, corrector=False):
     return magcache_forward(
         pipe.transformer,
         FLUX,
@@ -55,6 +55,8 @@ def patched(pipe, thresh=0.12, K=3, retention=0.2, target=None):
         lambda: pipe.scheduler.timesteps,
         Rule(),
         announce=None,
+        scheduler=lambda: pipe.scheduler,
+        corrector=corrector,
     )
 
 
@@ -66,6 +68,9 @@ RUNS = {
     "batch": {"num_images_per_prompt": 2},
     "guidance": {"negative_prompt": "", "true_cfg_scale": 2.0},
 }
+
+
+FREE = {"target": Target(6), "corrector": True}
 
 
 def each_alone(pipe, **how):
@@ -160,21 +165,7 @@ def test_every_block_runs_at_computed_steps_and_none_at_reused_ones(pipe):
 
 def test_image_to_image_starts_in_the_middle(pipe):
     """strength 0.5: the ratios are those of the lower noise levels, and the first step of the run computes."""
-    edit = FluxImg2ImgPipeline(
-        **{
-            name: pipe.components[name]
-            for name in (
-                "scheduler",
-                "vae",
-                "text_encoder",
-                "tokenizer",
-                "text_encoder_2",
-                "tokenizer_2",
-                "transformer",
-            )
-        }
-    )
-    edit.set_progress_bar_config(disable=True)
+    edit = made_of(pipe, FluxImg2ImgPipeline)
     start = Image.fromarray(draw(pipe, steps=28)[0])
 
     def change():
@@ -188,6 +179,62 @@ def test_image_to_image_starts_in_the_middle(pipe):
     assert report.schedule.steps == 14 and report.complete and report.reused > 0
     assert np.allclose(report.levels, load("demo").sigmas[14:], atol=1e-4)
     assert quality(uncached, cached)["psnr"] > 25
+
+
+def edits_latents(pipe, step, timestep, tensors):
+    if step == 5:
+        tensors["latents"] = tensors["latents"] * 0.97
+    return tensors
+
+
+def made_of(pipe, kind):
+    """Another pipeline of the same parts."""
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+    other = kind(**{name: pipe.components[name] for name in parts})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize("name", ["plain", "batch", "guidance", "callback", "image", "mask", "bfloat16"])
+def test_a_run_without_a_calibration_is_corrected(pipe, name):
+    """Nearer to the un-cached picture than uncorrected, the same twice, and what a mask or a callback does stays."""
+    start, mask = Image.fromarray(draw(pipe, steps=28)[0]), np.zeros((64, 64), dtype=np.uint8)
+    mask[:, 32:] = 255
+    drawn, options = pipe, {"steps": 16, **RUNS.get(name, {})}
+    if name == "callback":
+        options["callback_on_step_end"] = edits_latents
+    if name == "image":
+        drawn, options = made_of(pipe, FluxImg2ImgPipeline), {"steps": 24, "image": start, "strength": 0.7}
+    if name == "mask":
+        drawn = made_of(pipe, FluxInpaintPipeline)
+        options = {"steps": 24, "image": start, "mask_image": Image.fromarray(mask), "strength": 0.9}
+    if name == "bfloat16":
+        drawn = load_pipeline().to(torch.bfloat16)
+    plain, psnr = draw(drawn, **options), {}
+    for corrector in (True, False):
+        with patched(drawn, target=Target(8), corrector=corrector) as handle:
+            cached = draw(drawn, **options)
+            assert np.array_equal(draw(drawn, **options), cached)
+        assert handle.reports[-1].complete and not handle.reports[-1].unplanned and handle.reports[-1].reused > 0
+        psnr[corrector] = quality(plain, cached)["psnr"]
+    assert psnr[True] > (psnr[False] + 0.5 if name != "bfloat16" else 30)
+    assert "step" not in drawn.scheduler.__dict__ and np.array_equal(draw(drawn, **options), plain)
+
+
+@pytest.mark.parametrize("step", (0, 1, 4, 7, 10))
+def test_a_corrected_run_that_breaks_off_leaves_nothing_behind(pipe, step):
+    def stop(pipe, at, timestep, tensors):
+        if at == step:
+            raise KeyboardInterrupt
+        return tensors
+
+    with patched(pipe, **FREE):
+        alone = draw(pipe)
+    with patched(pipe, **FREE) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, callback_on_step_end=stop)
+        assert np.array_equal(draw(pipe), alone)
+    assert handle.residuals.bytes == 0 and "step" not in pipe.scheduler.__dict__
 
 
 FLOORS = json.loads((Path(__file__).parent / "demo_floors.json").read_text())

@@ -80,7 +80,7 @@ def dev_like(tmp_path_factory):
 
 
 def test_demo_runs_where_there_is_no_gpu_and_no_model(capsys):
-    text = run(capsys, DEV, "--prompt", PROMPT)
+    text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_corrector", "off")
     assert (
         "running the small bundled demo model" in text and "MagCache plan: 28 steps, ratios of demo (measured)" in text
     )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from ranks import two_ranks
 from tiny_pipelines import FAMILIES, run
 
 from common.discover import describe, discover, first_call
 from common.errors import MagCacheError
 from common.hosts import HOSTS, class_name
-from common.pipeline import enable
+from common.patch import magcache_forward
+from common.pipeline import disable, enable
+from common.planner import Target
 
 STEPS = 8
 
@@ -148,3 +153,225 @@ def test_wrong_facts_never_make_a_wrong_picture(what, monkeypatch):
         with enable(pipe, calibrate=True, announce=None):
             run(pipe, arguments(2), STEPS)
     assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+
+
+def test_every_class_is_known_by_its_facts_or_by_a_reason():
+    for name, host in HOSTS.items():
+        assert bool(host.blocks) != bool(host.why_output), name
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_another_scheduler_put_in_while_enabled(scheduler):
+    """With a count of its steps, and without one."""
+    import diffusers
+
+    pipe, arguments = FAMILIES["sdxl"]()
+    with enable(pipe, speedup=2, announce=None) as cache:
+        run(pipe, arguments(1), STEPS)
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        cached = run(pipe, arguments(1), STEPS)
+    report = cache.reports[-1]
+    assert report.complete and report.schedule.computed == STEPS // 2 == report.reused and not report.unplanned
+    plain, fewer = run(pipe, arguments(1), STEPS), run(pipe, arguments(1), STEPS // 2)
+    assert 0 < (cached - plain).norm() < (fewer - plain).norm()
+
+
+def test_two_pipelines_with_one_transformer():
+    """The second, not enabled, has its own scheduler: nothing of the first's run reaches it, nor the other way."""
+    import diffusers
+
+    pipe, arguments = FAMILIES["flux"]()
+    other = diffusers.FluxPipeline(
+        **{**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
+    )
+    plain = run(other, arguments(2), STEPS + 1)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        alone = run(pipe, arguments(1), STEPS)
+        assert torch.equal(run(other, arguments(2), STEPS + 1), plain)
+        assert torch.equal(run(pipe, arguments(1), STEPS), alone)
+    assert len(cache.reports) == 2 and cache.reports[-1].complete
+
+
+def test_image_to_image_begins_in_the_middle():
+    import diffusers
+
+    pipe, arguments = FAMILIES["flux"]()
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
+    pipe = diffusers.FluxImg2ImgPipeline(**{name: pipe.components[name] for name in parts})
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    call = {**arguments(1), "image": picture, "strength": 0.7}
+    plain = run(pipe, call, 12)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        cached = run(pipe, call, 12)
+    report = cache.reports[0]
+    assert len(report.calls) == len(report.levels) == 9 and report.computed == 5 and not report.unplanned
+    assert 0 < (cached - plain).norm() / plain.norm() < 0.1
+
+
+def test_a_lora_loaded_while_enabled_counts_from_the_next_run(tmp_path):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe, arguments = FAMILIES["flux"]()
+    with enable(pipe, speedup=2, announce=None):
+        before = run(pipe, arguments(1), STEPS)
+        pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+        assert get_peft_model_state_dict(pipe.transformer)
+        with_lora = run(pipe, arguments(1), STEPS)
+    assert not torch.equal(before, with_lora)
+    with enable(pipe, speedup=2, announce=None):
+        assert torch.equal(run(pipe, arguments(1), STEPS), with_lora)
+
+
+def test_saved_while_enabled_and_loaded(tmp_path):
+    pipe, arguments = FAMILIES["flux"]()
+    plain = run(pipe, arguments(1), STEPS)
+    with enable(pipe, speedup=2, announce=None):
+        run(pipe, arguments(1), STEPS)
+        pipe.transformer.save_pretrained(tmp_path)
+    loaded = type(pipe.transformer).from_pretrained(tmp_path)
+    pipe.transformer = loaded
+    assert torch.allclose(run(pipe, arguments(1), STEPS), plain, atol=1e-5)
+
+
+def test_layerwise_casting_and_channels_last():
+    pipe, arguments = FAMILIES["qwen_image"]()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    plain = run(pipe, arguments(1), STEPS)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        cached = run(pipe, arguments(1), STEPS)
+    assert cache.reports[0].reused == STEPS and 0 < (cached - plain).norm() / plain.norm() < 0.1
+
+
+def test_another_cache_is_refused_on_either_side():
+    from diffusers import FirstBlockCacheConfig
+    from diffusers.hooks import apply_first_block_cache
+
+    pipe, _ = FAMILIES["flux"]()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(MagCacheError, match="disable_cache"):
+        enable(pipe, speedup=2)
+    pipe.transformer.disable_cache()
+    enable(pipe, speedup=2, announce=None).disable()
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(MagCacheError, match="another cache"):
+        enable(pipe, speedup=2)
+
+
+def test_disable_and_what_cannot_be_enabled():
+    pipe, arguments = FAMILIES["wan22"]()
+    plain = run(pipe, arguments(1), STEPS)
+    cache = enable(pipe, speedup=2, announce=None)
+    with pytest.raises(MagCacheError, match="patched already"):
+        enable(pipe, steps=3)
+    assert not torch.equal(run(pipe, arguments(1), STEPS), plain)
+    disable(pipe)
+    assert torch.equal(run(pipe, arguments(1), STEPS), plain) and len(cache.reports) == 1
+    with pytest.raises(MagCacheError, match="not enabled"):
+        disable(pipe)
+    pipe.transformer = pipe.transformer_2 = None
+    with pytest.raises(MagCacheError, match="no transformer or U-Net"):
+        enable(pipe)
+
+
+def test_a_published_table_gives_the_settings_of_the_release(monkeypatch):
+    """By the checkpoint's name: this tiny model is told to be FLUX.1-dev."""
+    pipe, arguments = FAMILIES["flux"]()
+    pipe.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
+    plans = []
+    with enable(pipe, thresh=0.24, announce=plans.append) as cache:
+        run(pipe, arguments(1), 28)
+    assert cache.reports[0].schedule.computed == 9 and "ratios of flux-dev (published)" in plans[0]
+    assert not cache.reports[0].notes
+
+
+def test_a_class_nobody_described_is_looked_at(monkeypatch):
+    """Under the paper's rule, at its first call; a speed-up needs nothing."""
+    pipe, arguments = FAMILIES["sd3"]()
+    with enable(pipe, calibrate=True, announce=None):
+        run(pipe, arguments(1), STEPS)
+    rule = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2, "announce": None}
+    with enable(pipe, **rule):
+        known = run(pipe, arguments(1), STEPS)
+    monkeypatch.delitem(HOSTS, class_name(pipe.transformer))
+    with enable(pipe, **rule) as cache:
+        assert torch.equal(run(pipe, arguments(1), STEPS), known)
+    assert cache.reports[0].reused and "forward" not in pipe.transformer.__dict__
+    with enable(pipe, speedup=2, announce=None) as cache:
+        run(pipe, arguments(1), STEPS)
+    assert cache.reports[0].reused == STEPS // 2
+
+
+def share_of_a_picture(rank, family, folder):
+    """diffusers asks for the number of GPUs, and there is none."""
+    from diffusers import ContextParallelConfig
+
+    torch.accelerator.device_count = lambda: 1
+    pipe, arguments = FAMILIES[family]()
+    with enable(pipe, speedup=2, announce=None):
+        alone = run(pipe, arguments(1), STEPS)
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    with enable(pipe, speedup=2, announce=None) as cache:
+        shared = run(pipe, arguments(1), STEPS)
+    torch.save((alone, shared, cache.reports[0].reused), folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_context_parallel_over_two_ranks(family, tmp_path):
+    two_ranks(share_of_a_picture, family, tmp_path)
+    (alone, first, reused), (_, second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5) and reused >= STEPS // 2
+
+
+@pytest.mark.parametrize("family", ["flux", "ltx"])
+def test_compiled_blocks(family):
+    """The compiler's own tracing, without generating code."""
+    pipe, arguments = FAMILIES[family]()
+    with enable(pipe, calibrate=True, announce=None):
+        run(pipe, arguments(1), STEPS)
+    wishes = {"speedup": 2}, {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}
+    plain = []
+    for wish in wishes:
+        with enable(pipe, **wish, announce=None):
+            plain.append(run(pipe, arguments(1), STEPS))
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    for wish, expected in zip(wishes, plain):
+        with enable(pipe, **wish, announce=None) as cache:
+            assert torch.allclose(run(pipe, arguments(1), STEPS), expected, atol=1e-5)
+        assert cache.reports[0].reused and not cache.reports[0].notes
+
+
+def test_two_threads_draw_at_once():
+    """Two pipelines on one transformer: calls wait for each other, and those of the second run as they are."""
+    pipe, arguments = FAMILIES["sd3"]()
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    plain = run(other, arguments(1), STEPS)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        alone = run(pipe, arguments(0), STEPS)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(run, pipe, arguments(0), STEPS)
+            second = pool.submit(run, other, arguments(1), STEPS)
+        assert torch.equal(first.result(), alone) and torch.equal(second.result(), plain)
+    assert len(cache.reports) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "wan22"])
+def test_the_times_of_the_facts_are_those_of_the_scheduler(name):
+    """`magcache_forward` by facts alone, as for a loop of one's own, plans and draws what `enable` does by the
+    scheduler: also where time runs from 0 to 1."""
+    pipe, arguments = FAMILIES[name]()
+    model = denoiser(pipe)
+    with enable(pipe, steps=4, announce=None) as cache:
+        expected = run(pipe, arguments(1), STEPS)
+    with magcache_forward(
+        model,
+        HOSTS[class_name(model)],
+        None,
+        Target(magcache_steps=4),
+        lambda: pipe.scheduler.timesteps,
+        announce=None,
+        scheduler=lambda: pipe.scheduler,
+    ) as handle:
+        drawn = run(pipe, arguments(1), STEPS)
+    assert [report.schedule.strip for report in handle.reports] == [cache.reports[0].schedule.strip]
+    assert torch.equal(drawn, expected) and handle.reports[0].complete

@@ -27,8 +27,11 @@ TASKS = {
     "i2v": ("--task", "i2v-A14B", "--size", "832*480"),
     "ti2v-t2v": ("--task", "ti2v-5B", "--size", "1280*704"),
     "ti2v-i2v": ("--task", "ti2v-5B", "--size", "1280*704"),
+    "s2v": ("--task", "s2v-14B", "--size", "832*480", "--infer_frames", "8", "--audio", "talk.wav"),
+    "animate": ("--task", "animate-14B", "--size", "1280*720", "--src_root_path", "."),
 }
 CHECKPOINTS = {"t2v": "t2v-experts", "i2v": "i2v-experts", "ti2v-t2v": "ti2v", "ti2v-i2v": "ti2v"}
+CHECKPOINTS |= {"s2v": "s2v", "animate": "animate"}
 
 # Steps that the release skips with its published settings (tests/unit/test_schedule.py reproduces them from its rule).
 SKIPPED = {
@@ -238,7 +241,7 @@ def command(wan22, tmp_path):
     """Run the drop-in, or another script beside it, as a user does, in a folder of its own."""
 
     def run(kind, *flags, script="magcache_generate.py", ranks=1, code=0, checkpoint=None):
-        if kind.endswith("i2v"):
+        if kind.endswith(("i2v", "s2v")):
             Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "cat.png")
             flags = ("--image", "cat.png", *flags)
         argv = (
@@ -259,7 +262,7 @@ def command(wan22, tmp_path):
 # The models alone
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "s2v", "animate"))
 def test_off_is_the_host_to_the_bit(case, kind):
     result = case("uncached_is_the_same_to_the_bit", kind)
     assert result == {"equal": True, "equal_after": True, "cached_differs": True, "reused": 0}
@@ -272,6 +275,15 @@ def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_bl
     for run in case("reused_calls_are_the_hosts_forward_with_the_residual", kind, solver):
         assert run["cond"] == run["uncond"] == run["planned"] and "." in run["planned"]
         assert run["unplanned"] == {} and run["runs"] == 1 and run["complete"]
+
+
+@pytest.mark.parametrize("kind, solver", [("s2v", "unipc"), ("s2v", "dpm++"), ("animate", "dpm++")])
+def test_each_segment_is_a_run(case, kind, solver):
+    """And what is added between the blocks, of the sound or the face, is not added twice."""
+    for run in case("reused_calls_are_the_hosts_forward_with_the_residual", kind, solver):
+        assert run["cond"] == run["planned"] and "." in run["planned"] and run["runs"] == 2
+        assert run["uncond"] == (run["planned"] if kind == "s2v" else "")  # Animate has no guidance
+        assert run["unplanned"] == {} and run["complete"]
 
 
 @pytest.mark.parametrize(
@@ -422,6 +434,19 @@ def test_calibration_is_found_by_the_next_run(command, tmp_path):
     assert json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())["reused"] > 0
 
 
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_a_speedup_needs_no_calibration_and_is_corrected(command, solver):
+    """Wan's own schedulers are followed, in both experts; with the corrector the latents come nearer."""
+    flags = ("--sample_solver", solver, "--save_file")
+    (plain,) = command("t2v", *flags, "plain.mp4", script="generate.py").latents
+    missed = {}
+    for corrector in ("on", "off"):
+        done = command("t2v", *flags, f"{corrector}.mp4", "--magcache_speedup", "2", "--magcache_corrector", corrector)
+        assert "no calibration needed" in done.output and f"corrector {corrector}" in done.output
+        missed[corrector] = float((done.latents[0] - plain).norm())
+    assert missed["on"] < missed["off"]
+
+
 def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
     done = command("ti2v-t2v", "--magcache_calibration", "mine.json")
     assert read(tmp_path / "mine.json").steps == 12 and not (tmp_path / "home").exists()
@@ -465,7 +490,7 @@ def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path)
             ("--use_magcache", "--magcache_K", "-1", "--mag_ratios", "wan2.2-t2v-a14b"),
             "magcache_K must be 0 (off) or more",
         ),
-        (("--use_magcache", "--task", "s2v-14B"), "MagCache knows the tasks t2v-A14B, i2v-A14B, ti2v-5B, not s2v-14B"),
+        (("--use_magcache", "--task", "s2v-14B"), "No magnitude ratios are known for s2v-14B"),
         (("--use_magcache", "--magcache_cache_device", "nonesuch"), "is no device of this machine"),
         (
             ("--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "/dev/null/cat.mp4"),
@@ -548,3 +573,30 @@ def test_two_processes_measure_what_one_does(command, tmp_path):
     assert one.provenance["fingerprint"] == two.provenance["fingerprint"]
     assert re.fullmatch(r"[0-9a-f]{12}-[0-9a-f]{12}", two.provenance["fingerprint"])
     assert one.sigmas == two.sigmas and not list(tmp_path.glob(".*part*"))
+
+
+@pytest.mark.parametrize("kind, calls", [("s2v", 2), ("animate", 1)])
+def test_segments_by_command(command, kind, calls, tmp_path):
+    """Calibrated over both segments, on one rank and on two; planned; and the ranks render what one renders."""
+    flags = ("--frame_num", "9", "--save_file")
+    measured, planned = {}, {}
+    for ranks in (1, 2):
+        parallel = ("--ulysses_size", ranks)
+        command(kind, *flags, "a.mp4", *parallel, "--magcache_calibration", f"{ranks}.json", ranks=ranks)
+        measured[ranks] = read(tmp_path / f"{ranks}.json")
+        planned[ranks] = command(
+            kind, *flags, f"{ranks}.mp4", *parallel, "--mag_ratios", "1.json", "--magcache_steps", "6", ranks=ranks
+        )
+    table, shared = measured.values()
+    assert table.statistics["runs"] == 2 and len(table.mag_ratios) == calls and table.sampler["frames"] in (8, 9)
+    assert shared.mag_ratios["cond"] == pytest.approx(table.mag_ratios["cond"], abs=1e-3)
+    report = json.loads((tmp_path / "1.magcache.json").read_text())
+    for segment in (report, *report["earlier_clips"]):
+        assert segment["computed"] == 6 * calls and segment["unplanned"] == {} and segment["complete"]
+    assert len(report["earlier_clips"]) == 1 and "Segment 2: MagCache: " in planned[1].output
+    last, of_two, plain = (
+        planned[1].latents[-1],
+        planned[2][0].latents[-1],
+        command(kind, *flags, "plain.mp4").latents[-1],
+    )
+    assert 0 < (last - plain).abs().mean() and (last - of_two).abs().mean() < (last - plain).abs().mean() / 10

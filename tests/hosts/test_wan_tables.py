@@ -13,7 +13,8 @@ import torch
 from common.errors import MagCacheError
 from common.hosts import WAN
 from common.scripts.flags import add_opt_in_flags, parsed
-from common.scripts.wan import host_of, session_of
+from common.scripts.quality import VIDEO_SUFFIXES
+from common.scripts.wan import checkpoint_config, host_of, session_of
 from common.tables import calibrations_folder, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -112,8 +113,25 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
 
 
 def test_a_task_that_is_not_known(tmp_path):
-    with pytest.raises(MagCacheError, match=r"MagCache knows the tasks .*, not s2v-14B; leave out --use_magcache\."):
-        session(tmp_path, "MagCache4Wan2.2", "s2v-14B", "1024*704", 80, None, ("s2v", 5120))
+    with pytest.raises(MagCacheError, match=r"MagCache knows the tasks .*, not x2v-14B; leave out --use_magcache\."):
+        session(tmp_path, "MagCache4Wan2.2", "x2v-14B", "1024*704", 80, None, ("x2v", 5120))
+
+
+def test_a_mistyped_checkpoint_is_told_as_such(tmp_path, capsys):
+    with pytest.raises(MagCacheError, match="There is no folder .*nowhere: --ckpt_dir names the folder of the checkpo"):
+        checkpoint_config(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    assert checkpoint_config(tmp_path) == {}
+    assert "Passed over" in capsys.readouterr().out
+
+
+def test_one_frame_may_be_a_video_and_a_picture_may_not(tmp_path):
+    """generate.py writes an mp4 of one frame, and stills of its own task."""
+    one = session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 1, None, T2V_1)
+    one.args.magcache_speedup = 2.0
+    one.check("x.mp4", VIDEO_SUFFIXES)
+    with pytest.raises(MagCacheError, match="has no ending that can be written: use .mp4"):
+        one.check("x.png", VIDEO_SUFFIXES)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,22 @@ from PIL import Image
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, WAN_CONFIGS
 from wan.utils.utils import save_video, str2bool
 
-PIPELINES = {"t2v-A14B": "WanT2V", "i2v-A14B": "WanI2V", "ti2v-5B": "WanTI2V", "s2v-14B": "WanS2V"}
+PIPELINES = {
+    "t2v-A14B": "WanT2V",
+    "i2v-A14B": "WanI2V",
+    "ti2v-5B": "WanTI2V",
+    "s2v-14B": "WanS2V",
+    "animate-14B": "WanAnimate",
+}
 
 
 def _parse_args():
     parser = argparse.ArgumentParser(description="Generate a video by Wan2.2.")
     parser.add_argument("--task", choices=list(PIPELINES), default="t2v-A14B")
     parser.add_argument("--size", choices=list(SIZE_CONFIGS), default="1280*720")
-    for name in ("--prompt", "--ckpt_dir", "--image", "--save_file"):
+    for name in ("--prompt", "--ckpt_dir", "--image", "--save_file", "--audio", "--src_root_path"):
         parser.add_argument(name)
-    for name in ("--frame_num", "--sample_steps"):
+    for name in ("--frame_num", "--sample_steps", "--infer_frames"):
         parser.add_argument(name, type=int)
     for name in ("--sample_shift", "--sample_guide_scale"):
         parser.add_argument(name, type=float)
@@ -37,12 +43,25 @@ def _parse_args():
     return args
 
 
+def inputs(args):
+    if args.task == "animate-14B":
+        return {"src_root_path": args.src_root_path, "clip_len": args.frame_num, "refert_num": 1}
+    area = {"max_area": MAX_AREA_CONFIGS[args.size]} if args.task != "t2v-A14B" else {}
+    if args.task == "s2v-14B":
+        sound = dict.fromkeys(("tts_prompt_audio", "tts_prompt_text", "tts_text")) | {"audio_path": args.audio}
+        picture = {"ref_image_path": args.image, "infer_frames": args.infer_frames, "num_repeat": 2}
+        return {"input_prompt": args.prompt, "enable_tts": False, **sound, **picture, **area}
+    size = {"size": SIZE_CONFIGS[args.size]} if args.task != "i2v-A14B" else {}
+    picture = {"img": args.image and Image.open(args.image).convert("RGB")} if area else {}
+    return {"input_prompt": args.prompt, "frame_num": args.frame_num, **size, **picture, **area}
+
+
 def generate(args):
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group(backend="nccl", init_method="env://")
     # The two experts' classes in the package leave out guidance unless told otherwise.
-    guided = {} if args.task == "ti2v-5B" else {"lightning": False}
+    guided = {"lightning": False} if "A14B" in args.task else {}
     pipe = getattr(wan, PIPELINES[args.task])(
         config=WAN_CONFIGS[args.task],
         checkpoint_dir=args.ckpt_dir,
@@ -55,14 +74,9 @@ def generate(args):
         convert_model_dtype=args.convert_model_dtype,
         **guided,
     )
-    place = {"size": SIZE_CONFIGS[args.size]} if args.task != "i2v-A14B" else {}
-    if args.task != "t2v-A14B":
-        place |= {"max_area": MAX_AREA_CONFIGS[args.size], "img": args.image and Image.open(args.image).convert("RGB")}
     with torch.no_grad():
         video = pipe.generate(
-            args.prompt,
-            **place,
-            frame_num=args.frame_num,
+            **inputs(args),
             shift=args.sample_shift,
             sample_solver=args.sample_solver,
             sampling_steps=args.sample_steps,

@@ -121,6 +121,7 @@ class VAE:
     """Frames are pooled to latents and back; 4 frames a latent, `stride` pixels."""
 
     channels, stride = 16, 8
+    dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, *args, **kwargs):
         self.model = types.SimpleNamespace(z_dim=self.channels)
@@ -250,6 +251,10 @@ def import_wan():
     MAX_AREA_CONFIGS["832*480"] = MAX_AREA_CONFIGS["1280*704"] = 96 * 64
     if hasattr(wan, "WanVace"):
         wan.WanVace.prepare_source = small_source
+    if hasattr(wan, "WanS2V"):
+        import wan_characters
+
+        wan_characters.replace(wan)
     return wan
 
 
@@ -265,6 +270,10 @@ def tiny_model(kind, seed=0):
         from wan.modules.vace_model import VaceWanModel
 
         model = VaceWanModel(**sizes, vace_layers=[0, 2], vace_in_dim=96)
+    elif kind in ("s2v", "animate"):
+        import wan_characters
+
+        model = wan_characters.tiny(kind)
     else:
         from wan.modules.model import WanModel
 

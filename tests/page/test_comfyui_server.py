@@ -126,6 +126,11 @@ def picture(answer, node="save"):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["pictures"][node]))))
 
 
+def shown(answer):
+    """{node: what stands on it at the end}"""
+    return {node: text for node, text, _ in answer["texts"]}
+
+
 def test_workflow_over_http(server):
     run, log, _ = server
     recommended = {"model_type": "auto", "magcache_thresh": -1, "retention_ratio": -1, "magcache_K": -1}
@@ -140,12 +145,16 @@ def test_workflow_over_http(server):
     plain, cached, queued_again, off, mistaken = answer["answers"]
     assert all(one["error"] is None for one in (plain, cached, queued_again, off)), answer
     assert (picture(off) == picture(plain)).all() and (picture(cached) != picture(plain)).any()
-    texts = dict(cached["texts"]), dict(queued_again["texts"])
+    assert answer["scripts"] == ["/extensions/ComfyUI-MagCache/magcache.js"]
+    texts = shown(cached), shown(queued_again)
     # The node itself is not run again when only the seed changes; it caches and reports all the same.
     for text in (text["MagCache"] for text in texts):
         assert re.fullmatch(
-            r"MagCache: 4 of 12 model calls computed, 8 reused; transformer \d.*x\); extra memory .*", text
+            r"MagCache: 4 of 12 model calls computed, 8 reused; transformer \d.*x\); extra memory .*",
+            text.splitlines()[-1],
         ), text
+    boxes = cached["texts"][-1][2]
+    assert boxes.startswith("<svg") and boxes.count("<rect") == 12 and boxes.count('fill="none"') == 8
     assert "MagCache plan: 12 steps, ratios of flux-dev (published)" in cached["texts"][0][1]
     assert "nothing will be reused: magcache_thresh is 0" in off["texts"][0][1]
     assert "There is no preset 'no-such'" in mistaken["error"]
@@ -167,7 +176,7 @@ def test_calibration_over_http(server):
     )["answers"]
     assert measured["error"] is None and (picture(measured) == picture(plain)).all()
     (file,) = home.glob("*.json")
-    assert "written; MagCache nodes take it" in dict(measured["texts"])["MagCacheCalibration"]
+    assert "written; MagCache nodes take it" in shown(measured)["MagCacheCalibration"]
     (text,) = measured["outputs"]["result"]["text"]
     assert re.fullmatch(r"cond: 1\.0+, .*\nuncond: 1\.0+, .*", text)
     plot = picture(measured, "result")

@@ -3,13 +3,15 @@
 import itertools
 import re
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from common.errors import MagCacheError
-from common.gram import Forecast, packed, pair_errors, plan_steps, resample_gram, unpacked
-from common.planner import Target, error_by_gram, nearest_by_the_rule, speedup
+from common.gram import Forecast, packed, pair_errors, plan_steps, resample_gram, table_grams, unpacked
+from common.long_runs import along, error_by_gram
+from common.planner import Target, nearest_by_the_rule, speedup, spread_steps
 from common.ratios import flow_sigmas
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
@@ -310,3 +312,43 @@ def test_a_mistake_gets_one_sentence(make, part):
 def test_packed_keeps_ten_digits():
     gram = gram_of(residuals(30))
     assert np.allclose(unpacked(packed(gram)), gram, rtol=1e-9, atol=0)
+
+
+# Long runs
+
+
+@pytest.mark.parametrize("switch_step", [None, 30])
+@pytest.mark.parametrize("predictor", ["linear", "reuse"])
+def test_a_schedules_own_predictions_are_those_of_the_whole_forecast(predictor, switch_step):
+    levels = flow_sigmas(60)
+    both = table(levels, cond=residuals(60, seed=1), uncond=residuals(60, seed=2))
+    reuse = np.ones(60, dtype=bool)
+    reuse[spread_steps(levels, 17, None, 1, switch_step)] = False
+    error, weights = along(table_grams(both, levels), reuse, predictor, switch_step)
+    forecast = Forecast.of_table(both, levels, predictor, "residual", switch_step)
+    np.testing.assert_allclose(error, forecast.error_of(reuse), atol=1e-9)
+    if predictor == "linear":
+        np.testing.assert_allclose(weights[:, 1:][:, reuse[1:]], forecast.weights_of(reuse)[:, 1:][:, reuse[1:]])
+
+
+def test_a_thousand_steps_are_planned_in_bounded_memory():
+    """From a calibration of as many steps, the plan's text included."""
+    levels = flow_sigmas(1000)
+    steps = np.arange(1000)
+    gram = np.exp(-np.abs(steps[:, None] - steps) / 300.0) * (1 + steps[:, None]) * (1 + steps) / 1e6
+    long = table(levels, {"gram": {"cond": packed(gram)}}, cond=np.ones((1000, 2)))
+    tracemalloc.start()
+    for wish in (
+        Target(500, predictor="linear"),
+        Target(magcache_speedup=4, predictor="linear"),
+        Target(magcache_max_error=0.1),
+        Target(magcache_speedup=3),
+        Settings(0.1, 3, 0.2),
+    ):
+        schedule = wish.plan(long, levels)
+        text = plan_text(schedule, levels, long)
+        assert f"of {schedule.steps}" in text and schedule.reuse.any()
+        if isinstance(wish, Target) and wish.magcache_max_error:
+            assert schedule.expected_error[schedule.reuse].max() <= 0.1 < 0.2
+    assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    tracemalloc.stop()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from common.handle import level_tolerance
+from common.expert import level_tolerance
 from common.ratios import flow_sigmas
 from common.steps import Call, StepTracker, same
 

@@ -1,0 +1,84 @@
+"""Which weights a model has, its LoRAs included, and the calibration that was measured of them."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from .common import tables
+from .common.calibration import fingerprint_of
+from .common.errors import MagCacheError
+from .common.tables import RatioTable, calibrations_folder
+
+PLAIN = WeakKeyDictionary()  # model: fingerprint of the weights as they were loaded, read once
+
+
+def own_table(patcher, model: torch.nn.Module, levels: np.ndarray) -> tuple[RatioTable | None, str]:
+    """(the calibration of this model on this machine that serves a run at these noise levels best: with its LoRAs, else
+    without them, else None; what to say of it)."""
+    if not any(calibrations_folder().glob("*.json")):
+        return None, ""
+    try:
+        plain, patched = fingerprints(patcher, model)
+    except MagCacheError as error:
+        return None, f"MagCache looks for no calibration: {error}"
+    table = tables.find("", patched, levels)
+    if table is None and plain != patched:
+        table = tables.find("", plain, levels)
+        if table is not None:
+            return table, f"MagCache: {table.name} was measured without the LoRAs of this model."
+    return table, ""
+
+
+def fingerprints(patcher, model: torch.nn.Module) -> tuple[str, str]:
+    """Fingerprints of the weights as they were loaded from the file, without and with the LoRAs on them. Raises
+    MagCacheError where an adapter keeps its tensors in a way that cannot be read."""
+    if model not in PLAIN:
+        PLAIN[model] = fingerprint_of(loaded_weights(patcher, model))
+    added = [*patches_of(patcher), *injected(patcher)]
+    return PLAIN[model], fingerprint_of([(PLAIN[model], torch.zeros(1)), *added]) if added else PLAIN[model]
+
+
+def loaded_weights(patcher, model):
+    """(name, tensor) of every weight, before a LoRA was added to it in place."""
+    backup = getattr(patcher, "backup", {})
+    for name, weight in model.named_parameters():
+        kept = backup.get(f"diffusion_model.{name}")
+        yield name, weight if kept is None else kept.weight
+
+
+def patches_of(patcher):
+    """(name, tensor) of the tensors that weights are patched with."""
+    for name, patches in patcher.patches.items():
+        for index, (strength, patch, *_) in enumerate(patches):
+            for number, tensor in enumerate(tensors_in(patch)):
+                yield f"{name}[{index}] * {strength}.{number}", tensor
+
+
+def injected(patcher):
+    """(name, tensor) of adapters that are run beside the weights (Load LoRA (Bypass))."""
+    for key, injections in getattr(patcher, "injections", {}).items():
+        for injection in injections:
+            adapters = next(
+                (
+                    cell.cell_contents.adapters
+                    for cell in getattr(injection.inject, "__closure__", None) or ()
+                    if hasattr(cell.cell_contents, "adapters")
+                ),
+                None,
+            )
+            if adapters is None:
+                raise MagCacheError(f"what {key} adds to this model cannot be read.")
+            for name, (adapter, strength) in adapters.items():
+                for number, tensor in enumerate(tensors_in(adapter)):
+                    yield f"{key}.{name} * {strength}.{number}", tensor
+
+
+def tensors_in(patch):
+    """The tensors of one weight patch, in whatever adapter it comes."""
+    if torch.is_tensor(patch):
+        return [patch]
+    parts = getattr(patch, "weights", patch)
+    return [tensor for part in parts for tensor in tensors_in(part)] if isinstance(parts, (tuple, list)) else []

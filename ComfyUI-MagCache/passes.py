@@ -1,0 +1,198 @@
+"""One pass of a sampler, call by call: ComfyUI's arguments in, `common.run`'s parts out."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from .circumstances import Circumstances
+from .common.blocks import BlockStack, TokensChanged
+from .common.corrector import Folded, Trajectory
+from .common.errors import MagCacheError
+from .common.expert import inner_module
+from .common.hosts import host_of
+from .common.run import CachedRun, MeasuredRun, Run
+from .common.steps import Call, Part
+from .controls import Hints
+
+LIMIT = 4 * 2**30  # bytes of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.2e9
+
+
+class Prediction:
+    """The payload that needs no facts of a model: what it makes of a latent x at noise level sigma. A reused step runs
+    nothing of the model.
+
+    direct: kept as the direction (x - denoised) / sigma in which samplers go; else as the denoised latent itself, for
+    samplers that add noise at each step, which no earlier direction knows of.
+    """
+
+    def __init__(self, x, sigma: float, direct: bool = True):
+        self.x, self.sigma, self.direct = x, sigma, direct
+
+    def record(self, arguments=None):
+        pass
+
+    def finish(self, output=None):
+        return (self.x - output) / self.sigma if self.direct else output.clone()
+
+    def replace(self, kept):
+        return self.x - self.sigma * kept if self.direct else kept
+
+    def restore(self):
+        pass
+
+
+class Pass:
+    """What ComfyUI calls during one run. payload: "residual" or "output"."""
+
+    def __init__(self, about: Circumstances, run: Run, payload: str):
+        self.about, self.run, self.payload = about, run, payload
+        self.host = host_of(about.model) if payload == "residual" else None
+        self.stacks, self.controls = {}, {}
+        if self.host:
+            self.stack_of(about.model)  # raises if this version of the class is not known
+
+    def stack_of(self, model):
+        """The block stack of a model; with several GPUs each has a model of its own."""
+        if id(model) not in self.stacks:
+            try:
+                self.stacks[id(model)] = BlockStack(model, self.host)
+            except MagCacheError:
+                name = type(model).__name__
+                raise MagCacheError(f"in this version of ComfyUI {name} is not built as MagCache knows it.") from None
+        return self.stacks[id(model)]
+
+    def call(self, executor, args, kwargs, options):
+        """In the place of BaseModel.apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)."""
+        x, control, sigma = args[0], args[4], float(options["sigmas"].flatten()[0])
+        if sigma <= 0:
+            return executor(*args, **kwargs)
+        parts = self.parts(x, control, sigma, options)
+        forward = {"x": x, "sigma": sigma, "patch_size": getattr(self.about.model, "patch_size", 1)}
+        output = Prediction(x, sigma, self.about.deterministic)
+        payload = self.stack_of(inner_module(executor.class_obj.diffusion_model)) if self.host else output
+
+        def model(*control):
+            return executor(*args[:4], *control, *args[5:], **kwargs)
+
+        call = self.run.begin(parts, payload, forward)
+        try:
+            if not call.reused:
+                output = model(control.make() if isinstance(control, Hints) else control)
+            else:
+                output = model(None) if call.output is None else call.output
+            return call.finish(output, rehearse=lambda: model(None))
+        except TokensChanged as changed:
+            call.cancel()
+            self.run.forget(parts, str(changed))
+            return self.call(executor, args, kwargs, options)
+        except BaseException:
+            call.cancel()
+            raise
+
+    def parts(self, x, control, sigma, options) -> list[Part]:
+        """A Part for each conditioning of a call's batch. What tells one residual from another: the conditioning, the
+        context window, which blocks are replaced (skip-layer guidance calls the model again with the same
+        conditioning), and which control nets act."""
+        window = getattr(options.get("context_window"), "index_list", None)
+        replaced = sorted(
+            str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches
+        )
+        circumstances = (
+            None if window is None else tuple(window),
+            tuple(replaced),
+            control.state(sigma) if isinstance(control, Hints) else (),
+        )
+        branches, step, seen = options["cond_or_uncond"], self.about.step(sigma), Counter()
+        parts = []
+        for name, branch, latent in zip(options.get("uuids") or branches, branches, x.chunk(len(branches))):
+            parts.append(Part((name, seen[name], *circumstances), Call(step, branch), latent))
+            seen[name] += 1
+        return parts
+
+
+class BoundedRun(CachedRun):
+    """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past.
+
+    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
+    """
+
+    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int):
+        super().__init__(schedule, about.levels, residuals, corrector=False)
+        self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
+
+    def predict(self, parts, compute=""):
+        self.drop_stale(parts[0].call.step)
+        residual, why = super().predict(parts, compute)
+        return residual, why and next((self.refused[part.key] for part in parts if part.key in self.refused), why)
+
+    def drop_stale(self, step):
+        """Residuals that were not made again at the newest planned step serve no later one."""
+        for newest in self.schedule.anchors(step)[:1]:
+            kept = self.residuals.kept
+            for key in [key for key, residuals in kept.items() if not residuals or residuals[0].step < newest]:
+                del kept[key]
+
+    def computed(self, call, made, output, rehearse):
+        size = made[: len(made) // len(call.parts)].numel() * (self.residuals.dtype or made.dtype).itemsize
+        for part in call.parts:
+            if self.residuals.bytes + size * len(call.parts) > self.limit:
+                self.refused[part.key] = f"more than {self.limit / 2**30:.1f} GiB would be kept"
+            else:
+                self.refused.pop(part.key, None)
+        if not any(part.key in self.refused for part in call.parts):
+            super().computed(call, made, output, rehearse)
+
+    def followed(self, call, output):
+        """The denoised latent of a finished call, moved along the line or corrected."""
+        if not self.follower:
+            return output
+        made, sigma = [], call.arguments["sigma"]
+        for part, denoised in zip(call.parts, output.chunk(len(call.parts))):
+            kept = Prediction(part.latent, sigma, self.about.deterministic)
+            step, before = part.call.step, kept.finish(denoised)
+            if call.reused:
+                after = self.follower.skipped(part.key, step, before)
+            else:
+                self.forget_past(part.key, step)
+                # Between 0 and 1 also where sigmas are not: what lies on a line or a parabola there does not in sigma.
+                self.follower.branches.setdefault(part.key, (Trajectory(self.about.levels), []))
+                after = self.follower.computed(part.key, step, before)
+            made.append(denoised if after is before else kept.replace(after))
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def forget_past(self, key, step):
+        """Before a computed step: an evaluation at the same step makes room, as do windows that are past."""
+        newest = min(self.schedule.anchors(step), default=0)
+        for other, (trajectory, _) in list(self.follower.branches.items()):
+            last = trajectory.anchors[0][0] if trajectory.anchors else -1
+            if other == key and last == step:
+                del trajectory.anchors[0]
+            elif last < newest:
+                del self.follower.branches[other]
+
+    def end(self):
+        self.residuals.clear()
+        if self.follower:
+            self.follower.clear()
+
+    def nothing_recorded(self, error):
+        return "another patch skipped or replaced the first block"
+
+    def forget(self, parts, why):
+        """The residuals of these parts do not fit."""
+        for part in parts:
+            self.residuals.kept.pop(part.key, None)
+            self.refused[part.key] = why
+
+
+class MeasuringRun(MeasuredRun):
+    """A measured run of ComfyUI's outputs, which are denoised latents."""
+
+    def outputs(self, call, output, noise_tokens, tokens):
+        x, sigma = call.arguments["x"], call.arguments["sigma"]
+        return [part.reshape(1, -1, 1) for part in ((x - output) / sigma).chunk(len(call.parts))]
+
+    def nothing_recorded(self, error):
+        return "another patch skipped or replaced the first block"

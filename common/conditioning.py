@@ -1,0 +1,172 @@
+"""What a call of the model is conditioned on: by this, not by the order of calls, a residual is known.
+
+Samplers call a model more than once a step (guidance, edits, tiles, windows), in an order that may change, and a
+callback may change the prompt in the middle of a run. The prompt's tensors, pooled and image embeddings, scales of
+adapters and whatever else a forward is given stay the same from step to step, or tell that something changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .blocks import Host
+from .steps import Call, same
+
+# Made anew for each step by what runs beside the model: whether they are there counts, not their values.
+MADE_EACH_STEP = ("controlnet", "block_samples")
+# What a step does not change of its own accord, however often it changes.
+CONDITIONING = ("encoder_hidden", "prompt", "pooled", "text", "context", "image_emb", "scale")
+CHANGED = "the conditioning changed"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A tensor and how often it had been written into."""
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Memory:
+        return cls(tensor, 0 if tensor.is_inference() else tensor._version)
+
+    def alike(self, other: Memory) -> bool:
+        one, two = self.tensor, other.tensor
+        if one is two or (one.shape == two.shape and one.device == two.device and one.data_ptr() == two.data_ptr()):
+            return self.version == other.version
+        return one.device == two.device and same(one, two)
+
+
+@dataclass
+class Known:
+    """A conditioning that this run has met. number: in the order in which they came; inputs: {name: value}."""
+
+    number: int
+    inputs: dict[str, Any] = field(repr=False)
+
+
+class Conditionings:
+    """Those of one run.
+
+    varying: names of inputs that are others at each step, so that they tell no conditioning from another.
+    """
+
+    def __init__(self, model: torch.nn.Module, host: Host) -> None:
+        self.host, self.scales = host, list(scale_holders(model))
+        self.known: list[Known] = []
+        self.varying: set[str] = set()
+        self.step, self.latents, self.trajectories = 0, 0, 1
+        self.now: list[Known] = []  # of this step's calls, in order
+        self.before: list[Known] = []  # of those of the step before
+        self.changed: dict[int, set[str]] = {}  # what was new at this step, by place in its order
+        self.changed_before: dict[int, set[str]] = {}
+        self.counts: dict[Hashable, int] = {}
+
+    def key_of(self, call: Call, first_level: bool, arguments: dict) -> tuple[Hashable, str]:
+        """(what tells this call's residuals from those of others, why it must compute or ""). first_level: whether the
+        call is at the noise level at which the run began, where each latent is a trajectory of its own."""
+        if call.step != self.step:
+            self.step, self.latents = call.step, 0
+            self.now, self.before, self.counts = [], self.now, {}
+            self.changed, self.changed_before = {}, self.changed
+        elif call.branch == 0 and self.now:  # another latent at this step
+            self.latents += 1
+            if call.step == 0 and first_level:
+                self.trajectories = max(self.trajectories, self.latents + 1)
+        inputs = dict(inputs_of(arguments, self.host))
+        inputs["scales of adapters"] = [scale for holder in self.scales for scale in scales_of(holder)]
+        known, why = self.find(inputs)
+        self.now.append(known)
+        trajectory = self.latents % self.trajectories
+        evaluation = (known.number, trajectory, self.latents)
+        self.counts[evaluation] = self.counts.get(evaluation, -1) + 1
+        return (known.number, trajectory, self.counts[evaluation]), why
+
+    def find(self, inputs: dict[str, Any]) -> tuple[Known, str]:
+        """(the conditioning with these inputs, why the call must compute or "")."""
+        place = len(self.now)
+        likely = self.before[place : place + 1]  # the one at the same place in the step before
+        for known in likely + [one for one in self.known if one not in likely]:
+            if not self.changes(known, inputs):
+                known.inputs = inputs
+                return known, ""
+        changes = self.changes(likely[0], inputs) if likely else []
+        why = f"{CHANGED} ({', '.join(changes)})" if changes else ""
+        self.changed[place] = set(changes)
+        # At two steps in a row, or from the very first to the next.
+        again = self.changed[place] if self.step == 1 else self.changed_before.get(place, set()) & self.changed[place]
+        self.varying |= {name for name in again if not any(part in name for part in CONDITIONING)}
+        if changes and not self.changes(likely[0], inputs):  # each step has others, as is seen now
+            likely[0].inputs = inputs
+            numbers = all(is_number(inputs.get(name)) for name in changes)  # a guidance scale that follows the steps
+            return likely[0], "" if numbers and self.step == 1 else why
+        self.known.append(Known(len(self.known), inputs))
+        return self.known[-1], why
+
+    def changes(self, known: Known, inputs: dict[str, Any]) -> list[str]:
+        """Names of the inputs that differ."""
+        names = [*known.inputs, *(name for name in inputs if name not in known.inputs)]
+        return [
+            name for name in names if name not in self.varying and not alike(known.inputs.get(name), inputs.get(name))
+        ]
+
+
+def inputs_of(arguments: dict, host: Host) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the tensors, numbers and words that forward is given beside the latent and the timestep, inside
+    lists and dictionaries too."""
+    for name, value in arguments.items():
+        # A mask comes with the prompt that it belongs to, or follows the noise level (frames held in Open-Sora).
+        if name not in (host.latent, host.timestep) and "mask" not in name:
+            for path, leaf in leaves(name, value):
+                if not torch.is_tensor(leaf):
+                    if isinstance(leaf, (bool, int, float, str)):
+                        yield path, leaf
+                elif any(part in path for part in MADE_EACH_STEP):
+                    yield path, (tuple(leaf.shape), bool(leaf.flatten()[:64].any()))  # zeros: its time is over
+                else:
+                    yield path, Memory.of(leaf)
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from leaves(f"{name}[{key!r}]", part)
+    elif isinstance(value, (list, tuple)):
+        for index, part in enumerate(value):
+            yield from leaves(f"{name}[{index}]", part)
+    else:
+        yield name, value
+
+
+def is_number(value: Any) -> bool:
+    """A number, or one for each row of the batch."""
+    return value.tensor.ndim < 2 if isinstance(value, Memory) else isinstance(value, (int, float))
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two inputs are the same: the same memory, or the same numbers."""
+    if isinstance(one, Memory) and isinstance(other, Memory):
+        return one.alike(other)
+    return not isinstance(one, Memory) and not isinstance(other, Memory) and one == other
+
+
+def scale_holders(model: torch.nn.Module) -> Iterator[Any]:
+    """What holds the scale of an adapter on this model: layers with LoRAs (peft), attention processors of an image
+    adapter."""
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            yield module
+        processor = getattr(module, "processor", None)
+        if isinstance(getattr(processor, "scale", None), (int, float, list)):
+            yield processor
+
+
+def scales_of(holder: Any) -> list:
+    scaling = getattr(holder, "scaling", None)
+    if isinstance(scaling, dict):
+        return [*scaling.items(), tuple(holder.active_adapters), holder.disable_adapters]
+    return list(holder.scale) if isinstance(holder.scale, list) else [holder.scale]

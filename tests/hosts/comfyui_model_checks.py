@@ -1,0 +1,208 @@
+"""Every model of ComfyUI, planned for a speed-up by its output alone. Run by comfyui_worker.py."""
+
+import inspect
+import os
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_base
+import comfy.model_sampling
+import comfy.nested_tensor
+import comfy.supported_models
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfyui_helpers import PACKAGE, STEPS, cached, hosts, models, sample, transformer
+from comfyui_models import FAMILIES, build, latent, prompt
+
+
+def flat(latent):
+    """What is compared: video and sound are two tensors."""
+    return torch.cat([part.flatten() for part in latent.unbind()]) if latent.is_nested else latent
+
+
+def known_here(family):
+    """Whether this version of ComfyUI has the model."""
+    return hasattr(comfy.supported_models, FAMILIES[family][0])
+
+
+def output_is_predicted(family):
+    """Off is plain, bit for bit; half of the calls run the transformer, both streams of video and sound included; twice
+    the same; nothing is left behind."""
+    if not known_here(family):
+        return
+    patcher = build(family)
+    plain = flat(sample(patcher, family))
+    off, said = cached(patcher, thresholds={"magcache_thresh": 0.0}, mag_ratios="")
+    assert torch.equal(flat(sample(off, family)), plain) and "nothing will be reused" in said[0], said
+    ran = []
+    hook = transformer(patcher).register_forward_hook(lambda *args: ran.append(1))
+    patched, said = cached(patcher, thresholds={}, mag_ratios="", corrector=True)
+    results = [flat(sample(patched, family)) for _ in range(2)]
+    hook.remove()
+    assert torch.equal(*results) and not torch.equal(results[0], plain) and torch.isfinite(results[0]).all()
+    a_step = len(ran) // STEPS  # two runs of half of the steps
+    assert a_step in (1, 2) and a_step * STEPS == len(ran), (len(ran), said)
+    assert f"MagCache: {len(ran) // 2} of {2 * (len(ran) // 2)} model calls computed" in said[1], said
+
+
+class Smooth(torch.nn.Module):
+    """A transformer whose output changes smoothly with the noise level and with x; or, with `denoises`, a flow whose
+    denoised latent does, whatever noise x holds. Models look for a few things on theirs; channels: of the latent, which
+    others (masks, pictures) may follow in x."""
+
+    def __init__(self, channels=4, **config):
+        super().__init__()
+        self.dtype, self.channels, self.in_channels, self.ran = torch.float32, channels, channels, []
+        self.patch_size, self.num_layers = config.get("patch_size", 1), 0
+        self.patch_embedding = torch.nn.Conv3d(channels, 1, 1)
+        self.img_in = SimpleNamespace(proj=torch.nn.Conv3d(2 * channels + 1, 1, 1))
+        self.ofs_proj_dim, self.denoises = None, False
+
+    def forward(self, x, t, *args, **kwargs):
+        t = t[0] if isinstance(t, (list, tuple)) else t
+        self.ran.append(float(t.max()))
+        t = t.flatten()[:1] / (1000 if t.max() > 2 else 1)
+        made = [self.of(part, t) for part in (x if isinstance(x, (list, tuple)) else [x])]
+        return made if len(made) > 1 else made[0]
+
+    def of(self, x, t):
+        x = x[:, : self.channels] if x.shape[1] > self.channels else x
+        made = torch.Generator().manual_seed(0)
+        first, second, third = (torch.randn(x.shape[1:], generator=made) for _ in range(3))
+        smooth = 0.1 * torch.tanh(x) + first + second * torch.cos(2 * t) + third * t**2
+        return (x - smooth) / t if self.denoises else smooth
+
+    def preprocess_text_embeds(self, embeds, **kwargs):
+        return embeds
+
+
+@contextmanager
+def smooth_transformers(replaced):
+    """While a model is built, `Smooth` takes the place of its transformer, whose class goes into `replaced`."""
+    plain = comfy.model_base.BaseModel.__init__
+    given = inspect.signature(plain)
+
+    def smooth(self, *args, **kwargs):
+        bound = given.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        replaced.append(bound.arguments["unet_model"].__name__)
+        channels = bound.arguments["model_config"].latent_format.latent_channels
+        bound.arguments["unet_model"] = partial(Smooth, channels)
+        return plain(*bound.args, **bound.kwargs)
+
+    comfy.model_base.BaseModel.__init__ = smooth
+    try:
+        yield
+    finally:
+        comfy.model_base.BaseModel.__init__ = plain
+
+
+SIZES = {1: (16,), 2: (8, 8), 3: (2, 8, 8)}  # by the dimensions of a latent
+NOT_SAMPLED = {"RT_DETR_v4", "DepthAnything3", "SAM3", "SAM31"}  # detectors, depth and masks, which no sampler runs
+
+
+CONFIG = {"in_channels": 16, "out_channels": 16, "hidden_size": 64, "timestep_features_type": "learned"}
+# Whose further weights come from the file: a model without them cannot be built here.
+NOT_BUILT = {"StableAudio", "StableAudio3"}
+
+
+def smooth_model(cls):
+    """(ModelPatcher of a supported model with a smooth transformer, the class of its own)."""
+    replaced = []
+    with smooth_transformers(replaced):
+        config = {key: value for key, value in cls.unet_config.items() if not isinstance(value, set)}
+        configuration = cls({**CONFIG, **config, "dtype": torch.float32})
+        configuration.set_inference_dtype(torch.float32, None)
+        cpu = torch.device("cpu")
+        weights = {"cc_projection.weight": torch.zeros(48, 48), "cc_projection.bias": torch.zeros(48)}
+        model = configuration.get_model(weights, device=cpu)
+    return ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu), replaced[0]
+
+
+# Names in the node of the models that have published settings.
+PUBLISHED = {
+    "Flux": ("flux", "flux_kontext"),
+    "FluxSchnell": ("flux_schnell",),
+    "Chroma": ("chroma",),
+    "QwenImage": ("qwen_image", "qwen_image_edit"),
+    "HunyuanVideo": ("hunyuan_video",),
+    "HunyuanVideo15": ("hunyuan_video1.5",),
+    "WAN21_T2V": ("wan2.1_t2v_1.3B", "wan2.1_t2v_14B", "wan2.2_t2v_14B", "wan2.2_i2v_14B"),
+    "WAN21_I2V": ("wan2.1_i2v_480p_14B", "wan2.1_i2v_720p_14B"),
+    "WAN21_Vace": ("wan2.1_vace_1.3B", "wan2.1_vace_14B"),
+    "WAN22_T2V": ("wan2.2_ti2v_5B_t2v", "wan2.2_ti2v_5B_i2v"),
+}
+HEADING = """# ComfyUI's models and MagCache
+
+Every model of `comfy/supported_models.py` in ComfyUI 0.30.0. `tests/hosts/test_comfyui.py::test_models` makes this
+table: it plans and samples each of them with a smooth function in the place of its transformer, through ComfyUI's own
+classes for it.
+
+* **speedup**: works in the first run, from the model's output, with every sampler.
+* **thresholds, calibration**: the paper's rule and MagCache Calibration, which need to know the model's blocks.
+* **published settings**: what the node recommends for these model types while `speedup` is 0.
+
+| model | transformer | speedup | thresholds, calibration | published settings |
+|---|---|---|---|---|
+"""
+
+
+def samples_of(cls, patcher):
+    if cls.__name__ == "LTXAV":
+        return latent("ltxav")
+    form = patcher.model.latent_format
+    return torch.zeros(1, form.latent_channels, *SIZES[form.latent_dimensions])
+
+
+def row_of(cls):
+    """A line of the table; what it says is tried."""
+    name = cls.__name__
+    if name in NOT_SAMPLED:
+        return f"| {name} | | no sampler runs it | | |"
+    if name in NOT_BUILT:
+        return f"| {name} | AudioDiffusionTransformer | not tried: a part of it is made from its file | | |"
+    patcher, transformer = smooth_model(cls)
+    published = ", ".join(PUBLISHED.get(name, ()))
+    known = "yes" if f"comfy.{transformer}" in hosts.HOSTS else ""
+    if transformer in models.NOT_POSSIBLE:
+        return f"| {name} | {transformer} | no: it {models.NOT_POSSIBLE[transformer]} | | |"
+    asked = {"conditioning_lyrics": torch.zeros(1, 4)} if "ACE" in name else {}
+    run = {"cfg": 1.0, "samples": samples_of(cls, patcher), "positive": prompt(0, **asked)}
+    plain, missed = flat(sample(patcher, "", **run)), {}
+    for corrector in (False, True):
+        patched, said = cached(patcher, thresholds={}, mag_ratios="", speedup=2.0, corrector=corrector)
+        ran = patcher.model.diffusion_model.ran = []
+        missed[corrector] = float((flat(sample(patched, "", **run)) - plain).norm() / plain.norm())
+        assert len(ran) == STEPS // 2 and "6 of 12 model calls computed" in said[-1], (name, said)
+    assert missed[True] <= missed[False] < 0.2, (name, missed)
+    if isinstance(patcher.model.model_sampling, comfy.model_sampling.CONST):
+        assert missed[True] < missed[False] / 4 or missed[False] < 1e-2, (name, missed)
+    return f"| {name} | {transformer} | yes | {known} | {published} |"
+
+
+def output_with_a_sampler(sampler):
+    """With speedup a sampler of any kind gets what it takes for the model's output: about half of the calls run, and
+    the picture is near the plain one, also where noise is added at each step."""
+    cls = comfy.supported_models.Lumina2
+    patcher, _ = smooth_model(cls)
+    run = {"sampler": sampler, "cfg": 1.0, "samples": samples_of(cls, patcher)}
+    transformer(patcher).denoises = True
+    ran = patcher.model.diffusion_model.ran
+    plain, calls = sample(patcher, "", **run), len(ran)
+    off, _ = cached(patcher, thresholds={"magcache_thresh": 0.0}, mag_ratios="")
+    assert torch.equal(sample(off, "", **run), plain)
+    ran.clear()
+    patched, said = cached(patcher, thresholds={}, mag_ratios="", speedup=2.0, corrector=True)
+    missed = float((sample(patched, "", **run) - plain).norm() / plain.norm())
+    assert len(ran) < 0.75 * calls and missed < 0.15, (len(ran), calls, missed, said)
+
+
+def models_are_as_the_table_says():
+    """Each supported model is planned and sampled; MODELS.md says what came of it."""
+    table = HEADING + "".join(f"{row_of(cls)}\n" for cls in comfy.supported_models.models)
+    path = Path(PACKAGE.replace("_x_", ".")) / "MODELS.md"
+    if os.environ.get("MAGCACHE_WRITE_TABLES"):
+        path.write_text(table)
+    assert path.read_text() == table, "MODELS.md is not up to date: run this test with MAGCACHE_WRITE_TABLES=1"
