@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 
+import torch
 from torch.nn import functional
 
 from .errors import MagCacheError
@@ -151,6 +152,8 @@ class BlockStack:
                 f"The forward of {type(self.model).__name__} did not pass through its blocks and "
                 f"{self.host.final_layer}; run it without MagCache."
             )
+        if after.dtype != before.dtype and torch.equal(after.to(before.dtype).to(after.dtype), after):
+            after = after.to(before.dtype)  # forward had cast what the blocks made for its final layer alone
         if self.host.on_the_way:
             before = self.host.on_the_way(self.model, before)
         if after.ndim == 2:  # packed

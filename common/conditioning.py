@@ -102,7 +102,8 @@ class Conditionings:
         self.varying |= {name for name in again if not any(part in name for part in CONDITIONING)}
         if changes and not self.changes(likely[0], inputs):  # each step has others, as is seen now
             likely[0].inputs = inputs
-            return likely[0], why
+            numbers = all(is_number(inputs.get(name)) for name in changes)  # a guidance scale that follows the steps
+            return likely[0], "" if numbers and self.step == 1 else why
         self.known.append(Known(len(self.known), inputs))
         return self.known[-1], why
 
@@ -118,7 +119,8 @@ def inputs_of(arguments: dict, host: Host) -> Iterator[tuple[str, Any]]:
     """(name, value) of the tensors, numbers and words that forward is given beside the latent and the timestep, inside
     lists and dictionaries too."""
     for name, value in arguments.items():
-        if name not in (host.latent, host.timestep):
+        # A mask comes with the prompt that it belongs to, or follows the noise level (frames held in Open-Sora).
+        if name not in (host.latent, host.timestep) and "mask" not in name:
             for path, leaf in leaves(name, value):
                 if not torch.is_tensor(leaf):
                     if isinstance(leaf, (bool, int, float, str)):
@@ -138,6 +140,11 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from leaves(f"{name}[{index}]", part)
     else:
         yield name, value
+
+
+def is_number(value: Any) -> bool:
+    """A number, or one for each row of the batch."""
+    return value.tensor.ndim < 2 if isinstance(value, Memory) else isinstance(value, (int, float))
 
 
 def alike(one: Any, other: Any) -> bool:

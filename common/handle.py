@@ -95,7 +95,7 @@ class Patch:
         return self
 
     def __exit__(self, kind, error, trace):
-        self.entered -= 1
+        self.entered = max(0, self.entered - 1)
         if self.entered:
             return
         if kind is not None:

@@ -27,6 +27,7 @@ from .errors import MagCacheError
 from .expert import argument_names, inner_module, patch_of
 from .handle import Patch
 from .hosts import HOSTS, class_name, output_host
+from .loop import LoopEnd
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
 from .report import RunReport
@@ -96,6 +97,8 @@ def disable(pipe) -> None:
         raise MagCacheError(f"MagCache is not enabled on this {type(pipe).__name__}.")
     for patch in patches.values():
         patch.remove()
+    if isinstance(vars(pipe).get("progress_bar"), LoopEnd):
+        pipe.progress_bar.take_off()
 
 
 class PipelineCache:
@@ -103,18 +106,22 @@ class PipelineCache:
 
     def __init__(self, pipe, handles: list[Patch]) -> None:
         self.pipe, self.handles = pipe, handles
+        self.loop = LoopEnd(pipe, handles)
 
     def __enter__(self) -> PipelineCache:
         for handle in self.handles:
             handle.__enter__()
+        self.loop = LoopEnd(self.pipe, self.handles)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        self.loop.take_off()
         for handle in self.handles:
             handle.__exit__(kind, error, trace)
 
     def disable(self) -> None:
         """Let the pipeline run as it did before."""
+        self.loop.take_off()
         for handle in self.handles:
             handle.remove()
 
@@ -271,6 +278,10 @@ class Undescribed:
     def settle(self) -> None:
         if self.patch:
             self.patch.settle()
+
+    def end_run(self) -> None:
+        if self.patch:
+            self.patch.end_run()
 
     def remove(self) -> None:
         if self.patch:

@@ -356,6 +356,18 @@ def test_2_compares_the_video_in_which_it_measured(toy2):
     assert torch.equal(compared[5], plain[1])
 
 
+def test_2_a_speedup_needs_no_calibration_and_is_corrected(toy2):
+    """Folded into the outputs of its Euler loop."""
+    (plain,) = toy2.plain(CONFIG_2, "--prompt", "cat")
+    missed = {}
+    for corrector in ("on", "off"):
+        flags = ("--magcache_speedup", "2", "--magcache_corrector", corrector)
+        (video,) = toy2.run(CONFIG_2, "--prompt", "cat", *flags)
+        missed[corrector] = float((video - plain).norm())
+        assert toy2.report("video/prompt_0000")["strip"].endswith("#")
+    assert missed["on"] < missed["off"]
+
+
 def test_2_calibration_is_the_mean_of_all_videos(toy2):
     plain = toy2.plain(CONFIG_2, "--prompt", "cat|dog walks")
     result = toy2.run(CONFIG_2, "--prompt", "cat|dog walks", "--magcache_calibration", "both.json")

@@ -434,6 +434,19 @@ def test_calibration_is_found_by_the_next_run(command, tmp_path):
     assert json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())["reused"] > 0
 
 
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_a_speedup_needs_no_calibration_and_is_corrected(command, solver):
+    """Wan's own schedulers are followed, in both experts; with the corrector the latents come nearer."""
+    flags = ("--sample_solver", solver, "--save_file")
+    (plain,) = command("t2v", *flags, "plain.mp4", script="generate.py").latents
+    missed = {}
+    for corrector in ("on", "off"):
+        done = command("t2v", *flags, f"{corrector}.mp4", "--magcache_speedup", "2", "--magcache_corrector", corrector)
+        assert "no calibration needed" in done.output and f"corrector {corrector}" in done.output
+        missed[corrector] = float((done.latents[0] - plain).norm())
+    assert missed["on"] < missed["off"]
+
+
 def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
     done = command("ti2v-t2v", "--magcache_calibration", "mine.json")
     assert read(tmp_path / "mine.json").steps == 12 and not (tmp_path / "home").exists()

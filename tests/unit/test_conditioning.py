@@ -1,6 +1,8 @@
 """A residual belongs to its conditioning and its trajectory, not to the order of calls."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,3 +266,34 @@ def test_a_run_that_reuses_nothing_says_so(model, euler, cached):
         sampler.run(steps=8)
     assert handle.reports[0].reused == 0 and handle.reports[0].schedule.reuse.any()
     assert said[-1].startswith("MagCache reused nothing in 8 calls: ") and len(said) == 2
+
+
+def test_cache_dit_is_refused(model, euler, cached):
+    """It marks a model as its own."""
+    sampler = euler(model)
+    model._is_cached = True
+    with pytest.raises(MagCacheError, match="cache_dit.disable_cache"):
+        cached(sampler)
+    del model._is_cached
+    with cached(sampler):
+        model._is_cached = True
+        with pytest.raises(MagCacheError, match="cache_dit.disable_cache"):
+            sampler.run(**SHORT)
+        del model._is_cached
+        sampler.run(**SHORT)
+
+
+def test_the_newest_reports_are_kept(model, euler, cached, monkeypatch):
+    monkeypatch.setattr("common.handle.KEPT_REPORTS", 3)
+    sampler = euler(model)
+    with cached(sampler) as handle:
+        for steps in range(5, 11):
+            sampler.run(steps=steps, size=4)
+    assert [len(report.levels) for report in handle.reports] == [8, 9, 10]
+
+
+def test_the_page_on_robustness_names_tests_that_exist():
+    root = Path(__file__).resolve().parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "robustness.md").read_text()))
+    there = "".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
+    assert len(named) > 20 and not [name for name in named if f"def {name}(" not in there]

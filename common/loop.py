@@ -1,0 +1,55 @@
+"""Where the loop of a diffusers pipeline's sampler ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+class LoopEnd:
+    """In the place of a pipeline's `progress_bar`, which surrounds the sampler's loop: when the loop is over, whoever
+    ended it (the last step, `pipe._interrupt`, an exception in a callback), the handles' runs end, so that no residual
+    takes memory while the VAE decodes."""
+
+    def __init__(self, pipe: Any, handles: Sequence[Any]) -> None:
+        self.pipe, self.handles = pipe, list(handles)
+        there = vars(pipe).get("progress_bar")
+        self.plain = there.plain if isinstance(there, LoopEnd) else pipe.progress_bar
+        pipe.progress_bar = self
+
+    def __call__(self, *args, **kwargs) -> Bar:
+        return Bar(self, self.plain(*args, **kwargs))
+
+    def over(self) -> None:
+        for handle in self.handles:
+            handle.settle()
+            handle.end_run()
+
+    def take_off(self) -> None:
+        if vars(self.pipe).get("progress_bar") is self:
+            del self.pipe.progress_bar
+
+
+class Bar:
+    """A progress bar that tells when its loop is over, whether it is used as a context or iterated over."""
+
+    def __init__(self, end: LoopEnd, bar: Any) -> None:
+        self.end, self.bar = end, bar
+
+    def __enter__(self) -> Any:
+        return self.bar.__enter__()
+
+    def __exit__(self, *error) -> Any:
+        try:
+            return self.bar.__exit__(*error)
+        finally:
+            self.end.over()
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from self.bar
+        finally:
+            self.end.over()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bar, name)

@@ -1,0 +1,71 @@
+"""Residuals are gone when the loop of a real pipeline's sampler is over, whoever ended it."""
+
+import pytest
+import torch
+from tiny_pipelines import FAMILIES, run
+
+from common.blocks import BlockStack
+from common.hosts import HOSTS, class_name
+from common.pipeline import enable
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def pipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))
+    return FAMILIES["flux"]()
+
+
+@pytest.mark.parametrize("end", ["complete", "interrupt", "exception"])
+def test_nothing_is_kept_when_the_loop_is_over(pipe, end):
+    pipe, arguments = pipe
+    plain, kept = run(pipe, arguments(1)), []
+    cache = enable(pipe, speedup=2, announce=None)
+    (handle,) = cache.handles
+
+    def stop(pipe, step, timestep, tensors):
+        kept.append(handle.residuals.bytes)
+        if step == 4 and end == "interrupt":
+            pipe._interrupt = True
+        if step == 4 and end == "exception":
+            raise Stopped
+        return {}
+
+    unpack, seen = pipe._unpack_latents, []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda *args, **kwargs: seen.append(handle.run) or decode(*args, **kwargs)
+    try:
+        run(pipe, arguments(1), output_type="pt", callback_on_step_end=stop)
+    except Stopped:
+        assert end == "exception"
+    assert max(kept) > 0 and handle.run is None and handle.residuals.bytes == 0 and pipe._unpack_latents == unpack
+    assert seen == ([] if end == "exception" else [None]), "the VAE decodes with nothing kept"
+    assert handle.reports[-1].complete == (end == "complete")
+    first = run(pipe, arguments(1))
+    cache.disable()
+    assert "progress_bar" not in vars(pipe) and torch.equal(run(pipe, arguments(1)), plain)
+    with enable(pipe, speedup=2, announce=None):
+        assert torch.equal(run(pipe, arguments(1)), first)
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_a_residual_has_the_type_of_the_blocks():
+    """diffusers' Wan casts to float32 for its final layer alone."""
+    pipe, arguments = FAMILIES["wan"]()
+    model = pipe.transformer.to(torch.bfloat16)
+    stack, seen = BlockStack(model, HOSTS[class_name(model)]), []
+    model.blocks[-1].register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    forward = model.forward
+
+    def recorded(*args, **kwargs):
+        stack.record()
+        output = forward(*args, **kwargs)
+        seen.append(stack.finish())
+        return output
+
+    model.forward = recorded
+    run(pipe, arguments(1), 2)
+    assert seen[0] == (torch.bfloat16, torch.bfloat16) and seen[1].dtype == torch.bfloat16
