@@ -32,13 +32,15 @@ TABLES = {"HYVideo-T/2-cfgdistill": ("hunyuanvideo-t2v-544p", "hunyuanvideo-t2v-
 
 
 @one_sentence
-def main():
-    sample_video = checkouts_script("sample_video", "HunyuanVideo", "MagCache4HunyuanVideo")
+def main(name="sample_video", upstream="HunyuanVideo", session_of=None):
+    """Run a script of the checkout with MagCache. session_of: (our flags, the script's) -> `Session`."""
+    sample_video = checkouts_script(name, upstream, "MagCache4HunyuanVideo")
     args = flags_taken(add_magcache_flags)
     host_args = sample_video.parse_args()
     check_flags(args)
     if len(host_args.video_size) == 1:  # --help offers it, and sample_video.py wants both
         host_args.video_size = host_args.video_size * 2
+    session_of = session_of or session_of_text
     session = session_of(args, host_args) if args.magcache or args.magcache_calibration is not None else None
     sample_video.parse_args = lambda: host_args
     sample_video.HunyuanVideoSampler = cached(sample_video.HunyuanVideoSampler, session)
@@ -48,8 +50,9 @@ def main():
     sample_video.main()
 
 
-def session_of(args, host_args):
-    """The Session of a command line. Raises MagCacheError for what cannot work, before anything is loaded."""
+def check_sampling(host_args):
+    """Settle what has to be the same in every rendering. Raises MagCacheError for what cannot work, before anything is
+    loaded."""
     if not host_args.flow_reverse:
         raise MagCacheError(
             "Without --flow-reverse the sampler goes from noise level 0 to 1, where no ratios hold: add it, as "
@@ -63,14 +66,30 @@ def session_of(args, host_args):
         if host_args.ulysses_degree * host_args.ring_degree > 1:
             raise MagCacheError("Several processes must start from the same noise: give --seed.")
         host_args.seed = random.randint(0, 1_000_000)  # --compare renders it more than once
+
+
+def lines_and(host_args, *names):
+    """The settings of the lines above, and what reports say of a run beside them."""
+    about = ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale", "embedded_cfg_scale", *names)
+    return (
+        {"magcache_thresh": MAGCACHE_THRESH, "magcache_K": MAGCACHE_K, "retention_ratio": RETENTION_RATIO},
+        {name: getattr(host_args, name) for name in about},
+    )
+
+
+def output_of(host_args):
+    suffix = f"_{host_args.save_path_suffix}" if host_args.save_path_suffix else ""
+    return f"{host_args.save_path}{suffix}/video.mp4"
+
+
+def session_of_text(args, host_args):
+    """The Session of text-to-video. Raises MagCacheError for what cannot work, before anything is loaded."""
+    check_sampling(host_args)
+    lines, about = lines_and(host_args, "use_fp8")
     height, width = host_args.video_size
-    about = {
-        name: getattr(host_args, name)
-        for name in ("prompt", "seed", "num_videos", "flow_shift", "cfg_scale", "embedded_cfg_scale", "use_fp8")
-    }
     session = Session(
         args,
-        {"magcache_thresh": MAGCACHE_THRESH, "magcache_K": MAGCACHE_K, "retention_ratio": RETENTION_RATIO},
+        lines,
         "hunyuanvideo-t2v",
         f"{width}x{height}",
         host_args.video_length,
@@ -80,8 +99,7 @@ def session_of(args, host_args):
         videos=lambda outputs: 2 * outputs["samples"] - 1,
         family="hunyuanvideo-t2v",
     )
-    suffix = f"_{host_args.save_path_suffix}" if host_args.save_path_suffix else ""
-    session.check(f"{host_args.save_path}{suffix}/video.mp4")
+    session.check(output_of(host_args))
     return session
 
 

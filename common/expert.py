@@ -153,7 +153,7 @@ def inner_module(model: torch.nn.Module) -> torch.nn.Module:
     """The module whose forward the model's authors wrote, inside torch.compile, FSDP or DataParallel wrappers."""
     for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
         if name in model.__dict__.get("_modules", {}):
-            return inner_module(model._modules[name])
+            return inner_module(getattr(model, name))
     return model
 
 

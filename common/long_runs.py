@@ -27,7 +27,7 @@ def plan_long_run(target: Target, table: RatioTable, levels: np.ndarray, switch_
     def planned(computed: int) -> Schedule:
         reuse = np.ones(steps, dtype=bool)
         reuse[spread_steps(levels, computed, target.magcache_K, kept, switch_step)] = False
-        error, weights = along(grams, reuse, target.predictor, switch_step)
+        error, weights = along(grams, reuse, target.predictor or "linear", switch_step)
         why_none = "" if reuse.any() else "every step was asked to compute"
         return Schedule(
             reuse,
@@ -44,6 +44,7 @@ def plan_long_run(target: Target, table: RatioTable, levels: np.ndarray, switch_
         while least < computed:
             middle = (least + computed) // 2
             one = planned(middle)
+            assert one.expected_error is not None
             if one.expected_error[one.reuse].max(initial=0) <= target.magcache_max_error:
                 computed = middle
             else:

@@ -14,7 +14,7 @@ class LoopEnd:
     def __init__(self, pipe: Any, handles: Sequence[Any]) -> None:
         self.pipe, self.handles = pipe, list(handles)
         there = vars(pipe).get("progress_bar")
-        self.plain = there.plain if isinstance(there, LoopEnd) else pipe.progress_bar
+        self.plain: Any = there.plain if isinstance(there, LoopEnd) else pipe.progress_bar
         pipe.progress_bar = self
 
     def __call__(self, *args, **kwargs) -> Bar:

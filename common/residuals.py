@@ -79,7 +79,7 @@ class Residuals:
     def needed_by(self, schedule: Schedule, step: int) -> list[int]:
         """The steps after `step` that take a residual of it or of an earlier step."""
         steps = range(schedule.steps) if self.for_all else np.flatnonzero(schedule.reuse)
-        return [later for later in steps if later > step and schedule.anchors(later)[-1] <= step]
+        return [int(later) for later in steps if later > step and schedule.anchors(int(later))[-1] <= step]
 
     def clear(self) -> None:
         self.kept.clear()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import wan_characters
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 from wan_cpu import CpuTorch, seeded
 
@@ -52,6 +53,11 @@ class Vae:
 
     def enable_tiling(self):
         pass
+
+    def encode(self, pictures):
+        small = torch.nn.functional.adaptive_avg_pool3d(pictures, (1, *(size // 8 for size in pictures.shape[3:])))
+        latents = small.repeat(1, 6, 1, 1, 1)[:, :16].float()
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mode=lambda: latents))
 
     def decode(self, latents, **kwargs):
         frames, height, width = latents.shape[2:]
@@ -136,7 +142,17 @@ def packages():
     loguru, torchvision = types.ModuleType("loguru"), types.ModuleType("torchvision")
     loguru.logger = logging.getLogger("hyvideo")
     torchvision.utils = types.SimpleNamespace(make_grid=lambda pictures, nrow: pictures[0])
-    return {"loguru": loguru, "torchvision": torchvision}
+    torchvision.transforms = types.ModuleType("torchvision.transforms")
+    vars(torchvision.transforms).update(wan_characters.transforms())
+    tensorboard = types.ModuleType("torch.utils.tensorboard")
+    tensorboard.SummaryWriter = object
+    return {
+        "deepspeed": types.ModuleType("deepspeed"),
+        "torch.utils.tensorboard": tensorboard,
+        "loguru": loguru,
+        "torchvision": torchvision,
+        "torchvision.transforms": torchvision.transforms,
+    }
 
 
 def import_hyvideo():
@@ -166,6 +182,12 @@ def import_hyvideo():
     attenion.flash_attn = types.SimpleNamespace(__version__="2.7.0")
     attenion._flash_attn_forward = lambda q, k, v, **kwargs: (attend(q, k, v),)
     models.HUNYUAN_VIDEO_CONFIG["HYVideo-T/2-cfgdistill"] = TINY
+    models.HUNYUAN_VIDEO_CONFIG["HYVideo-T/2"] = {name: TINY[name] for name in TINY if name != "guidance_embed"}
+    if hasattr(inference, "generate_crop_size_list"):  # image-to-video
+        sizes = inference.generate_crop_size_list
+        inference.generate_crop_size_list = lambda side, multiple: [
+            (height // 8 // 16 * 16, width // 8 // 16 * 16) for height, width in sizes(side, 4 * multiple)
+        ]
     inference.load_vae = lambda *args, **kwargs: (Vae(), None, 8, 4)
     inference.TextEncoder = TextEncoder
     inference.align_to = lambda size, multiple: -(-size // (8 * multiple)) * multiple
@@ -188,13 +210,15 @@ def parallelize_early(inference):
     inference.parallelize_transformer = lambda pipe: None
 
 
-def tiny_model():
-    """HYVideoDiffusionTransformer with random weights, none of them zero."""
+def tiny_model(condition=None):
+    """HYVideoDiffusionTransformer with random weights, none of them zero. condition: of HunyuanVideo-I2V."""
     from hyvideo.modules.models import HYVideoDiffusionTransformer
 
     torch.manual_seed(0)
     widths = types.SimpleNamespace(text_states_dim=4096, text_states_dim_2=768)
-    model = HYVideoDiffusionTransformer(widths, in_channels=16, **TINY)
+    vars(widths).update(i2v_condition_type=condition, gradient_checkpoint=False, gradient_checkpoint_layers=-1)
+    channels = {"in_channels": 33, "out_channels": 16} if condition == "latent_concat" else {"in_channels": 16}
+    model = HYVideoDiffusionTransformer(widths, **channels, **TINY)
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
@@ -205,8 +229,11 @@ def write_checkpoints():
     """The weights where sample_video.py looks for them, and those of the double and single blocks in FP8 with their
     scales."""
     WEIGHTS.parent.mkdir(parents=True)
-    model = tiny_model()
+    model = tiny_model("token_replace")
     torch.save({"module": model.state_dict()}, WEIGHTS)
+    of_pictures = Path(str(WEIGHTS).replace("t2v", "i2v"))
+    of_pictures.parent.mkdir(parents=True)
+    torch.save({"module": model.state_dict()}, of_pictures)
     weights, scales = model.state_dict(), {}
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and ("double_blocks" in name or "single_blocks" in name):

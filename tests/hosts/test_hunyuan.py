@@ -804,7 +804,7 @@ def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, 
 def test_ranks_need_a_seed():
     host_args = argparse.Namespace(flow_reverse=True, video_length=129, seed=None, ulysses_degree=8, ring_degree=1)
     with pytest.raises(MagCacheError, match="give --seed"):
-        SCRIPT["session_of"](argparse.Namespace(), host_args)
+        SCRIPT["session_of_text"](argparse.Namespace(), host_args)
 
 
 def test_without_a_checkout(monkeypatch):

@@ -63,8 +63,28 @@ def center_crop(size):
     return crop
 
 
+def compose(steps):
+    def composed(picture):
+        for step in steps:
+            picture = step(picture)
+        return picture
+
+    return composed
+
+
+def normalize(mean, std):
+    return lambda tensor: (tensor - mean[0]) / std[0]
+
+
 def transforms():
-    return {"Resize": resize, "CenterCrop": center_crop, "ToTensor": lambda: wan_cpu.picture_tensor}
+    """The few of torchvision that these pipelines make of a picture."""
+    return {
+        "Resize": resize,
+        "CenterCrop": center_crop,
+        "ToTensor": lambda: wan_cpu.picture_tensor,
+        "Compose": compose,
+        "Normalize": normalize,
+    }
 
 
 def source(self, src_pose_path, src_face_path, src_ref_path):

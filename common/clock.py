@@ -1,0 +1,78 @@
+"""Which step a pipeline is at, told by its scheduler, and whether a call of the model is the pipeline's at all."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .blocks import Host
+from .steps import TRAIN_TIMESTEPS
+
+
+class Clock:
+    """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
+
+    A scheduler counts its steps; the few that do not (DDIM) are read by the timestep that the model is given.
+    """
+
+    def __init__(self, pipe, models: list[torch.nn.Module]) -> None:
+        self.pipe, self.models = pipe, models
+        self.source = self.levels = None  # the scheduler's timesteps, and what they are as noise levels * 1000
+
+    def host(self, host: Host) -> Host:
+        """The facts with the noise level told by the scheduler."""
+
+        def outside(arguments):
+            return self.is_of_another_pipeline() or bool(host.outside and host.outside(arguments))
+
+        return replace(host, noise_level=lambda arguments: self.level(host, arguments), outside=outside)
+
+    def is_of_another_pipeline(self) -> bool:
+        """Whether the call that is under way comes from another pipeline with this model, whose scheduler is not
+        followed: it runs as it is."""
+        frame = sys._getframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if caller is self.pipe:
+                return False
+            if "scheduler" in getattr(caller, "__dict__", ()):
+                if any(value is model for value in vars(caller).values() for model in self.models):
+                    return True
+            frame = frame.f_back
+        return False
+
+    def scheduler(self):
+        """The pipeline's at the beginning of a run: a user may have put in another."""
+        return self.pipe.scheduler
+
+    def timesteps(self) -> np.ndarray:
+        """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""
+        source = self.pipe.scheduler.timesteps
+        if source is not self.source:
+            self.source, self.levels = source, falling(source)
+        return self.levels
+
+    def level(self, host: Host, arguments: dict) -> float:
+        """The noise level of a call."""
+        scheduler, levels = self.pipe.scheduler, self.timesteps()
+        if hasattr(scheduler, "step_index"):
+            step = scheduler.step_index
+            if step is None:
+                step = getattr(scheduler, "begin_index", None) or 0
+            return levels[min(step, len(levels) - 1)] / TRAIN_TIMESTEPS
+        timestep = arguments[host.timestep]
+        return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
+
+
+def falling(timesteps) -> np.ndarray:
+    """A scheduler's timesteps as noise levels * 1000, high to low: where they rise (time from noise to picture)
+    turned round, and where they are no times of this kind (logarithms of sigma) their order alone."""
+    values = np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float).reshape(-1)
+    if len(values) > 1 and (np.diff(values) >= 0).all():
+        values = TRAIN_TIMESTEPS - values
+    if len(values) and values.min() >= 0 and values.max() <= TRAIN_TIMESTEPS and (np.diff(values) <= 0).all():
+        return values
+    return np.linspace(TRAIN_TIMESTEPS, 0, len(values), endpoint=False)
