@@ -8,12 +8,16 @@ shortest path over pairs of neighbouring computed steps. numpy only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import MagCacheError
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .tables import RatioTable
 
 RIDGE = 1e-6  # of the mean residual energy: enough against noise, too little to blunt the prediction
 POWER = 2  # of the squared errors that a schedule adds up: one large error costs more than two halves
@@ -39,6 +43,13 @@ PREDICTORS = {"linear": least_squares, "reuse": newest}  # of a calibration; the
 
 def has_gram(table):
     return bool(table.statistics.get("gram"))
+
+
+def unpredicted(table: RatioTable, levels: np.ndarray) -> np.ndarray:
+    """Mask (steps,) of the steps beyond the noise levels that a table covers, and of those that would be predicted from
+    one: they compute."""
+    uncovered = ~table.covered(levels)
+    return uncovered | np.append(False, uncovered[:-1])
 
 
 def table_grams(table, levels, payload="residual"):
@@ -91,7 +102,9 @@ class Forecast:
     @classmethod
     def of_table(cls, table, levels, predictor="linear", payload="residual", switch_step=None):
         """Of a `RatioTable` at the noise levels of a run."""
-        forecast = cls.of_grams(table_grams(table, levels, payload), predictor)
+        forecast, uncovered = cls.of_grams(table_grams(table, levels, payload), predictor), ~table.covered(levels)
+        if uncovered.any():
+            forecast = forecast.within(uncovered)
         return forecast if switch_step is None else forecast.of_experts(np.arange(len(levels)) >= switch_step)
 
     @classmethod
@@ -106,14 +119,23 @@ class Forecast:
     def of_experts(self, second):
         """The same where no residual of one expert serves the other; second: mask (steps,) of the second one's
         steps."""
-        lone, other = np.arange(self.steps), second[:, None] != second
-        errors = np.where(other, self.errors[:, lone, lone][:, :, None], self.errors)
-        weights = (
-            None
-            if self.weights is None
-            else np.where(other[..., None], self.weights[:, :, lone, lone][:, :, :, None], self.weights)
-        )
-        return Forecast(np.where(other[:, :, None], np.inf, errors), weights)
+        other = second[:, None] != second
+        forecast = self.alone(other)
+        return replace(forecast, errors=np.where(other[:, :, None], np.inf, forecast.errors))
+
+    def within(self, uncovered):
+        """The same where steps that the table does not cover, a mask (steps,), are neither predicted nor predict."""
+        forecast = self.alone(np.broadcast_to(uncovered, (self.steps, self.steps)))
+        beyond = uncovered[:, None, None] | uncovered[None, :, None]
+        return replace(forecast, errors=np.where(beyond, np.inf, forecast.errors))
+
+    def alone(self, apart):
+        """The same where the newest anchor j is the only one if k, the one before it, is `apart` from it [j, k]."""
+        same = np.arange(self.steps)
+        errors = np.where(apart, self.errors[:, same, same][:, :, None], self.errors)
+        if self.weights is None:
+            return Forecast(errors)
+        return Forecast(errors, np.where(apart[..., None], self.weights[:, :, same, same][:, :, :, None], self.weights))
 
     def anchors_of(self, reuse):
         """(i, j, k) of every step but the first, where `reuse` (steps,) says which steps do not compute."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MagCacheError
-from .gram import PREDICTORS, Forecast, has_gram, plan_steps
+from .gram import PREDICTORS, Forecast, has_gram, plan_steps, unpredicted
 from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class Target:
 
             return plan_long_run(self, table, levels, switch_step)
         forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
-        share = reused_share(table, self.payload)
-        return replace(self.place(forecast, share, switch_step), settings=self, ratios=ratios)
+        share, beyond = reused_share(table, self.payload), unpredicted(table, levels)
+        return replace(self.place(forecast, share, switch_step, beyond), settings=self, ratios=ratios)
 
     def spread(self, levels: np.ndarray, switch_step: int | None = None) -> Schedule:
         """The Schedule whose computed steps, the first and the last among them, are spread evenly."""
@@ -138,14 +138,18 @@ class Target:
         """How many steps, from the first on, compute in any case."""
         return max(1, int(steps * (self.retention_ratio or 0)))
 
-    def place(self, forecast, share=0.0, switch_step=None):
-        """The Schedule that these errors ask for; share: cost of a reused step, in computed ones."""
-        computed = self.computed_of(forecast.steps, share, switch_step)
+    def place(self, forecast, share=0.0, switch_step=None, beyond=None):
+        """The Schedule that these errors ask for; share: cost of a reused step, in computed ones; beyond: of
+        `fewest_computed`."""
+        computed = self.computed_of(forecast.steps, share, switch_step, beyond)
         return plan_steps(forecast, computed, self.magcache_K, self.kept(forecast.steps), self.magcache_max_error)
 
-    def computed_of(self, steps: int, share: float = 0.0, switch_step: int | None = None) -> int | None:
-        """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones."""
-        least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step)
+    def computed_of(
+        self, steps: int, share: float = 0.0, switch_step: int | None = None, beyond: np.ndarray | None = None
+    ) -> int | None:
+        """How many of these steps compute; None: as the errors ask. share: cost of a reused step, in computed ones;
+        beyond: of `fewest_computed`."""
+        least = fewest_computed(steps, self.magcache_K, self.kept(steps), switch_step, beyond)
         if self.predictor == "line":
             least = min(steps, max(2, least))  # the first and the last
         if self.magcache_speedup is not None:
@@ -189,12 +193,14 @@ def spread_steps(
     return chosen
 
 
-def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None):
-    """How many steps compute at least: the first `kept`, the first of each expert, and one after every magcache_K
-    reuses."""
+def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None, beyond=None):
+    """How many steps compute at least: the first `kept`, the first of each expert, those of the mask `beyond`
+    (`unpredicted`), and one after every magcache_K reuses."""
     reuse, run = np.zeros(steps, dtype=bool), 0
+    possible = np.ones(steps, dtype=bool) if beyond is None else ~beyond
     for step in range(steps):
-        reuse[step] = step >= kept and step != switch_step and (magcache_K is None or run < magcache_K)
+        allowed = step >= kept and step != switch_step and possible[step]
+        reuse[step] = allowed and (magcache_K is None or run < magcache_K)
         run = run + 1 if reuse[step] else 0
     return int(steps - reuse.sum())
 
@@ -220,7 +226,8 @@ def nearest_by_the_rule(table, levels, rule, computed, switch_step=None):
     """The paper's rule at the settings with which it computes as nearly as possible `computed` steps, and then errs
     least."""
     ratios, forecast, found = table.at(levels), Forecast.of_table(table, levels, "reuse", "residual", switch_step), {}
+    beyond = unpredicted(table, levels)
     for K, retention, thresh in product(range(1, 7), (0.1, 0.2), np.geomspace(0.01, 2, 24)):
-        schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step)
+        schedule = magcache_schedule(ratios, Settings(round(float(thresh), 4), K, retention), rule, switch_step, beyond)
         found[schedule.strip] = replace(schedule, expected_error=forecast.error_of(schedule.reuse))
     return min(found.values(), key=lambda one: (abs(one.computed - computed), one.expected_error[one.reuse].sum()))

@@ -35,10 +35,10 @@ def settings_text(settings):
 class PlanLine(NamedTuple):
     """One line of a plan. kind: what it tells, by which a front end chooses; text: the line.
 
-    kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over), "notes" (of a
-    borrowed table), "nothing" (why nothing will be reused), "gain" (computed steps and speed-up), "out of reach" (the
-    speed-up asked for), "error" (expected), "other error" (of the other way to plan as many computed steps),
-    "corrector" (whether skipped steps are made again), "memory".
+    kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over),
+    "uncovered" (steps beyond the table), "notes" (of a borrowed table), "nothing" (why nothing will be reused),
+    "gain" (computed steps and speed-up), "out of reach" (the speed-up asked for), "error" (expected), "other error"
+    (of the other way to plan as many computed steps), "corrector" (whether skipped steps are made again), "memory".
     """
 
     kind: str
@@ -65,6 +65,15 @@ def plan_lines(schedule, levels, table, bytes_a_branch=None, why_uncorrected=Non
     if table is not None and not table.fits(levels):
         lines.append(
             PlanLine("resampled", f"  ratios of {table.steps} steps carried over to the noise levels of this run")
+        )
+    if schedule.predictor != "line" and table is not None and not table.covers(levels):
+        count = int((~table.covered(levels)).sum())
+        lines.append(
+            PlanLine(
+                "uncovered",
+                f"  {count} of the steps compute because they lie beyond the noise levels of this table "
+                f"({table.sigmas[0]:.3f} to {table.sigmas[-1]:.3f})",
+            )
         )
     if table is not None and table.origin == "borrowed":
         lines.append(PlanLine("notes", f"  {table.notes}"))

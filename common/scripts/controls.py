@@ -13,7 +13,7 @@ from ..schedule import Settings
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
 SILENT = {"queue": False, "show_progress": "hidden", "api_name": False}
-TOLD = {"resampled", "notes", "nothing", "out of reach"}  # kinds of lines that a page shows as they are
+TOLD = {"resampled", "uncovered", "notes", "nothing", "out of reach"}  # kinds of lines that a page shows as they are
 
 
 @dataclass(frozen=True)

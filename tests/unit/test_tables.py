@@ -89,6 +89,29 @@ def test_the_rule_reuses_nothing_beyond_the_calibrated_levels():
     assert settings.plan(table_of(levels[:10]), levels).computed > settings.plan(full, levels).computed
 
 
+@pytest.mark.parametrize("part", [slice(10, None), slice(0, 12)])
+@pytest.mark.parametrize("predictor", ["linear", "reuse"])
+def test_a_plan_skips_and_predicts_within_the_calibrated_levels_only(part, predictor):
+    levels = flow_sigmas(28, 3.0)
+    own = levels[part]
+    vectors = np.stack([np.cos(3 * own), np.sin(3 * own), own], axis=1)
+    table = table_of(own, statistics={"gram": {"cond": packed(vectors @ vectors.T)}})
+    covered = table.covered(levels)
+    for target in (
+        Target(magcache_speedup=1.3, predictor=predictor),
+        Target(magcache_max_error=0.2, predictor=predictor),
+        Target(magcache_steps=int((~covered).sum()) + 8, predictor=predictor),
+    ):
+        schedule = target.plan(table, levels)
+        skipped = np.flatnonzero(schedule.reuse)
+        assert len(skipped) and covered[skipped].all() and np.isfinite(schedule.expected_error).all()
+        assert all(covered[schedule.anchors(step)[0]] for step in skipped)
+        assert "lie beyond the noise levels of this table" in plan_text(schedule, levels, table)
+    fewest = int((~covered).sum()) + 1
+    assert Target(magcache_steps=fewest, predictor=predictor).plan(table, levels).computed == fewest
+    assert f"between {fewest} and 28" in refusal(Target(magcache_steps=3, predictor=predictor).plan, table, levels)
+
+
 def test_a_coarse_calibration_predicts_nothing():
     gram = {"cond": packed(np.eye(3))}
     coarse = table_of(flow_sigmas(3, 3.0), statistics={"gram": gram})
