@@ -1,4 +1,4 @@
-"""Measure common/presets/demo-video.json: the demo video model with UniPC, 30 steps and guidance 5.
+"""Measure common/presets/demo-video.json: UniPC, 30 steps, guidance 5, the prompts of calibration_prompts.txt.
 
 python demo/video/calibrate.py
 """
@@ -22,37 +22,39 @@ from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_calibration  # noqa: E402
 
 PRESET = REPOSITORY / "common" / "presets" / "demo-video.json"
-STEPS, GUIDANCE = 30, 5.0
 
-if __name__ == "__main__":
+
+def main() -> None:
     torch.set_num_threads(1)
     pipe = WanPipeline.from_pretrained(HERE / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     prompts = (HERE / "calibration_prompts.txt").read_text().splitlines()
     about = {
         "models": ["demo-video"],
+        # Those released for Wan2.1's 1.3B model.
         "settings": {"magcache_thresh": 0.12, "magcache_K": 4, "retention_ratio": 0.2},
-        "sampler": {"scheduler": "UniPCMultistepScheduler", "steps": STEPS, "shift": 3.0, "guidance_scale": GUIDANCE},
+        "sampler": {"scheduler": type(pipe.scheduler).__name__, "steps": 30, "shift": 3.0, "guidance_scale": 5.0},
         "provenance": {
             "fingerprint": fingerprint(pipe.transformer),
-            "command": "python demo/video/calibrate.py",
             "prompts": prompts,
+            "command": "python demo/video/calibrate.py",
             "date": time.strftime("%Y-%m-%d"),
         },
     }
-    PRESET.unlink(missing_ok=True)
-    with magcache_calibration(
-        pipe.transformer, host_of(pipe.transformer), lambda: pipe.scheduler.timesteps, "demo-video", PRESET, about
-    ):
-        for seed, prompt in enumerate(tqdm(prompts), start=100):
+    model = pipe.transformer
+    with magcache_calibration(model, host_of(model), lambda: pipe.scheduler.timesteps, "demo-video", PRESET, about):
+        for seed, prompt in enumerate(tqdm(prompts, desc="calibrating"), start=100):
             pipe(
                 prompt,
                 height=64,
                 width=64,
                 num_frames=17,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
                 max_sequence_length=16,
+                num_inference_steps=30,
+                guidance_scale=5.0,
                 generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
             )
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ from wan_runs import REPOSITORY
 
 from common.hosts import host_of
 from common.patch import magcache_forward
+from common.planner import Target
 from common.schedule import Rule, Settings
 from common.scripts.quality import quality
 from common.tables import load
@@ -98,8 +99,13 @@ def test_guidance_was_trained_with_dropped_prompts(pipe):
         assert frames[8].std(axis=(0, 1)).max() > 12
 
 
-@pytest.mark.parametrize("settings, floor", [(Settings(0.12, 4, 0.2), 20), (Settings(0.12, 2, 0.2), 20)])
+@pytest.mark.parametrize(
+    "settings, floor",
+    [(Settings(0.12, 4, 0.2), 47.0), (Target(15), 49.3)],
+    ids=["the settings released for Wan", "half the steps"],
+)
 def test_cached_clips_are_close_to_uncached_ones(pipe, settings, floor):
+    """Floors: 1.5 dB below what was measured on 2026-11-25."""
     prompts = [clips.caption(*words) for words in list(SAID)[:4]]
     plain = draw(pipe, prompts, steps=30)
     with magcache_forward(
@@ -110,8 +116,9 @@ def test_cached_clips_are_close_to_uncached_ones(pipe, settings, floor):
         lambda: pipe.scheduler.timesteps,
         Rule(),
         announce=None,
+        scheduler=lambda: pipe.scheduler,
     ) as handle:
         cached = draw(pipe, prompts, steps=30)
-    assert handle.reports[-1].reused > 15 and handle.reports[-1].complete
+    assert handle.reports[-1].reused >= 30 and handle.reports[-1].complete
     psnr = np.mean([quality(one, other)["psnr"] for one, other in zip(plain, cached)])
     assert psnr > floor, psnr
