@@ -11,9 +11,9 @@ without a calibration; runs planned from a calibration; the released schedule of
 FirstBlockCache, TaylorSeer and (on Wan) SeaCache of diffusers; DBCache and its TaylorSeer variant of cache-dit where
 that is installed (pip install cache-dit==1.5.3). "off" is without the corrector. Thresholds of the others are searched
 for, on one picture, so that they compute as many steps. Computed steps are counted as executions of the last block's
-query projection. PSNR (mean with a 95 % interval, worst picture), SSIM and MS-SSIM are against the un-cached picture of
-the same prompt and seed; extra memory is what is alive between two steps beyond that of an un-cached run. Seconds are
-in benchmarks/speed.py.
+query projection. PSNR (mean with a 95 % interval, worst picture), SSIM and MS-SSIM are against the un-cached picture
+of the same prompt and seed; motion is the PSNR of the differences between neighbouring frames of a video; extra
+memory is what is alive between two steps beyond that of an un-cached run. Seconds are in benchmarks/speed.py.
 
 Another model than the demo is calibrated first, on the first prompts of its file, and measured on the others. Prints
 the table as Markdown; writes it and a figure into the folder --output.
@@ -48,6 +48,7 @@ from common.scripts.quality import quality  # noqa: E402
 from common.tables import load as load_table  # noqa: E402
 
 SHARES = (0.5, 0.4, 0.25)
+DEMO_VIDEO = REPOSITORY / "demo" / "video"
 FREE = "no calibration"
 RELEASED = {"Flux": "flux-dev", "Wan": "wan2.1-t2v-1.3b"}  # of the transformer's class: the preset
 # dB above another row at half the steps. Measured by --short on 2026-11-25, less 1.5: 4.0, 14.0 and 14.5.
@@ -314,9 +315,16 @@ def measure(subject, rows, reference, plain_bytes, steps):
             "interval": 1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5,
             "worst": psnr.min(),
             "ssim": np.mean([score["ssim"] for score in scores]),
+            "motion": None if len(reference[0]) == 1 else np.mean(list(map(motion_psnr, reference, pictures))),
             "ms_ssim": None if scores[0]["ms_ssim"] is None else np.mean([score["ms_ssim"] for score in scores]),
             "bytes": None if plain_bytes is None else max(0, subject.peak_bytes(row.cache, row.steps) - plain_bytes),
         }
+
+
+def motion_psnr(true, drawn):
+    """PSNR of the differences between neighbouring frames, of uint8 clips (frames, height, width, 3)."""
+    true, drawn = (np.diff(frames.astype(float), axis=0) for frames in (true, drawn))
+    return 10 * np.log10(255**2 / np.mean((true - drawn) ** 2))
 
 
 def drawn(subject, steps, title, batch):
@@ -336,7 +344,7 @@ def references(subject, steps):
 
 
 def table_text(results, steps):
-    has_ms_ssim = results[0]["ms_ssim"] is not None
+    has_ms_ssim, moves = results[0]["ms_ssim"] is not None, results[0]["motion"] is not None
     rows = []
     for one in results:
         rows.append(
@@ -348,6 +356,7 @@ def table_text(results, steps):
                 f"{one['worst']:.1f}",
                 f"{one['ssim']:.4f}",
                 *[f"{one['ms_ssim'] or 0:.4f}"] * has_ms_ssim,
+                *[f"{one['motion'] or 0:.1f}"] * moves,
                 "" if one["bytes"] is None else memory_text(one["bytes"]),
             ]
         )
@@ -363,6 +372,7 @@ def table_text(results, steps):
             "worst",
             "SSIM",
             *["MS-SSIM"] * has_ms_ssim,
+            *["motion dB"] * moves,
             "extra memory",
         ],
     )
@@ -430,6 +440,14 @@ def load(args):
         call = {"height": 64, "width": 64, "max_sequence_length": 16}
         calibration = [(prompt, 0) for prompt in (DEMO / "calibration_prompts.txt").read_text().splitlines()]
         prompts = PROMPTS
+    elif args.model == "demo-video":
+        from diffusers import WanPipeline
+
+        torch.set_num_threads(1)
+        pipe = WanPipeline.from_pretrained(DEMO_VIDEO / "model", torch_dtype=torch.float32)
+        call = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 16}
+        calibration = [(prompt, 100) for prompt in (DEMO_VIDEO / "calibration_prompts.txt").read_text().splitlines()]
+        prompts = (DEMO_VIDEO / "prompts.txt").read_text().splitlines()
     else:
         from diffusers import DiffusionPipeline
 
@@ -459,7 +477,9 @@ def load(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default="demo", help="hub id or folder of a diffusers pipeline; default: the demo model"
+        "--model",
+        default="demo",
+        help="hub id or folder of a diffusers pipeline; default: the demo image model; demo-video: that of video",
     )
     parser.add_argument("--prompt_file", type=Path, help="for another model than the demo: a prompt a line")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1: none")

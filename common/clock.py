@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ class Clock:
 
     def __init__(self, pipe, models: list[torch.nn.Module]) -> None:
         self.pipe, self.models = pipe, models
-        self.source = self.levels = None  # the scheduler's timesteps, and what they are as noise levels * 1000
+        self.source: Any = None  # the scheduler's timesteps
+        self.levels = np.empty(0)  # what they are as noise levels * 1000
 
     def host(self, host: Host) -> Host:
         """The facts with the noise level told by the scheduler."""
@@ -33,7 +36,7 @@ class Clock:
     def is_of_another_pipeline(self) -> bool:
         """Whether the call that is under way comes from another pipeline with this model, whose scheduler is not
         followed: it runs as it is."""
-        frame = sys._getframe()
+        frame: FrameType | None = sys._getframe()
         while frame is not None:
             caller = frame.f_locals.get("self")
             if caller is self.pipe:

@@ -68,7 +68,7 @@ class Trajectory:
     def predicted(self, step: int, held: torch.Tensor) -> torch.Tensor:
         """The output of a skipped step. held: what the newest computed outputs give if they are held."""
         line = self.line(step)
-        if line is None or self.seen is None:
+        if line is None or self.seen is None or self.length is None:
             return held
         share = (self.seen / self.length).nan_to_num(0.0).clamp(0, 1)
         return (held.float() + share.view(-1, *[1] * (held.ndim - 1)) * line).to(held.dtype)
@@ -77,7 +77,8 @@ class Trajectory:
         """The output of a skipped step as the fresh output of `step` and the kept ones have it."""
         known = [(step, output), *self.anchors]
         weights = interpolation_weights(self.levels, skipped, [at for at, _ in known])
-        return sum(weight * one.float() for weight, (_, one) in zip(weights, known)).to(output.dtype)
+        terms = [weight * one.float() for weight, (_, one) in zip(weights, known)]
+        return sum(terms, torch.zeros_like(terms[0])).to(output.dtype)
 
     def computed(self, step: int, output: torch.Tensor) -> None:
         """Keep the output of a computed step, and learn how well the line would have predicted it."""
@@ -239,9 +240,9 @@ class Folded:
 
     def skipped(self, key: Hashable, step: int, held: torch.Tensor) -> torch.Tensor:
         """The output of a skipped step of the branch `key`. held: what its kept outputs or residuals give."""
-        trajectory, gap = self.branches.get(key, (None, None))
-        if trajectory is None:
+        if key not in self.branches:
             return held
+        trajectory, gap = self.branches[key]
         output = trajectory.predicted(step, held) if self.predicts else held
         if self.corrects:
             gap.append((step, output.clone()))

@@ -46,7 +46,7 @@ class Trace:
         self.lists = [name for name, child in model.named_children() if isinstance(child, torch.nn.ModuleList)]
         hooks = []
         for name, child in model.named_children():
-            for module in child if name in self.lists else [child]:
+            for module in child.children() if name in self.lists else [child]:
                 hooks.append(module.register_forward_pre_hook(self.entering(name), with_kwargs=True))
         try:
             forward()
@@ -67,11 +67,7 @@ class Trace:
         """Block lists that may form the stack, most of the work first: one list, or all that run between the first and
         the last call of one and another."""
         order = list(dict.fromkeys(name for name, *_ in self.starts if name in self.lists))
-        runs = {
-            order[first : last + 1] and tuple(order[first : last + 1])
-            for first, last in product(range(len(order)), repeat=2)
-            if first <= last
-        }
+        runs = {tuple(order[first : last + 1]) for first, last in product(range(len(order)), repeat=2) if first <= last}
         return sorted(runs, key=lambda names: (-round(self.share(names), 1), len(names)))
 
     def share(self, names) -> float:

@@ -93,7 +93,7 @@ class Forecast:
     """
 
     errors: np.ndarray
-    weights: np.ndarray = None
+    weights: np.ndarray | None = None
 
     @property
     def steps(self):
@@ -153,7 +153,8 @@ class Forecast:
         if self.weights is None:
             return None
         weights = np.zeros((len(self.weights), len(reuse), 2))
-        weights[:, 1:] = self.weights[(slice(None), *self.anchors_of(reuse))]
+        i, j, k = self.anchors_of(reuse)
+        weights[:, 1:] = self.weights[:, i, j, k]
         return weights
 
 

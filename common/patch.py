@@ -78,7 +78,7 @@ def magcache_forward(
         residuals,
         announce,
         table,
-        PAYLOADS[settings.payload],
+        PAYLOADS[settings.payload or "residual"],
         guard,
         scheduler,
         corrector,

@@ -135,7 +135,7 @@ class Residual:
         return made, output, told if wrong else ""
 
 
-def disproof(stack: BlockStack, residual: torch.Tensor, output: Any, again: Callable[[], Any]) -> str:
+def disproof(stack: Payload, residual: torch.Tensor, output: Any, again: Callable[[], Any]) -> str:
     """Why a residual, put back on the inputs that it was made of, does not make the same output; "" if it does."""
     stack.replace(residual)
     try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -63,20 +64,22 @@ def enable(
         refuse_other_caches(model)
     if calibrate:
         return PipelineCache(pipe, [calibrated(pipe, group, announce) for group in groups])
-    rule = {"magcache_thresh": thresh, "magcache_K": K, "retention_ratio": retention_ratio}
-    targets = {"magcache_speedup": speedup, "magcache_steps": steps, "magcache_max_error": max_error}
+    rule: dict[str, Any] = {"magcache_thresh": thresh, "magcache_K": K, "retention_ratio": retention_ratio}
+    targets: dict[str, Any] = {"magcache_speedup": speedup, "magcache_steps": steps, "magcache_max_error": max_error}
     targets = {name: value for name, value in targets.items() if value is not None}
     rule = {name: value for name, value in rule.items() if value is not None}
     if targets and "magcache_thresh" in rule:
         raise MagCacheError(
             "Ask for speedup, steps or max_error, or for the paper's rule by thresh, K, retention_ratio."
         )
-    handles = []
+    handles: list[Patch | Undescribed] = []
     try:
         for group in groups:
             table = find(checkpoint_of(pipe, group), fingerprint(group.models[0]))
             if targets or not rule:
-                settings = Target(**targets or {"magcache_speedup": DEFAULT_SPEEDUP}, **rule, payload="output")
+                settings: Target | Settings = Target(
+                    **targets or {"magcache_speedup": DEFAULT_SPEEDUP}, **rule, payload="output"
+                )
             else:
                 settings = paper_rule(rule, table, type(group.models[0]).__name__)
             handles.append(cached(pipe, group, table, settings, announce))
@@ -102,7 +105,7 @@ def disable(pipe) -> None:
 class PipelineCache:
     """MagCache on a pipeline. reports: one `RunReport` for each run of each denoiser, the newest last."""
 
-    def __init__(self, pipe, handles: list[Patch]) -> None:
+    def __init__(self, pipe, handles: list[Patch | Undescribed]) -> None:
         self.pipe, self.handles = pipe, handles
         self.loop = LoopEnd(pipe, handles)
 
@@ -191,7 +194,7 @@ def refuse_other_caches(model: torch.nn.Module) -> None:
         raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
 
 
-def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch:
+def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch | Undescribed:
     """`magcache_forward` on the denoiser of a pipeline."""
     clock = Clock(pipe, group.models)
 
@@ -207,10 +210,10 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
             scheduler=clock.scheduler if group.leads else None,
         )
 
-    return described(group, settings.payload, patch)
+    return described(group, settings.payload or "residual", patch)
 
 
-def calibrated(pipe, group: Denoisers, announce) -> Patch:
+def calibrated(pipe, group: Denoisers, announce) -> Patch | Undescribed:
     """`magcache_calibration` on the denoiser of a pipeline."""
     clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
     name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
@@ -232,7 +235,7 @@ def calibrated(pipe, group: Denoisers, announce) -> Patch:
     return described(group, "residual", patch)
 
 
-def described(group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch:
+def described(group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch | Undescribed:
     """A patch with the facts of the denoiser's class. Those of a class that nobody described are looked for at its
     first call, where the blocks matter."""
     model = inner_module(group.models[0])
@@ -253,7 +256,7 @@ class Undescribed:
         # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
         self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
         self.own_forward = model.__dict__.get(self.place)
-        forward = functools.partial(self.first_call)
+        forward: Any = functools.partial(self.first_call)
         forward.magcache = self
         setattr(model, self.place, forward)
 
@@ -295,5 +298,6 @@ class Undescribed:
         self.remove()
         if self.patch and kind is None:
             self.patch.require_reached()
-            if getattr(self.patch, "failure", None):
-                raise self.patch.failure
+            failure = getattr(self.patch, "failure", None)
+            if failure:
+                raise failure

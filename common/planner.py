@@ -120,7 +120,7 @@ class Target:
         steps, few = len(levels), Rule().min_steps
         if steps < few:
             return compute_all(steps, f"a run of {steps} steps has nothing to gain (MagCache starts at {few})")
-        kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step)
+        kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step) or steps
         reuse = np.ones(steps, dtype=bool)
         reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step)] = False
         return Schedule(

@@ -114,7 +114,7 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
                 PlanLine(
                     "other error",
                     f"    a planned run with magcache_steps {schedule.computed}: "
-                    f"{error_text(other.expected_error[other.reuse])}",
+                    f"{error_text(np.asarray(other.expected_error)[other.reuse])}",
                 )
             )
     return lines

@@ -286,8 +286,12 @@ def tiny_model(kind, seed=0):
 
 
 def write_checkpoint(kind, folder):
-    """A checkpoint that from_pretrained loads; "t2v-experts" and "i2v-experts" have two."""
+    """A checkpoint that from_pretrained loads; "t2v-experts" and "i2v-experts" have two, "demo-video" is trained."""
     folder = Path(folder)
+    if kind == "demo-video":
+        import wan_demo
+
+        return wan_demo.write_checkpoint(Path(__file__).resolve().parents[2] / "demo" / "video" / "model", folder)
     if kind.endswith("-experts"):
         for seed, name in enumerate(("low_noise_model", "high_noise_model")):
             tiny_model(kind.removesuffix("-experts"), seed).save_pretrained(folder / name)
@@ -348,6 +352,10 @@ def forked(argv, cwd, env, log):
             os.dup2(os.open(log if stream else os.devnull, flags | os.O_CREAT | os.O_APPEND), stream)
         os.chdir(cwd)
         os.environ.update(env)
+        if "DEMO_VIDEO" in env:
+            import wan_demo
+
+            wan_demo.use(env["DEMO_VIDEO"], decoded)
         if argv[0] == "--checkpoint":
             write_checkpoint(*argv[1:])
         else:

@@ -258,7 +258,9 @@ def test_preset_is_whole(name):
     assert set(preset.mag_ratios) in ({"cond"}, {"cond", "uncond"})
     assert all(len(ratios) == len(preset.sigmas) and ratios[0] == 1 for ratios in preset.mag_ratios.values())
     assert preset.sigmas[0] <= 1 and preset.sigmas[-1] > 0
-    assert preset.origin == {"wan2.1-vace-14b": "borrowed", "demo": "measured"}.get(name, "published")
+    assert preset.origin == {"wan2.1-vace-14b": "borrowed", "demo": "measured", "demo-video": "measured"}.get(
+        name, "published"
+    )
     assert preset.sampler["steps"] == preset.steps and preset.sampler["shift"] > 0
     if preset.origin == "measured":
         assert len(preset.provenance["fingerprint"]) == 12
