@@ -66,3 +66,10 @@ def test_the_snippet_runs(monkeypatch):
     names = {"pipe": Small.from_pretrained(REPOSITORY / "demo" / "image" / "model").to(torch.float32)}
     exec(code, names)
     assert "11 of 28 model calls computed, 17 reused" in names["cache"].report and names["image"].size == (64, 64)
+
+
+def test_the_design_page_has_a_line_for_every_file():
+    page = (REPOSITORY / "docs" / "design.md").read_text()
+    files = [*(REPOSITORY / "common").glob("*.py"), *(REPOSITORY / "common" / "scripts").glob("*.py")]
+    names = {str(path.relative_to(REPOSITORY / "common")) for path in files if path.name != "__init__.py"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", page, re.MULTILINE)) >= names
