@@ -147,7 +147,8 @@ def live_bytes():
     gc.collect()
     storages = {}
     for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor):  # isinstance would wake lazy objects
+        # isinstance would wake lazy objects; other types (torch.compile's stand-ins) hold no memory.
+        if type(one) in (torch.Tensor, torch.nn.Parameter):
             storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
     return sum(storages.values())
 
