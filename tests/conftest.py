@@ -24,6 +24,13 @@ def pytest_xdist_auto_num_workers(config):
     return 2 if config.args_source is not config.ArgsSource.ARGS else 0
 
 
+def pytest_collection_modifyitems(items):
+    """What starts hosts, servers and browsers takes most of the time."""
+    for item in items:
+        if item.path.parent.name in ("hosts", "page"):
+            item.add_marker(pytest.mark.slow)
+
+
 CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 8, 32
 # Both branches shrink a little at each step, not equally, so that plans have runs of reuse and depend on the noise
 # levels.
