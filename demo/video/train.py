@@ -1,7 +1,7 @@
 """Train the bundled demo video model: a small Wan that draws moving emoji, in the ordinary diffusers folder format.
 
     python demo/video/train.py                     # about two hours on two CPU cores; writes demo/video/model
-    python demo/video/train.py --work /tmp/wan     # keeps its state there: the same command goes on after a stop
+    python demo/video/train.py --work training     # keeps its state there: the same command goes on after a stop
 
 Data: `clips.py`, from the glyphs of Debian's `fonts-noto-color-emoji` (SIL Open Font License 1.1).
 """
