@@ -384,6 +384,9 @@ def draw(by_steps, path):
         figsize=(max(7, 6.5 * len(by_steps)), 5.5), layout="constrained"
     )
     panels = np.atleast_1d(figure.subplots(1, len(by_steps)))
+    families = dict.fromkeys(one["family"] for results in by_steps.values() for one in results)
+    palette = needs("matplotlib", "matplotlib").colormaps["tab20"].colors  # one colour a family, in all panels
+    colors = dict(zip(families, palette)) | {"fewer steps": "black"}
     for axes, (steps, results) in zip(panels, by_steps.items()):
         for family in dict.fromkeys(one["family"] for one in results):
             points = sorted(
@@ -399,7 +402,7 @@ def draw(by_steps, path):
                 linewidth=2 if own else 1,
                 linestyle="-" if own else "--",
                 capsize=2,
-                color="black" if family == "fewer steps" else None,
+                color=colors[family],
             )
         axes.set_xlabel(f"computed steps of {steps}")
         axes.set_ylabel("PSNR to the un-cached picture, dB")
