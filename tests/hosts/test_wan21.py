@@ -156,8 +156,9 @@ def test_cached(command, name, solver, tmp_path):
     assert report["mag_ratios_of"] == preset and report["prompt"] == "a cat / a dog" and report["solver"] == solver
     assert report["bound"] == pytest.approx(10 / report["planned_computed"], abs=1e-3)
     hints = 2 * report["computed"] if name == "vace" else 0  # two hint blocks, none of them on a reused step
-    # The facts of the model are proved once, by a forward without its blocks.
-    assert blocks_entered(done) == (4 * report["computed"], hints) and done.entered["Head"] == 20 + 1
+    # The facts of each model are proved once, by a forward without its blocks.
+    models = 2 if name in ("2.2 t2v", "2.2 i2v") else 1
+    assert blocks_entered(done) == (4 * report["computed"], hints) and done.entered["Head"] == 20 + models
     frames, _ = read_frames(tmp_path / video)
     assert frames.shape[:1] == (5,)
 
