@@ -124,8 +124,8 @@ def session(*flags, task="t2v-A14B"):
 class Repetition:
     """Does every call of a pipeline's models again, by copies that no patch has seen and that run all their blocks: a
     computed call as it is; a reused one with its head given the tokens that entered the first block plus the residual
-    of the last computed call of that expert and branch. All outputs must be the same to the last bits. Make it before the
-    models are patched; `handle` is the patch."""
+    of the last computed call of that expert and branch. All outputs must be the same to the last bits. Make it before
+    the models are patched; `handle` is the patch."""
 
     def __init__(self, pipe):
         self.handle, self.residuals, self.calls = None, {}, []
