@@ -117,7 +117,10 @@ def test_a_residual_is_never_fitted_to_another_number_of_tokens(references):
     """More, or fewer, in the middle of a run: the call computes, with its reason, and all that follows is as before."""
     model, levels = ReferencesStay(), torch.linspace(1000, 100, 8)
     host = Host(("blocks",), "head", 0, "latent", in_place=True, output_tokens=lambda model, forward: 5)
-    settings, table = Settings(5.0, 3, 0.2), RatioTable("toy", {"cond": [1.0] * 8}, (levels / 1000).tolist(), "measured")
+    settings, table = (
+        Settings(5.0, 3, 0.2),
+        RatioTable("toy", {"cond": [1.0] * 8}, (levels / 1000).tolist(), "measured"),
+    )
     latent, outputs, blocks = torch.randn(1, 5, 4), [], []
     with magcache_forward(model, host, table, settings, lambda: levels, announce=None) as handle:
         for step, level in enumerate(levels):
