@@ -61,7 +61,7 @@ class Patch:
 
     def __init__(self, models, host, timesteps, payload=Residual):
         self.host, self.timesteps = host, timesteps
-        # () -> {name: value} of what a sampler does with the model's outputs: when it changes, so does the conditioning.
+        # () -> {name: value}, what a sampler does with the outputs: when it changes, so does the conditioning.
         self.guidance: Callable[[], dict] = dict
         self.active, self.reached, self.short_runs = True, False, 0
         self.reports: list = []

@@ -1,4 +1,5 @@
-"""A callback of a real pipeline changes what the model is conditioned on in the middle of a gap: the next call computes,
+"""A callback of a real pipeline changes what the model is conditioned on in the middle of a gap: the next call
+computes,
 with its reason in the report, and the result follows the un-cached one."""
 
 from __future__ import annotations
