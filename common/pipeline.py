@@ -199,7 +199,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
     clock = Clock(pipe, group.models)
 
     def patch(host):
-        return magcache_forward(
+        handle = magcache_forward(
             group.models,
             clock.host(host),
             table,
@@ -209,6 +209,8 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
             boundary=group.boundary,
             scheduler=clock.scheduler if group.leads else None,
         )
+        handle.guidance = clock.guidance
+        return handle
 
     return described(group, settings.payload or "residual", patch)
 
