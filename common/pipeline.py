@@ -198,7 +198,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
     clock = Clock(pipe, group.models)
 
     def patch(host):
-        return magcache_forward(
+        handle = magcache_forward(
             group.models,
             clock.host(host),
             table,
@@ -208,6 +208,8 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
             boundary=group.boundary,
             scheduler=clock.scheduler if group.leads else None,
         )
+        handle.guidance = clock.guidance
+        return handle
 
     return described(group, settings.payload or "residual", patch)
 
