@@ -144,7 +144,7 @@ def test_experiments_run(demo, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", speed.SMALL)
 def test_speed_runs_every_structure(name):
-    """Of six steps, one block a list: the facts in common/hosts.py are the real classes', and three steps are
+    """Of six steps, one block a list: the facts in common/hosts are the real classes', and three steps are
     skipped."""
     make, config = speed.SMALL[name]
     shrunk = {**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}, "text": (4, 32)}
@@ -181,5 +181,5 @@ def test_the_speed_table_is_written(tmp_path, monkeypatch):
 
 
 def test_a_transformer_without_facts_gets_a_sentence():
-    with pytest.raises(MagCacheError, match="add its facts to common/hosts.py"):
+    with pytest.raises(MagCacheError, match="add its facts to common/hosts"):
         host_of(torch.nn.Linear(1, 1))
