@@ -13,6 +13,8 @@ import torch
 from .blocks import Host
 from .steps import TRAIN_TIMESTEPS
 
+GUIDANCE = "the pipeline's guidance"
+
 
 class Clock:
     """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
@@ -50,6 +52,14 @@ class Clock:
     def scheduler(self):
         """The pipeline's at the beginning of a run: a user may have put in another."""
         return self.pipe.scheduler
+
+    def guidance(self) -> dict[str, list]:
+        """What the pipeline does with the outputs of a step, as far as it keeps that: numbers that a callback may
+        change in the middle of a run."""
+        guider = getattr(self.pipe, "guider", None)
+        kept = {**vars(self.pipe), **({} if guider is None else vars(guider))}
+        named = sorted(name for name in kept if "guidance" in name or name.endswith("scale"))
+        return {GUIDANCE: [kept[name] for name in named if isinstance(kept[name], (int, float))]}
 
     def timesteps(self) -> np.ndarray:
         """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""

@@ -142,7 +142,7 @@ def disproof(stack: Payload, residual: torch.Tensor, output: Any, again: Callabl
         remade = again()
     except torch.OutOfMemoryError:
         raise
-    except MISFITS as error:
+    except (MagCacheError, *MISFITS) as error:
         return f"without its blocks: {type(error).__name__}: {error}"
     finally:
         stack.restore()

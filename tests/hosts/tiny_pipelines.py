@@ -39,17 +39,26 @@ def no_text(*numbers):
     return {f"{kind}{number}": None for kind in ("text_encoder", "tokenizer") for number in numbers}
 
 
+FLUX = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True,
+}  # fmt: skip
+
+
 def flux():
-    transformer = model(
-        "FluxTransformer2DModel", in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 6, 6),
-        guidance_embeds=True,
-    )  # fmt: skip
+    transformer = model("FluxTransformer2DModel", **FLUX)
     pipe = diffusers.FluxPipeline(flow(shift=3.0), small_vae(4), transformer=transformer, **no_text("", "_2"))
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "pooled_prompt_embeds": embeds(seed, 1, WIDTH),
         "height": 16, "width": 16,
     }  # fmt: skip
+
+
+def flux_controlnet():
+    pipe, arguments = flux()
+    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    pipe = diffusers.FluxControlNetPipeline(controlnet=model("FluxControlNetModel", 1, **FLUX), **parts)
+    return pipe, lambda seed: {**arguments(seed), "control_image": embeds(seed, 1, 3, 16, 16)}
 
 
 def wan_transformer(seed=0):
