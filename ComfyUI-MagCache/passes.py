@@ -7,11 +7,12 @@ from collections import Counter
 import torch
 
 from .circumstances import Circumstances
-from .common.blocks import BlockStack, TokensChanged
+from .common.blocks import TokensChanged
 from .common.corrector import Folded, Trajectory
 from .common.errors import MagCacheError
 from .common.expert import inner_module
 from .common.hosts import host_of
+from .common.payloads import Residual
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part
 from .controls import Hints
@@ -49,19 +50,23 @@ class Pass:
     def __init__(self, about: Circumstances, run: Run, payload: str):
         self.about, self.run, self.payload = about, run, payload
         self.host = host_of(about.model) if payload == "residual" else None
-        self.stacks, self.controls = {}, {}
+        self.residuals, self.controls = {}, {}
         if self.host:
-            self.stack_of(about.model)  # raises if this version of the class is not known
+            self.residual_of(about.model)  # raises if this version of the class is not known
 
-    def stack_of(self, model):
-        """The block stack of a model; with several GPUs each has a model of its own."""
-        if id(model) not in self.stacks:
+    def residual_of(self, model) -> Residual:
+        """The payload of a model; with several GPUs each has a model of its own."""
+        if id(model) not in self.residuals:
+            name, why = type(model).__name__, self.host.why_output
+            if not self.host.blocks:
+                raise MagCacheError(
+                    f"of {name} only the output is predicted, because {why}: set speedup, which needs no calibration."
+                )
             try:
-                self.stacks[id(model)] = BlockStack(model, self.host)
+                self.residuals[id(model)] = Residual(model, self.host)
             except MagCacheError:
-                name = type(model).__name__
                 raise MagCacheError(f"in this version of ComfyUI {name} is not built as MagCache knows it.") from None
-        return self.stacks[id(model)]
+        return self.residuals[id(model)]
 
     def call(self, executor, args, kwargs, options):
         """In the place of BaseModel.apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)."""
@@ -69,9 +74,17 @@ class Pass:
         if sigma <= 0:
             return executor(*args, **kwargs)
         parts = self.parts(x, control, sigma, options)
-        forward = {"x": x, "sigma": sigma, "patch_size": getattr(self.about.model, "patch_size", 1)}
-        output = Prediction(x, sigma, self.about.deterministic)
-        payload = self.stack_of(inner_module(executor.class_obj.diffusion_model)) if self.host else output
+        forward = {
+            **kwargs,
+            "c_concat": args[2],
+            "c_crossattn": args[3],
+            "x": x,
+            "sigma": sigma,
+            "patch_size": getattr(self.about.model, "patch_size", 1),
+        }
+        payload = Prediction(x, sigma, self.about.deterministic)
+        if self.payload == "residual":
+            payload = self.residual_of(inner_module(executor.class_obj.diffusion_model))
 
         def model(*control):
             return executor(*args[:4], *control, *args[5:], **kwargs)
@@ -115,11 +128,12 @@ class Pass:
 class BoundedRun(CachedRun):
     """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past.
 
-    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
+    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted; fall_back:
+    of `CachedRun`.
     """
 
-    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int):
-        super().__init__(schedule, about.levels, residuals, corrector=False)
+    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int, fall_back):
+        super().__init__(schedule, about.levels, residuals, fall_back=fall_back, corrector=False)
         self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
 
     def predict(self, parts, compute=""):
@@ -135,6 +149,9 @@ class BoundedRun(CachedRun):
                 del kept[key]
 
     def computed(self, call, made, output, rehearse):
+        if isinstance(call.payload, Residual) and call.payload.kind == "output":  # the facts were found wrong just now
+            x, sigma = call.arguments["x"], call.arguments["sigma"]
+            made = Prediction(x, sigma, self.about.deterministic).finish(output)
         size = made[: len(made) // len(call.parts)].numel() * (self.residuals.dtype or made.dtype).itemsize
         for part in call.parts:
             if self.residuals.bytes + size * len(call.parts) > self.limit:
@@ -188,11 +205,27 @@ class BoundedRun(CachedRun):
 
 
 class MeasuringRun(MeasuredRun):
-    """A measured run of ComfyUI's outputs, which are denoised latents."""
+    """A measured run of ComfyUI's outputs, which are denoised latents. wrong: why there is nothing to measure; the run
+    goes on all the same, and `complete` raises it."""
+
+    wrong = ""
 
     def outputs(self, call, output, noise_tokens, tokens):
         x, sigma = call.arguments["x"], call.arguments["sigma"]
         return [part.reshape(1, -1, 1) for part in ((x - output) / sigma).chunk(len(call.parts))]
+
+    def facts_are_wrong(self, told):
+        self.wrong = f"{told.partition(': its output')[0]}: set speedup, which needs no calibration."
+
+    def computed(self, call, made, output, rehearse):
+        if not self.wrong:
+            super().computed(call, made, output, rehearse)
+
+    def complete(self):
+        if self.wrong:
+            self.report.complete = True
+            raise MagCacheError(self.wrong)
+        super().complete()
 
     def nothing_recorded(self, error):
         return "another patch skipped or replaced the first block"

@@ -225,6 +225,29 @@ def test_output(worker, family):
 
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
 @pytest.mark.parametrize(
+    "family",
+    ["sd3", "zimage", "ltxv", "cosmos2", "anima", "hidream", "omnigen2", "boogu", "ernie", "krea2", "lens", "mageflow"]
+    + [
+        "pixart",
+        "joyimage",
+        "kandinsky5",
+        "cogvideox",
+        "hunyuan3d",
+        "camera",
+        "humo",
+        "s2v",
+        "animate",
+        "scail",
+        "scail2",
+        "wandancer",
+    ],
+)
+def test_residual(worker, family):
+    worker.run("residual_is_put_back", family)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+@pytest.mark.parametrize(
     "sampler",
     ["euler", "ddim", "euler_ancestral", "heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "uni_pc", "lcm"]
     + ["res_multistep", "euler_cfg_pp", "er_sde", "ipndm"],
@@ -236,6 +259,13 @@ def test_output_with_a_sampler(worker, sampler):
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
 def test_models(worker):
     worker.run("models_are_as_the_table_says")
+
+
+@pytest.mark.parametrize(
+    "check", ["facts_that_are_wrong_are_noticed", "thresholds_without_blocks_or_ratios_are_answered"]
+)
+def test_facts(worker, check):
+    worker.run(check)
 
 
 def test_recognition(worker):
