@@ -20,10 +20,11 @@ from .common.tables import RatioTable, load
 from .fingerprints import own_table
 from .models import NOT_POSSIBLE, published_table, require_class
 from .page import picture
-from .passes import LIMIT, BoundedRun, Pass
+from .passes import BoundedRun, Pass
 from .wrappers import Patch
 
 SPEEDUP = 2.0  # of a model for which no settings were published
+LIMIT = 4.0  # GiB of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.0
 UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}  # what thresholds are filled up with
 
 
@@ -41,6 +42,7 @@ class MagCache(Patch):
         device: torch.device | None = None,
         mag_ratios: str = "",
         corrector: bool = True,
+        limit: float = LIMIT,
     ):
         """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
         start_step, end_step: first and last step that may be reused, counted from the end where negative.
@@ -48,8 +50,10 @@ class MagCache(Patch):
         given.
         device: where residuals are kept (None: the model's).
         mag_ratios: preset or file (empty: found for the model).
-        corrector: put skipped steps of Euler's method right when the next one is computed."""
+        corrector: put skipped steps of Euler's method right when the next one is computed.
+        limit: GiB that a run may keep; what would exceed them is computed."""
         super().__init__(say)
+        self.limit = int(limit * 2**30)
         self.corrector = corrector
         self.model_type, self.thresholds, self.window = model_type, dict(thresholds or {}), (start_step, end_step)
         self.speedup, self.device, self.table = speedup, device, named_table(mag_ratios) if mag_ratios else None
@@ -73,7 +77,7 @@ class MagCache(Patch):
             run.follower = follower_of(about, run.schedule, self.corrector)
             self.show(about, run.schedule, None, [told])
 
-        run = BoundedRun(about, schedule, Residuals(self.device), follower, LIMIT, fall_back)
+        run = BoundedRun(about, schedule, Residuals(self.device), follower, self.limit, fall_back)
         made = Pass(about, run, payload)
         self.show(about, schedule, table, notes)
         return made

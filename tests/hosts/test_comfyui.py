@@ -185,6 +185,18 @@ def test_fault(worker, check):
     worker.run(*check)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["strength_of_a_control_net", "scheduled_lora", "changed_prompt", "changed_guidance", "prompt_in_ranges"],
+)
+def test_change(worker, change):
+    worker.run("a_change_in_mid_run_computes", change)
+
+
+def test_third_call(worker):
+    worker.run("a_third_call_of_a_guidance_has_residuals_of_its_own")
+
+
 @pytest.mark.parametrize("family, order, fullgraph", [("flux", "compile first", True), ("wan", "cache first", True)])
 def test_compiled(worker, family, order, fullgraph):
     worker.run("compiled", family, order, fullgraph)
