@@ -24,7 +24,9 @@ from comfyui_helpers import (
     hosts,
     models,
     sample,
+    schedules,
     state_of,
+    tables,
     transformer,
     untouched,
 )
@@ -282,9 +284,55 @@ def output_with_a_sampler(sampler):
 
 
 def models_are_as_the_table_says():
-    """Each supported model is planned and sampled; MODELS.md says what came of it."""
-    table = HEADING + "".join(f"{row_of(cls)}\n" for cls in comfy.supported_models.models)
-    path = Path(PACKAGE.replace("_x_", ".")) / "MODELS.md"
+    """Each supported model is planned and sampled; MODELS.md and the README's summary say what came of it."""
+    rows = [row_of(cls) for cls in comfy.supported_models.models]
+    written_as(FOLDER / "MODELS.md", HEADING, "".join(f"{row}\n" for row in rows))
+    kinds = {}
+    for name, _, speedup, thresholds in ([cell.strip() for cell in row.split("|")[1:5]] for row in rows):
+        kind = f"thresholds {thresholds}" if speedup == "yes" else speedup
+        kinds.setdefault(kind.partition(":")[0], []).append(name)
+    lines = [
+        f"| {says} | {len(kinds[kind])} | {', '.join(kinds[kind])} |"
+        for kind, says in (
+            ("thresholds published", "`speedup`; thresholds with published settings"),
+            ("thresholds after calibration", "`speedup`; thresholds after a calibration"),
+            ("thresholds no", "`speedup` alone"),
+            ("no", "not possible: each call builds on those before"),
+            ("not tried", "not tried: a part is made from the model's file"),
+            ("no sampler runs it", "no sampler runs it"),
+        )
+    ]
+    written_as(
+        FOLDER / "README.md", "| what works | models | which |\n|---|---|---|\n", "".join(f"{line}\n" for line in lines)
+    )
+
+
+def settings_are_as_the_readme_says():
+    """The published settings of every model type, and what they compute at the steps that they were published for."""
+    lines = []
+    for model_type, (_, names) in models.MODEL_TYPES.items():
+        for table in map(tables.load, names):
+            levels = table.levels(table.steps)
+            planned = schedules.Settings(**table.settings).plan(table, levels, table.switch_step(levels))
+            settings = " / ".join(f"{value:g}" for value in table.settings.values())
+            counts = f"{planned.computed} of {planned.steps} | {planned.bound:.2f}x"
+            lines.append(f"| `{model_type}` | `{table.name}` | {settings} | {counts} |\n")
+    written_as(
+        FOLDER / "README.md",
+        "| model_type | table | thresh / K / retention | computed | at most |\n|---|---|---|---|---|\n",
+        "".join(lines),
+    )
+
+
+FOLDER = Path(PACKAGE.replace("_x_", "."))
+
+
+def written_as(path, heading, lines):
+    """Whether a table stands in a file after its heading. MAGCACHE_WRITE_TABLES=1 puts it there."""
+    before, found, after = path.read_text().partition(heading)
+    assert found, f"{path.name} lacks the heading of the table: {heading}"
+    rest = after.partition("\n\n")
+    whole = before + heading + lines + (f"\n{rest[2]}" if rest[1] else "")
     if os.environ.get("MAGCACHE_WRITE_TABLES"):
-        path.write_text(table)
-    assert path.read_text() == table, "MODELS.md is not up to date: run this test with MAGCACHE_WRITE_TABLES=1"
+        path.write_text(whole)
+    assert path.read_text() == whole, f"{path.name} is not up to date: run this test with MAGCACHE_WRITE_TABLES=1"

@@ -269,8 +269,9 @@ def test_output_with_a_sampler(worker, sampler):
 
 
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
-def test_models(worker):
-    worker.run("models_are_as_the_table_says")
+@pytest.mark.parametrize("check", ["models_are_as_the_table_says", "settings_are_as_the_readme_says"])
+def test_models(worker, check):
+    worker.run(check)
 
 
 @pytest.mark.parametrize(
