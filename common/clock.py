@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from .blocks import Host
+from .expert import inner_module
+from .loop import CacheContext
 from .steps import TRAIN_TIMESTEPS
 
 GUIDANCE = "the pipeline's guidance"
@@ -19,7 +21,8 @@ GUIDANCE = "the pipeline's guidance"
 class Clock:
     """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
 
-    A scheduler counts its steps; the few that do not (DDIM) are read by the timestep that the model is given.
+    Some pipelines tell it (diffusers' `cache_context`). Else a scheduler counts its steps; the few that do not (DDIM)
+    are read by the timestep that the model is given.
     """
 
     def __init__(self, pipe, models: list[torch.nn.Module]) -> None:
@@ -71,13 +74,27 @@ class Clock:
     def level(self, host: Host, arguments: dict) -> float:
         """The noise level of a call."""
         scheduler, levels = self.pipe.scheduler, self.timesteps()
-        if hasattr(scheduler, "step_index"):
-            step = scheduler.step_index
+        step = self.told_step()
+        if step is not None or hasattr(scheduler, "step_index"):
+            step = scheduler.step_index if step is None else step
             if step is None:
                 step = getattr(scheduler, "begin_index", None) or 0
             return levels[min(step, len(levels) - 1)] / TRAIN_TIMESTEPS
         timestep = arguments[host.timestep]
         return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
+
+    def told_step(self) -> int | None:
+        """The step that the pipeline tells of; None where it tells none."""
+        contexts = [vars(inner_module(model)).get("cache_context") for model in self.models]
+        told = next((one.told for one in contexts if isinstance(one, CacheContext) and one.told), {})
+        step, sigma, count = (told.get(name) for name in ("step_index", "sigma", "num_inference_steps"))
+        steps = len(self.timesteps())
+        if step is not None:  # counted from where an image-to-image run begins
+            return step + (steps - count if count and count < steps else 0)
+        sigmas = getattr(self.pipe.scheduler, "sigmas", None)
+        if sigma is None or sigmas is None or len(sigmas) < steps:
+            return None
+        return int(np.abs(np.array([float(one) for one in sigmas[:steps]]) - float(sigma)).argmin())
 
 
 def falling(timesteps) -> np.ndarray:

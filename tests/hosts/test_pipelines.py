@@ -176,6 +176,38 @@ def test_another_scheduler_put_in_while_enabled(scheduler):
     assert 0 < (cached - plain).norm() < (fewer - plain).norm()
 
 
+@pytest.mark.parametrize("tells", ["step_index", "sigma", "the last steps"])
+def test_a_pipeline_tells_its_step(tells, monkeypatch):
+    """By diffusers' `cache_context`, as Wan does: then a scheduler that does not count its steps will do, too."""
+    import diffusers
+
+    class Uncounted(diffusers.FlowMatchEulerDiscreteScheduler):
+        step_index = None
+
+        def step(self, model_output, timestep, sample, **kwargs):
+            at = int((self.timesteps == timestep).nonzero())
+            return (sample + (self.sigmas[at + 1] - self.sigmas[at]) * model_output,)
+
+    pipe, arguments = FAMILIES["wan"]()
+    pipe.scheduler = Uncounted(shift=3.0)
+    plain, told = run(pipe, arguments(1), STEPS), type(pipe.transformer).cache_context
+
+    def tell_less(model, name, step_index, sigma, num_inference_steps):
+        if tells == "sigma":
+            return told(model, name, sigma=sigma)
+        return told(model, name, step_index=step_index - 2, num_inference_steps=num_inference_steps - 2)
+
+    if tells != "step_index":
+        monkeypatch.setattr(type(pipe.transformer), "cache_context", tell_less)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        cached = run(pipe, arguments(1), STEPS)
+        copied = copy.deepcopy(pipe.transformer)
+        assert copied.cache_context.__self__ is copied
+    report = cache.reports[0]
+    assert len(cache.reports) == 1 and report.complete and report.reused == STEPS and not report.unplanned
+    assert 0 < (cached - plain).norm() / plain.norm() < 0.1 and "cache_context" not in vars(pipe.transformer)
+
+
 def test_two_pipelines_with_one_transformer():
     """The second, not enabled, has its own scheduler: nothing of the first's run reaches it, nor the other way."""
     import diffusers
