@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from .blocks import Host
-from .expert import inner_module
+from .expert import inner_module, noise_level
 from .loop import CacheContext
-from .steps import TRAIN_TIMESTEPS
+from .steps import TRAIN_TIMESTEPS, close
 
 GUIDANCE = "the pipeline's guidance"
 
@@ -78,10 +78,18 @@ class Clock:
         if step is not None or hasattr(scheduler, "step_index"):
             step = scheduler.step_index if step is None else step
             if step is None:
-                step = getattr(scheduler, "begin_index", None) or 0
+                begin = getattr(scheduler, "begin_index", None)
+                step = self.first_step(host, arguments) if begin is None else begin
             return levels[min(step, len(levels) - 1)] / TRAIN_TIMESTEPS
         timestep = arguments[host.timestep]
         return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
+
+    def first_step(self, host: Host, arguments: dict) -> int:
+        """Where a run begins whose scheduler was not told: by the time that the model is given, as far as the facts say
+        what that is."""
+        levels, (level, tolerance) = self.timesteps() / TRAIN_TIMESTEPS, noise_level(host, arguments)
+        nearest = int(np.abs(levels - level).argmin())
+        return nearest if close(level, levels[nearest], tolerance) else 0
 
     def told_step(self) -> int | None:
         """The step that the pipeline tells of; None where it tells none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,18 +42,22 @@ class CacheContext:
     """In the place of a model's `cache_context`, by which some pipelines of diffusers tell where their loop is."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-        self.told: dict[str, Any] = {}  # step_index, sigma, num_inference_steps, of the call under way
+        self.model, self.threads = model, threading.local()
         model.__dict__["cache_context"] = self
 
     @contextmanager
     def __call__(self, name: str, **told) -> Iterator[None]:
-        self.told = told
+        self.threads.told = told
         try:
             with type(self.model).cache_context(self.model, name, **told):
                 yield
         finally:
-            self.told = {}
+            self.threads.told = {}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """step_index, sigma, num_inference_steps, of the call that is under way in this thread; often none of them."""
+        return getattr(self.threads, "told", {})
 
     def take_off(self) -> None:
         if self.model.__dict__.get("cache_context") is self:
