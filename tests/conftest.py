@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 from diffusers import FluxTransformer2DModel  # noqa: E402
 
-from common.hosts import FLUX  # noqa: E402
+from common.hosts.diffusers import FLUX  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402

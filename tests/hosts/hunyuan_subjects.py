@@ -19,7 +19,7 @@ from test_hunyuan import (  # noqa: E402
     test_reused_steps_equal_the_oracle,
 )
 
-from common.hosts import HUNYUANVIDEO_15_CHECKOUT, HUNYUANVIDEO_CHECKOUT  # noqa: E402
+from common.hosts.checkouts import HUNYUANVIDEO_15_CHECKOUT, HUNYUANVIDEO_CHECKOUT  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 
 

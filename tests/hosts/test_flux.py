@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, Flux
 from PIL import Image
 
 from common.calibration import fingerprint
-from common.hosts import FLUX
+from common.hosts.diffusers import FLUX
 from common.schedule import Settings, magcache_schedule, rule_of
 from common.scripts import flux
 from common.scripts.quality import quality

@@ -26,7 +26,7 @@ from magcache_framepack import Jobs, sections, timesteps_noted
 from packages import unpacked
 
 from common.errors import MagCacheError
-from common.hosts import ALL_TOKENS, FRAMEPACK
+from common.hosts.diffusers import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.schedule import Settings

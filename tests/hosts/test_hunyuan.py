@@ -21,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from common.blocks import BlockStack
 from common.errors import MagCacheError
-from common.hosts import HUNYUANVIDEO, HUNYUANVIDEO_CHECKOUT
+from common.hosts.checkouts import HUNYUANVIDEO_CHECKOUT
+from common.hosts.diffusers import HUNYUANVIDEO
 from common.patch import magcache_calibration, magcache_forward
 from common.planner import Target
 from common.ratios import flow_sigmas

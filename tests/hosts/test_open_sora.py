@@ -14,7 +14,7 @@ import pytest
 import torch
 from open_sora_toys import WIDTH, MMDiT, Ran, Reused, STDiT3
 
-from common.hosts import STDIT3, mmdit
+from common.hosts.checkouts import STDIT3, mmdit
 from common.patch import magcache_calibration, magcache_forward
 from common.ratios import flow_sigmas
 from common.schedule import Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHANNELS, FLUX, TEXT_TOKENS, TEXT_WIDTH
-from test_patch import SHORT, Oracle, alone
+from tiny_runs import SHORT, Oracle, alone
 
 from common.errors import MagCacheError
 from common.patch import magcache_forward
