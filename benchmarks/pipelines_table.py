@@ -62,7 +62,7 @@ with the tiny models of diffusers' own tests, and with the test suite.
 | pipeline | model | paper's rule | ratios |
 |---|---|---|---|
 """
-FAMILIES_HEAD = """## Ten families, tried whole
+FAMILIES_HEAD = """## Families, tried whole
 
 Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py` and
 `tests/hosts/test_pipeline_families.py`. ✓: tried, and right on every run of the suite. Empty: not tried.

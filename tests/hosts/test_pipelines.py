@@ -1,4 +1,4 @@
-"""`magcache.enable` on real pipelines of ten families, with tiny random weights: facts, plans, calibration, refusals."""
+"""`magcache.enable` on real pipelines of eleven families with tiny random weights: plans, calibration, facts, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real pipelines of diffusers, ten families, with tiny random weights and prompts given as embeddings: nothing is
+"""Real pipelines of diffusers, eleven families, with tiny random weights and prompts given as embeddings: nothing is
 downloaded, and a run of eight steps takes a second or two."""
 
 from __future__ import annotations
@@ -6,6 +6,8 @@ from __future__ import annotations
 from operator import attrgetter
 
 import diffusers
+import diffusers.pipelines.ltx2.connectors
+import diffusers.pipelines.ltx2.vocoder
 import torch
 
 TEXT, WIDTH = 6, 16  # tokens of a prompt, and their width
@@ -157,11 +159,8 @@ def ltx2():
         audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2,
         qk_norm="rms_norm_across_heads", caption_channels=WIDTH, rope_double_precision=False, rope_type="split",
     )  # fmt: skip
-    kinds = {
-        f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in {
-            "num_attention_heads": 4, "attention_head_dim": 4, "num_layers": 1, "num_learnable_registers": None
-        }.items()
-    }  # fmt: skip
+    of_each = {"num_attention_heads": 4, "attention_head_dim": 4, "num_layers": 1, "num_learnable_registers": None}
+    kinds = {f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in of_each.items()}
     connectors = model(
         "pipelines.ltx2.connectors.LTX2TextConnectors", caption_channels=WIDTH, text_proj_in_factor=1, **kinds,
         connector_rope_base_seq_len=32, rope_double_precision=False, causal_temporal_positioning=False,
@@ -185,14 +184,12 @@ def ltx2():
         upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2], resnet_kernel_sizes=[3],
         resnet_dilations=[[1, 3, 5]], leaky_relu_negative_slope=0.1, output_sampling_rate=16000,
     )  # fmt: skip
-    pipe = diffusers.LTX2Pipeline(
-        flow(), vae, audio_vae, None, None, connectors, transformer, vocoder
-    )  # fmt: skip
+    pipe = diffusers.LTX2Pipeline(flow(), vae, audio_vae, None, None, connectors, transformer, vocoder)
     mask = torch.ones(1, TEXT)
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "prompt_attention_mask": mask,
         "negative_prompt_embeds": embeds(99, 1, TEXT, WIDTH), "negative_prompt_attention_mask": mask,
-        "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 3.0, "spatio_temporal_guidance_blocks": [1],
+        "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 2.0, "spatio_temporal_guidance_blocks": [1],
     }  # fmt: skip
 
 
@@ -289,7 +286,7 @@ def sdxl():
 
 FAMILIES = {
     make.__name__: make
-    for make in (flux, wan, wan22, qwen_image, sd3, ltx, z_image, cogvideox, lumina2, hunyuanvideo15, sdxl)
+    for make in (flux, wan, wan22, qwen_image, sd3, ltx, ltx2, z_image, cogvideox, lumina2, hunyuanvideo15, sdxl)
 }
 
 
