@@ -1,5 +1,5 @@
-"""What a user may do with an enabled pipeline, on eleven families: the table of docs/pipelines.md is made of this file and
-test_pipelines.py."""
+"""What a user may do with an enabled pipeline, on eleven families: the table of docs/pipelines.md is made of this file
+and test_pipelines.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`magcache.enable` on real pipelines of eleven families with tiny random weights: plans, calibration, facts, refusals."""
+"""`magcache.enable` on real pipelines of eleven families with tiny random weights: plans, calibration, facts."""
 
 from __future__ import annotations
 
