@@ -1,5 +1,5 @@
-"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for tests/test_wan21.py and
-tests/test_wan22.py."""
+"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for test_wan21.py and
+test_wan22.py."""
 
 import json
 import os
