@@ -18,6 +18,8 @@ import torch
 from common.scripts.install import install
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# The package with the code of Wan2.2, as `packages.unpacked` takes it.
+WAN22_WHEEL = "wan22", "2.2.11", "1e776684c18d5ca245f5e2e03e19a003deb55b629ea1a450e7bb8f95b78a77bc"
 
 
 @dataclass

@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 import pytest
+from comfyui_trees import HERE, TREES, comfyui, environment
 from PIL import Image
-from test_comfyui import HERE, TREES, comfyui, environment
 
 from common.scripts.install import install
 
