@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
@@ -39,11 +39,21 @@ def diffusers_rows(
         return on
 
     ratios = torch.tensor(table.mag_ratios["cond"])
+
+    def by_the_rule(number):
+        found = nearest_by_the_rule(table, np.asarray(table.sigmas), Rule(), number).settings
+        return found, hooks(
+            MagCacheConfig(found.magcache_thresh, found.magcache_K, found.retention_ratio, steps, ratios)
+        )
+
     for count in counts:
-        # The hook computes one step more than the rule at the same settings.
-        settings = nearest_by_the_rule(table, np.asarray(table.sigmas), Rule(), count - 1).settings
-        config = MagCacheConfig(settings.magcache_thresh, settings.magcache_K, settings.retention_ratio, steps, ratios)
-        yield Row("diffusers MagCache", thresholds_text(settings), hooks(config), steps, 1)
+        # The hook computes as many steps as the rule at the same settings, or one more.
+        number = recall(
+            f"number of steps of diffusers MagCache for {count}",
+            lambda count=count: nearest(subject, steps, count, (count, count - 1), lambda one: by_the_rule(one)[1]),
+        )
+        settings, cache = by_the_rule(number)
+        yield Row("diffusers MagCache", thresholds_text(settings), cache, steps, 1)
 
     def rows(family, config_of):
         for count in counts:
@@ -126,10 +136,20 @@ def searched(subject: Subject, steps: int, count: int, cached: Callable) -> floa
     known, low, high = {}, LEAST, MOST
     for _ in tqdm(range(HALVINGS), desc=f"searching a threshold for {count} steps", leave=False):
         middle = (low * high) ** 0.5
-        with cached(middle)():
-            known[middle] = subject.calls(subject.trial_jobs, steps) / subject.branches
+        known[middle] = computed(subject, steps, cached(middle))
         low, high = (middle, high) if known[middle] > count else (low, middle)
     return min(known, key=lambda threshold: abs(known[threshold] - count))
+
+
+def nearest(subject: Subject, steps: int, count: int, candidates: Iterable, cached: Callable):
+    """The candidate that computes as nearly as possible `count` steps on the trial jobs."""
+    return min(candidates, key=lambda one: abs(computed(subject, steps, cached(one)) - count))
+
+
+def computed(subject: Subject, steps: int, cache: Callable) -> float:
+    """Computed steps a picture of the trial jobs."""
+    with cache():
+        return subject.calls(subject.trial_jobs, steps) / subject.branches
 
 
 def thresholds_text(settings) -> str:

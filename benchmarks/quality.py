@@ -18,7 +18,7 @@ video; extra memory is what is alive between two steps beyond that of an un-cach
 benchmarks/speed.py.
 
 What is measured is kept in a file (--rows), so that a run that was cut short goes on where it was. Rows of this project
-are measured again when common/*.py changes, others when their version does; rows of other prompts, seeds or another
+are measured again when `common` changes, others when their version does; rows of other prompts, seeds or another
 machine are refused.
 
 Another model than the demo is calibrated first, on the first prompts of its file, and measured on the others. Prints
@@ -56,6 +56,7 @@ from common.tables import load as load_table  # noqa: E402
 
 SHARES = (0.5, 0.4, 0.25)
 DEMO_VIDEO = REPOSITORY / "demo" / "video"
+SCRIPTS = REPOSITORY / "common" / "scripts"  # what command lines share: draws nothing
 FREE = "no calibration"
 RELEASED = {"Flux": "flux-dev", "Wan": "wan2.1-t2v-1.3b"}  # of the transformer's class: the preset
 # dB above another row at half the steps. Measured by --short on 2026-11-25, less 1.5: 4.0, 14.0 and 14.5.
@@ -68,7 +69,7 @@ MARGINS = {
 
 def own_rows(subject, table, steps, counts, recall=None):
     """Rows of the plain sampler and of this project."""
-    source = digest_of_code((REPOSITORY / "common").glob("*.py"))
+    source = digest_of_code(set((REPOSITORY / "common").rglob("*.py")) - set(SCRIPTS.rglob("*.py")))
 
     def patched(table, settings, corrector=True, rule=None):
         return lambda: magcache_forward(

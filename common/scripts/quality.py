@@ -14,6 +14,7 @@ from ..errors import MagCacheError, needs
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 MAGNIFIED = 10
+COLUMN = 192  # width of a column of an animated picture
 MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window
 
 
@@ -180,3 +181,31 @@ def contact_sheet(path, rows, titles, labels):
             if row == 0:
                 panel.set_title(titles[column], fontsize=11)
     save_figure(path, figure)
+
+
+def animation(path, columns, fps):
+    """Write videos next to each other as an animated picture: columns is {what is written above: uint8 frames (frames,
+    height, width, 3)}, all of one size."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    length, height, width = next(iter(columns.values())).shape[:3]
+    width, height = COLUMN, round(height * COLUMN / width)
+    font, head, moving = ImageFont.load_default(size=14), 40, []
+    for frame in range(length):
+        sheet = Image.new("RGB", (len(columns) * (width + 4) - 4, head + height), "white")
+        for index, (title, frames) in enumerate(columns.items()):
+            picture = Image.fromarray(frames[frame])
+            # Pixels of a small video stay sharp.
+            way = Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((width, height), way), (index * (width + 4), head))
+            ImageDraw.Draw(sheet).text((index * (width + 4), 2), title, fill="black", font=font)
+        moving.append(sheet)
+    part = Path(path).with_name(f".{os.getpid()}.part{Path(path).suffix}")
+    try:
+        moving[0].save(part, save_all=True, append_images=moving[1:], duration=1000 / fps, loop=0, quality=85)
+        part.replace(path)
+    except OSError as error:
+        raise MagCacheError(f"{path} cannot be written ({error}).") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()

@@ -1,4 +1,4 @@
-"""The ComfyUI nodes in real ComfyUI trees (comfyui_trees.py), in processes of their own."""
+"""The ComfyUI nodes in real ComfyUI trees, the oldest and the newest at hand, in processes of their own."""
 
 import json
 import subprocess
@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from comfyui_trees import HERE, TREES, comfyui, environment
-
-REPOSITORY = HERE.parents[1]
+from comfyui_served import HERE, REPOSITORY, TREES, comfyui, environment
 
 
 class Worker:

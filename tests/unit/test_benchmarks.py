@@ -95,7 +95,7 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
     for family in ("fewer steps", "no calibration", "diffusers MagCache", "FirstBlockCache", "TaylorSeer"):
         assert any(family in row for row in rows)
     with monkeypatch.context() as searched_once:
-        searched_once.setattr(peers, "searched", lambda *_: pytest.fail("a threshold was searched again"))
+        searched_once.setattr(peers, "computed", lambda *_: pytest.fail("a threshold was searched again"))
         assert run() == table and not done
         searched_once.setattr(quality_benchmark, "digest_of_code", lambda files: "other")
         run()
