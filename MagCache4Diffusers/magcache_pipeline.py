@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 import wave
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,6 +35,7 @@ from common.scripts.checkout import one_sentence  # noqa: E402
 from common.scripts.flags import DTYPES, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
 from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
+from common.scripts.pipelines import load_pipeline, prompts_in  # noqa: E402
 from common.scripts.quality import (  # noqa: E402
     MAGNIFIED,
     PICTURES,
@@ -116,8 +116,8 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 @one_sentence
 def main() -> None:
     args, rest = flags(sys.argv[1:])
-    check(args)
-    pipe = load(args)
+    check_pipeline_flags(args)
+    pipe = load_model(args)
     call = {**(VIDEO_CALL if args.model == "demo-video" else {}), **keywords(pipe, rest)}
     prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = place(pipe, args)
@@ -128,7 +128,7 @@ def main() -> None:
         draw_one(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, number, len(prompts), device)
 
 
-def check(args) -> None:
+def check_pipeline_flags(args) -> None:
     """What cannot work is found before anything is loaded. Raises MagCacheError."""
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
@@ -143,21 +143,10 @@ def check(args) -> None:
         raise MagCacheError(f"The model {args.model} is not at {DEMOS[args.model]}: run from a whole clone.")
 
 
-def load(args):
+def load_model(args):
     """The pipeline. Raises MagCacheError if it cannot be loaded."""
-    from diffusers import DiffusionPipeline
-
     dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
-    try:
-        source = DEMOS[args.model] / "model" if args.model in DEMOS else args.model
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # the name that diffusers 0.35 knows
-            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-        if args.lora:
-            pipe.load_lora_weights(args.lora)
-    except Exception as error:  # whatever the hub, the network or a malformed config brings
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
+    pipe = load_pipeline(DEMOS[args.model] / "model" if args.model in DEMOS else args.model, dtype, args.lora)
     if args.model in DEMOS:
         torch.set_num_threads(1)  # so small that threads would only wait for each other
     return pipe
@@ -202,13 +191,7 @@ def value_of(name: str, word: str):
 
 def prompts_of(args) -> list[str | None]:
     if args.prompt_file:
-        try:
-            prompts = [line.strip() for line in args.prompt_file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} cannot be read ({error}).") from None
-        if not prompts:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} has no prompts.")
-        return prompts
+        return prompts_in(args.prompt_file)
     if args.prompt is None and args.model in DEMOS:
         return (DEMOS[args.model] / "prompts.txt").read_text().splitlines()[:1]
     return args.prompt or [None]  # some pipelines take none

@@ -10,7 +10,7 @@ import torch
 from ranks import two_ranks
 from tiny_pipelines import FAMILIES, run
 
-from common.discover import describe, discover, first_call, wrong
+from common.discover import discover, first_call, host_line, wrong
 from common.errors import MagCacheError
 from common.expert import argument_names
 from common.hosts import HOSTS, class_name
@@ -99,7 +99,7 @@ def test_facts_are_found_without_any(family):
         found = discover(model, args, kwargs)
     known = HOSTS[class_name(model)]
     assert found.host.blocks == known.blocks
-    assert f'"{class_name(model)}": Host(' in describe(model, found)
+    assert f'"{class_name(model)}": Host(' in host_line(model, found)
 
 
 def test_facts_hold_and_wrong_ones_do_not(family):
