@@ -10,10 +10,12 @@ import torch
 from ranks import two_ranks
 from tiny_pipelines import FAMILIES, run
 
-from common.discover import discover, first_call, host_line
+from common.discover import discover, first_call, host_line, wrong
 from common.errors import MagCacheError
+from common.expert import argument_names
 from common.hosts import HOSTS, class_name
 from common.patch import magcache_forward
+from common.payloads import MISFITS
 from common.pipeline import disable, enable
 from common.planner import Target
 
@@ -98,6 +100,25 @@ def test_facts_are_found_without_any(family):
     known = HOSTS[class_name(model)]
     assert found.host.blocks == known.blocks
     assert f'"{class_name(model)}": Host(' in host_line(model, found)
+
+
+def test_facts_hold_and_wrong_ones_do_not(family):
+    """Of each class: as written; with one token for all; with the first module that runs for the final layer."""
+    pipe, arguments, _ = family
+    model, args, kwargs = first_call(pipe, **arguments(1), num_inference_steps=STEPS, output_type="latent")
+    host, given = HOSTS[class_name(model)], {**dict(zip(argument_names(model), args)), **kwargs}
+    if not host.blocks:
+        return
+
+    def why(**facts):
+        try:
+            with torch.no_grad():
+                return wrong(model, replace(host, **facts), given, lambda: model.forward(*args, **kwargs))
+        except (MagCacheError, *MISFITS) as error:  # as `payloads.Residual` takes it
+            return str(error)
+
+    first = next(name for name, child in model.named_children() if not isinstance(child, torch.nn.ModuleList))
+    assert not why() and why(output_tokens=lambda model, forward: 1) and why(final_layer=first)
 
 
 # Seven ways to be wrong, on the class where each does most harm. None may change a picture.
