@@ -107,6 +107,13 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
         run()
 
 
+def test_two_processes_share_a_file_of_rows(tmp_path):
+    files = [row_file.RowFile(tmp_path / "new" / "rows.json", {"model": "demo"}) for _ in range(2)]
+    assert [file.recall(str(index), lambda index=index: index) for index, file in enumerate(files)] == [0, 1]
+    third = row_file.RowFile(files[0].path, {"model": "demo"})
+    assert [third.recall(key, lambda: pytest.fail("measured again")) for key in ("0", "1")] == [0, 1]
+
+
 def test_code_is_told_from_its_comments(tmp_path):
     one, other, changed = (tmp_path / name for name in "abc")
     one.write_text("x = 1\n")
