@@ -78,8 +78,10 @@ def test_calibrated_and_by_the_papers_rule(family):
         with pytest.raises(MagCacheError, match="only the output can be predicted"):
             enable(pipe, calibrate=True)
         return
-    with pytest.raises(MagCacheError, match="calibrate=True"):
+    with pytest.raises(MagCacheError, match="measure them with enable.pipe, calibrate=True"):
         enable(pipe, thresh=0.5)
+    with pytest.raises(MagCacheError, match="calibrate=True computes everything"):
+        enable(pipe, speedup=2, calibrate=True)
     with enable(pipe, calibrate=True, announce=None):
         assert torch.equal(run(pipe, arguments(1), STEPS), plain)
     with pytest.raises(MagCacheError, match="no published settings; give magcache_K, retention_ratio too"):
