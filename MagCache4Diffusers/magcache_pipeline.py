@@ -14,9 +14,9 @@ import argparse
 import ast
 import inspect
 import os
+import subprocess
 import sys
 import time
-import warnings
 import wave
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,6 +35,7 @@ from common.scripts.checkout import one_sentence  # noqa: E402
 from common.scripts.flags import DTYPES, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
 from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
+from common.scripts.pipelines import load_pipeline, prompts_in  # noqa: E402
 from common.scripts.quality import (  # noqa: E402
     MAGNIFIED,
     PICTURES,
@@ -115,8 +116,8 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 @one_sentence
 def main() -> None:
     args, rest = flags(sys.argv[1:])
-    check(args)
-    pipe = load(args)
+    check_pipeline_flags(args)
+    pipe = load_model(args)
     call = {**(VIDEO_CALL if args.model == "demo-video" else {}), **keywords(pipe, rest)}
     prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = place(pipe, args)
@@ -127,7 +128,7 @@ def main() -> None:
         draw_one(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, number, len(prompts), device)
 
 
-def check(args) -> None:
+def check_pipeline_flags(args) -> None:
     """What cannot work is found before anything is loaded. Raises MagCacheError."""
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
@@ -142,21 +143,10 @@ def check(args) -> None:
         raise MagCacheError(f"The model {args.model} is not at {DEMOS[args.model]}: run from a whole clone.")
 
 
-def load(args):
+def load_model(args):
     """The pipeline. Raises MagCacheError if it cannot be loaded."""
-    from diffusers import DiffusionPipeline
-
     dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
-    try:
-        source = DEMOS[args.model] / "model" if args.model in DEMOS else args.model
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # the name that diffusers 0.35 knows
-            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-        if args.lora:
-            pipe.load_lora_weights(args.lora)
-    except Exception as error:  # whatever the hub, the network or a malformed config brings
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
+    pipe = load_pipeline(DEMOS[args.model] / "model" if args.model in DEMOS else args.model, dtype, args.lora)
     if args.model in DEMOS:
         torch.set_num_threads(1)  # so small that threads would only wait for each other
     return pipe
@@ -201,13 +191,7 @@ def value_of(name: str, word: str):
 
 def prompts_of(args) -> list[str | None]:
     if args.prompt_file:
-        try:
-            prompts = [line.strip() for line in args.prompt_file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} cannot be read ({error}).") from None
-        if not prompts:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} has no prompts.")
-        return prompts
+        return prompts_in(args.prompt_file)
     if args.prompt is None and args.model in DEMOS:
         return (DEMOS[args.model] / "prompts.txt").read_text().splitlines()[:1]
     return args.prompt or [None]  # some pipelines take none
@@ -256,7 +240,8 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
         say(f"Prompt {number} of {count}: {call['prompt']}")
     if not args.magcache:
         output, seconds = draw(pipe, args, call, "un-cached")
-        say(f"{save(output, args, number, count)[0]}  ({seconds:.1f} s)")
+        if is_writer() or not args.context_parallel:
+            print(f"{save(pipe, output, args, number, count)[0]}  ({seconds:.1f} s)")
         return
     asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
     with enable(pipe, **asked, calibrate=args.magcache_calibration, announce=say) as cache:
@@ -266,7 +251,7 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
         if args.compare:  # every rank has to take part
             compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
         return
-    path, frames = save(output, args, number, count)
+    path, frames = save(pipe, output, args, number, count)
     say(f"{path}  ({seconds:.1f} s)")
     about = {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
@@ -325,8 +310,8 @@ def columns_of(rows: dict, pictures: dict[str, np.ndarray]) -> dict[str, np.ndar
 
 
 def frames_of(output) -> np.ndarray | None:
-    """The first picture or video of an output, uint8 (frames, height, width, 3); None: sound."""
-    made = next((output[name] for name in ("images", "frames") if name in output), None)
+    """The first picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
+    made = next((output[name] for name in ("images", "frames", "video") if output.get(name) is not None), None)
     if made is None:
         return None
     first = made[0]
@@ -335,32 +320,68 @@ def frames_of(output) -> np.ndarray | None:
     return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def save(output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
+def sound_of(output) -> np.ndarray | None:
+    """The first sound of an output, float (channels, samples); None: it has none."""
+    made = next((output[name] for name in ("audios", "audio", "sound") if output.get(name) is not None), None)
+    if made is None:
+        return None
+    sound = np.asarray(torch.as_tensor(made[0]).float().cpu())
+    return sound.reshape(-1, sound.shape[-1])
+
+
+def sampling_rate(pipe) -> int:
+    """Of the sounds that a pipeline makes, as its parts know it."""
+    for part in ("vocoder", "audio_vae", "vae", "unet", "transformer"):
+        config = getattr(getattr(pipe, part, None), "config", None)
+        for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+            if getattr(config, name, None):
+                return int(getattr(config, name))
+    return int(getattr(pipe, "sample_rate", 44100))
+
+
+def save(pipe, output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
     """Write the result whole: (path, frames)."""
-    frames = frames_of(output)
+    frames, sound = frames_of(output), sound_of(output)
+    if frames is None and sound is None:
+        raise MagCacheError(
+            f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
+        )
     suffix = ".wav" if frames is None else ".png" if len(frames) == 1 else ".mp4"
     path = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
     path = path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
     path = own_place(path, files_of(path))
-    if frames is None:
-        save_sound(path, output)
-    else:
+    if frames is not None:
         save_frames(path, frames, None if len(frames) == 1 else args.fps)
+    if frames is None:
+        save_sound(path, sound, sampling_rate(pipe))
+    elif sound is not None:
+        add_sound(path, sound, sampling_rate(pipe))
     return path, frames
 
 
-def save_sound(path: Path, output, rate: int = 44100) -> None:
-    """The first sound as a 16-bit wave file."""
-    if "audios" not in output:
-        raise MagCacheError(
-            f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
-        )
-    sound = np.asarray(torch.as_tensor(output["audios"][0]).float().cpu()).reshape(-1, output["audios"][0].shape[-1])
+def save_sound(path: Path, sound: np.ndarray, rate: int) -> None:
+    """As a 16-bit wave file."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(sound))
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((sound.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
+def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
+    """Into a video. Where that fails the sound lies beside it."""
+    beside_it = own_place(beside(path, ".wav"), files_of(path))
+    whole = beside(path, f".{os.getpid()}{path.suffix}")
+    save_sound(beside_it, sound, rate)
+    ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
+    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy", "-shortest"]
+    done = subprocess.run([ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)], capture_output=True, text=True)
+    if done.returncode:
+        whole.unlink(missing_ok=True)
+        print(f"The sound is in {beside_it} ({done.stderr.strip().splitlines()[-1]}).", file=sys.stderr)
+        return
+    whole.replace(path)
+    beside_it.unlink()
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class Host:
 
 
 class BlockStack:
-    """The block stack of one model instance."""
+    """The block stack of one model instance. key: as `payloads.Payload` has it; one residual is as another."""
+
+    key = None
 
     def __init__(self, model, host):
         if not host.blocks:

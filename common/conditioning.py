@@ -18,6 +18,9 @@ from .steps import Call, same
 
 # Made anew for each step by what runs beside the model: whether they are there counts, not their values.
 MADE_EACH_STEP = ("controlnet", "block_samples")
+# Others at each step by their nature; a mask comes with its prompt, or follows the noise level (frames held in
+# Open-Sora).
+NO_CONDITIONING = ("mask", "timestep", "sigma")
 # What a step does not change of its own accord, however often it changes.
 CONDITIONING = ("encoder_hidden", "prompt", "pooled", "text", "context", "image_emb", "scale")
 CHANGED = "the conditioning changed"
@@ -122,8 +125,8 @@ def inputs_of(arguments: dict, host: Host) -> Iterator[tuple[str, Any]]:
     """(name, value) of the tensors, numbers and words that forward is given beside the latent and the timestep, inside
     lists and dictionaries too."""
     for name, value in arguments.items():
-        # A mask comes with the prompt that it belongs to, or follows the noise level (frames held in Open-Sora).
-        if name not in (host.latent, host.timestep) and "mask" not in name:
+        stream = name.endswith(host.latent) and "encoder" not in name  # the latent of another: audio_hidden_states
+        if name != host.timestep and not stream and not any(part in name for part in NO_CONDITIONING):
             for path, leaf in leaves(name, value):
                 if not torch.is_tensor(leaf):
                     if isinstance(leaf, (bool, int, float, str)):
@@ -161,6 +164,7 @@ def adapters_of(model: torch.nn.Module) -> list:
     """The adapters on a model and their scales: LoRAs (peft's layers), attention processors of an image adapter. A
     callback may load, scale, fuse or unload one between two steps."""
     found: list = []
+    module: Any
     for module in model.modules():
         own = module.__dict__
         if isinstance(own.get("scaling"), dict):

@@ -62,7 +62,7 @@ def enable(
     for model in (model for group in groups for model in group.models):
         refuse_other_caches(model)
     if calibrate:
-        return PipelineCache(pipe, [calibrated(pipe, group, announce) for group in groups])
+        return PipelineCache(pipe, [calibration_patch(pipe, group, announce) for group in groups])
     rule: dict[str, Any] = {"magcache_thresh": thresh, "magcache_K": K, "retention_ratio": retention_ratio}
     targets: dict[str, Any] = {"magcache_speedup": speedup, "magcache_steps": steps, "magcache_max_error": max_error}
     targets = {name: value for name, value in targets.items() if value is not None}
@@ -81,7 +81,7 @@ def enable(
                 )
             else:
                 settings = paper_rule(rule, table, type(group.models[0]).__name__)
-            handles.append(cached(pipe, group, table, settings, announce))
+            handles.append(caching_patch(pipe, group, table, settings, announce))
     except BaseException:
         for handle in handles:
             handle.remove()
@@ -193,7 +193,7 @@ def refuse_other_caches(model: torch.nn.Module) -> None:
         raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
 
 
-def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch | Undescribed:
+def caching_patch(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch | Undescribed:
     """`magcache_forward` on the denoiser of a pipeline."""
     clock = Clock(pipe, group.models)
 
@@ -214,7 +214,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
     return described(group, settings.payload or "residual", patch)
 
 
-def calibrated(pipe, group: Denoisers, announce) -> Patch | Undescribed:
+def calibration_patch(pipe, group: Denoisers, announce) -> Patch | Undescribed:
     """`magcache_calibration` on the denoiser of a pipeline."""
     clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
     name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__

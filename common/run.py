@@ -43,6 +43,7 @@ class ModelCall:
 
     def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None, compute: str) -> None:
         self.run, self.parts, self.payload, self.arguments = run, parts, payload, arguments
+        payload.key = tuple(part.key for part in parts)
         self.stopwatch = Stopwatch(parts[0].latent.device)
         predicted, self.why = run.predict(parts, compute)
         self.reused, self.output = predicted is not None, None
@@ -276,8 +277,7 @@ class MeasuredRun(Run):
 
     @staticmethod
     def time_reuse(call: ModelCall, residual: torch.Tensor, rehearse: Callable[[], Any]) -> float:
-        """Seconds of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not compiled, so
-        with torch.compile around the whole model a reused step costs at most this."""
+        """Seconds of a forward without its blocks, not compiled: the least of REHEARSALS on the inputs of this call."""
         seconds = []
         for _ in range(REHEARSALS):
             try:

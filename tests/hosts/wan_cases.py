@@ -24,9 +24,9 @@ from common.patch import magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.scripts.checkout import timesteps_noted  # noqa: E402
-from common.scripts.flags import add_opt_in_flags, parsed  # noqa: E402
+from common.scripts.flags import add_opt_in_flags, flags_and_rest  # noqa: E402
 from common.scripts.session import Session  # noqa: E402
-from common.scripts.wan import cached, experts_of, host_of, schedulers_of  # noqa: E402
+from common.scripts.wan import experts_of, schedulers_of, wan_host, wan_with_session  # noqa: E402
 from common.tables import RatioTable, load  # noqa: E402
 
 # kind: (class, task of its config, checkpoint)
@@ -57,7 +57,7 @@ def pipeline(kind, session=None):
     plain = getattr(wan, name)
     # The package's two experts leave out guidance unless told otherwise; those of the checkout do not.
     guided = {"lightning": False} if "lightning" in inspect.signature(plain.__init__).parameters else {}
-    return (cached(plain, session) if session else plain)(
+    return (wan_with_session(plain, session) if session else plain)(
         config=WAN_CONFIGS[task], checkpoint_dir=str(CHECKPOINTS / checkpoint), device_id=0, rank=0, **guided
     )
 
@@ -104,7 +104,7 @@ def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
         timesteps_noted(schedulers_of(type(pipe))) as timesteps,
         magcache_forward(
             models,
-            host_of(pipe, models[0]),
+            wan_host(pipe, models[0]),
             mag_ratios,
             settings,
             timesteps,
@@ -116,7 +116,7 @@ def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
 
 
 def session(*flags, task="t2v-A14B"):
-    args, _ = parsed(add_opt_in_flags, flags)
+    args, _ = flags_and_rest(add_opt_in_flags, flags)
     script_settings = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
     return Session(args, script_settings, task, "96x64", 5, 9, None, {})
 
@@ -209,7 +209,8 @@ def reused_calls_are_the_hosts_forward_with_the_residual(kind, solver):
 
 
 def published_schedule(preset, solver):
-    """Skipped steps at the noise levels of the real sampler, with the settings that were published."""
+    """What ran of each branch, # computed and . reused, at the noise levels of the real sampler and the published
+    settings."""
     table = load(preset)
     kind = {"wan2.2-t2v-a14b": "t2v", "wan2.2-i2v-a14b": "i2v"}.get(preset, "ti2v-t2v")
     pipe = pipeline(kind)
@@ -217,7 +218,7 @@ def published_schedule(preset, solver):
         draw(pipe, kind, steps=table.steps, shift=table.sampler["shift"], solver=solver)
     (report,) = handle.reports
     by_branch = [
-        [step for step, this, what, *_ in report.calls if this == branch and what == "reused"] for branch in (0, 1)
+        "".join(".#"[what != "reused"] for _, this, what, *_ in report.calls if this == branch) for branch in (0, 1)
     ]
     return {"cond": by_branch[0], "uncond": by_branch[1], "calls": len(report.calls), "fits": table.fits(report.levels)}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHANNELS, FLUX, TEXT_TOKENS, TEXT_WIDTH
+from tiny_flux import CHANNELS, TEXT_TOKENS, TEXT_WIDTH
 from tiny_runs import SHORT, Oracle, alone
 
 from common.errors import MagCacheError
+from common.hosts.diffusers import FLUX
 from common.patch import magcache_forward
 from common.planner import Target
 from common.ratios import flow_sigmas

@@ -1,4 +1,4 @@
-"""Runs of conftest.py's sampler, what they give alone, and what they must give, made the expensive way."""
+"""Runs of the sampler of tiny_flux.py, what they give alone, and what they must give, made the expensive way."""
 
 import copy
 
