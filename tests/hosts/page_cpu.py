@@ -145,7 +145,9 @@ def event_of(block, label):
         return plans if label == "plan" else not plans and any(one.endswith(label.lower()) for one in labels)
 
     # The events that change the plan take the steps, too; that of the button takes everything.
-    return max((event for event in block.fns.values() if event.fn and found(event)), key=lambda event: order(event, label))
+    return max(
+        (event for event in block.fns.values() if event.fn and found(event)), key=lambda event: order(event, label)
+    )
 
 
 def order(event, label):

@@ -107,7 +107,9 @@ def test_jobs(served, page, flags, inputs, tmp_path):
     assert table.steps == 12 and table.sampler["task"] in ("t2v-1.3B", "t2v-14B", "t2i-14B", "vace-1.3B")
     # The plan before the job is what the job did.
     strip = re.search("[#.]{12}", planned["outputs"][1])[0]
-    assert f"{2 * strip.count('#')} of 24 model calls computed, {2 * strip.count('.')} reused" in done["on"]["outputs"][-1]
+    assert (
+        f"{2 * strip.count('#')} of 24 model calls computed, {2 * strip.count('.')} reused" in done["on"]["outputs"][-1]
+    )
     assert "." in strip and "(measured)" in planned["outputs"][1]
 
 
@@ -183,3 +185,82 @@ def test_a_changed_page_gets_one_sentence(served, checkout):
     (checkout / "gradio" / "changed.py").write_text(page.replace("Diffusion steps", "Quality"))
     code, said = served.run("magcache_gradio.py", "gradio/changed.py", "--ckpt_dir", "checkpoints/t2v")
     assert code == 1 and "0 of its buttons take a number of steps" in said and "Traceback" not in said, said
+
+
+def test_in_a_browser(served, tmp_path):
+    command = ("magcache_gradio.py", "gradio/t2v_1.3B_singleGPU.py", "--ckpt_dir", "checkpoints/t2v")
+    with served.address(*command, "--mag_ratios", "wan2.1-t2v-1.3b") as address:
+        in_chromium(click_through, address, tmp_path)
+    with served.address(*command) as address:
+        in_chromium(measure, address, tmp_path)
+
+
+def shows(page, expect, text, seconds=60):
+    expect(page.get_by_text(text).first).to_be_visible(timeout=1000 * seconds)
+
+
+def number(page, label, value):
+    field = page.get_by_label(f"number input for {label}")
+    field.fill(str(value))
+    field.press("Tab")
+
+
+def click_through(page, expect):
+    use = page.get_by_label("Use MagCache", exact=True)
+    expect(use).to_be_checked(timeout=30_000)
+    folded = page.get_by_role("button", name=re.compile("MagCache: "))
+    expect(folded).to_have_text(re.compile("21 of 50 steps compute, at most 2.38x faster"), timeout=30_000)
+    folded.click()
+    shows(page, expect, "Ratios: wan2.1-t2v-1.3b (published)")
+    expect(page.get_by_label(re.compile("^[#.]{50}$"))).to_be_visible()
+    number(page, "MagCache K", 0)
+    shows(page, expect, "magcache_K is 0, which turns MagCache off")
+    number(page, "MagCache K", 4)
+    number(page, "Diffusion steps", 12)
+    shows(page, expect, "of 12 steps compute")
+    page.get_by_label("2x", exact=True).check()
+    shows(page, expect, "2x: 6 of 12 steps compute, at most 2.00x faster")
+    expect(page.get_by_label("number input for MagCache K")).to_be_disabled(timeout=20_000)
+    strip = page.get_by_label(re.compile("^[#.]{12}$")).get_attribute("aria-label")
+    number(page, "Shift scale", 1)  # spreads the computed steps otherwise
+    expect(page.get_by_label(strip, exact=True)).to_have_count(0, timeout=20_000)
+
+    page.get_by_label("Prompt", exact=True).fill("A cat walks on the grass")
+    page.get_by_role("button", name="Prompt Enhance").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(
+        "A cat walks on the grass, in the evening sun", timeout=20_000
+    )
+    number(page, "Shift scale", 8)
+    number(page, "Diffusion steps", 50)
+    page.get_by_label("off", exact=True).check()
+    shows(page, expect, "21 of 50 steps compute")
+    page.get_by_role("button", name="Generate Video").click()
+    shows(page, expect, "MagCache: 42 of 100 model calls computed", 120)
+    page.wait_for_function("document.querySelector('video')?.videoWidth > 0", timeout=30_000)
+    if os.environ.get("MAGCACHE_SCREENSHOT"):
+        page.wait_for_timeout(1500)
+        bottom = page.get_by_text("Saved example.mp4").bounding_box()["y"] + 40
+        clip = {"x": 130, "y": 100, "width": 980, "height": bottom - 100}
+        page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True, clip=clip)
+    use.uncheck()
+    shows(page, expect, "off, every step computes")
+
+
+def measure(page, expect):
+    """A checkpoint whose ratios are not known."""
+    use, calibrate = (page.get_by_label(name, exact=True) for name in ("Use MagCache", "Calibrate"))
+    expect(use).not_to_be_checked(timeout=30_000)
+    page.get_by_role("button", name=re.compile("MagCache: ")).click()
+    use.check()
+    shows(page, expect, "The magnitude ratios of this checkpoint are not known")
+    page.get_by_role("button", name="Generate Video").click()
+    expect(page.get_by_text("Error").first).to_be_visible(timeout=30_000)
+    calibrate.check(timeout=5_000)  # a start that fails leaves the controls free
+    expect(use).not_to_be_checked(timeout=20_000)
+    page.get_by_role("button", name="Generate Video").click()
+    shows(page, expect, "Measured in an un-cached run", 120)
+    expect(use).to_be_checked(timeout=20_000)
+    expect(calibrate).not_to_be_checked()
+    shows(page, expect, "(measured)")
+    page.reload()
+    expect(use).to_be_checked(timeout=30_000)
