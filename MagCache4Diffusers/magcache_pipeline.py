@@ -1,6 +1,6 @@
 """Any diffusers pipeline with MagCache.
 
-python magcache_pipeline.py --model demo --magcache_speedup 2.5
+python magcache_pipeline.py --model demo-video --compare --magcache_speedup 2.5
 python magcache_pipeline.py --model Qwen/Qwen-Image --prompt "A lighthouse." --num_inference_steps 50 --true_cfg_scale 4
 python magcache_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A cat." --num_frames 81 --compare
 torchrun --nproc_per_node 4 magcache_pipeline.py --model MODEL --prompt_file prompts.txt
@@ -14,8 +14,10 @@ import argparse
 import ast
 import inspect
 import os
+import subprocess
 import sys
 import time
+import warnings
 import wave
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,7 +36,17 @@ from common.scripts.checkout import one_sentence  # noqa: E402
 from common.scripts.flags import DTYPES, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
 from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
-from common.scripts.quality import PICTURES, VIDEO_SUFFIXES, quality, quality_table, save_frames, side_by_side  # noqa: E402
+from common.scripts.quality import (  # noqa: E402
+    MAGNIFIED,
+    PICTURES,
+    VIDEO_SUFFIXES,
+    animation,
+    magnified_difference,
+    quality,
+    quality_table,
+    save_frames,
+    side_by_side,
+)
 
 DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
 # What the bundled video model was trained for, in place of a large Wan's defaults.
@@ -138,13 +150,16 @@ def load(args):
     dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
     try:
         source = DEMOS[args.model] / "model" if args.model in DEMOS else args.model
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # the name that diffusers 0.35 knows
+            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
         if args.lora:
             pipe.load_lora_weights(args.lora)
     except Exception as error:  # whatever the hub, the network or a malformed config brings
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
-    pipe.set_progress_bar_config(disable=not is_writer())
+    if args.model in DEMOS:
+        torch.set_num_threads(1)  # so small that threads would only wait for each other
     return pipe
 
 
@@ -238,31 +253,44 @@ def share_one_picture(pipe, device: str) -> None:
 def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> None:
     """Draw one prompt, save it, and a report beside it."""
     say = print if is_writer() or not args.context_parallel else lambda *_: None
+    if "prompt" in call:
+        say(f"Prompt {number} of {count}: {call['prompt']}")
     if not args.magcache:
-        output, seconds = draw(pipe, args, call)
-        say(f"{save(output, args, number, count)[0]}  ({seconds:.1f} s)")
+        output, seconds = draw(pipe, args, call, "un-cached")
+        if is_writer() or not args.context_parallel:
+            print(f"{save(pipe, output, args, number, count)[0]}  ({seconds:.1f} s)")
         return
     asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
     with enable(pipe, **asked, calibrate=args.magcache_calibration, announce=say) as cache:
-        output, seconds = draw(pipe, args, call)
+        output, seconds = draw(pipe, args, call, "calibrating" if args.magcache_calibration else "MagCache")
     say(cache.report)
     if args.context_parallel and not is_writer():
         if args.compare:  # every rank has to take part
-            compare(pipe, args, call, cache.reports[-1].schedule, output, seconds, None)
+            compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
         return
-    path, frames = save(output, args, number, count)
+    path, frames = save(pipe, output, args, number, count)
     say(f"{path}  ({seconds:.1f} s)")
     about = {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
     if args.compare and frames is not None:
-        sheet = own_place(beside(path, f"_compare{path.suffix}"), files_of(path))
-        about["quality"] = compare(pipe, args, call, cache.reports[-1].schedule, output, seconds, sheet)
+        rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
+        print(quality_table(rows))
+        about["quality"], ours = rows, files_of(path)
+        sheet = own_place(beside(path, f"_compare{path.suffix}"), ours)
+        side_by_side(sheet, list(pictures.values()), None if len(frames) == 1 else args.fps)
+        print(f"Side by side: {sheet}")
         about["files"].append(sheet.name)
+        if len(frames) > 1:
+            moving = own_place(beside(path, "_compare.webp"), ours)
+            animation(moving, columns_of(rows, pictures), args.fps)
+            print(f"Moving, with the differences: {moving}")
+            about["files"].append(moving.name)
     write_report(report_place(path), cache.reports[-1], **about)
 
 
-def draw(pipe, args, call: dict):
-    """(output of the pipeline, seconds)."""
+def draw(pipe, args, call: dict, title: str):
+    """(output of the pipeline, seconds). title: of the progress bar."""
+    pipe.set_progress_bar_config(disable=not is_writer(), desc=f"{title:11}")
     known, began = inspect.signature(type(pipe).__call__).parameters, time.perf_counter()
     if "generator" in known:
         call = {"generator": torch.Generator("cpu").manual_seed(args.seed), **call}
@@ -274,29 +302,33 @@ def draw(pipe, args, call: dict):
     return output, time.perf_counter() - began
 
 
-def compare(pipe, args, call: dict, schedule, output, seconds: float, sheet: Path | None) -> dict | None:
-    """Un-cached, cached, and the plain sampler with as many steps, side by side with figures (sheet; None: only
-    draw)."""
-    rows = {}
-    uncached, uncached_seconds = draw(pipe, args, call)
-    fewer, fewer_seconds = draw(pipe, args, {**call, "num_inference_steps": schedule.computed})
-    if sheet is None:
-        return None
-    reference = frames_of(uncached)
-    pictures = {"un-cached": reference, "MagCache": frames_of(output), "fewer steps": frames_of(fewer)}
+def compared(pipe, args, call: dict, schedule, output, seconds: float) -> tuple[dict, dict[str, np.ndarray]]:
+    """(figures, frames) of un-cached, cached, and the plain sampler with as many steps, by title."""
+    uncached, uncached_seconds = draw(pipe, args, call, "un-cached")
+    fewer, fewer_seconds = draw(pipe, args, {**call, "num_inference_steps": schedule.computed}, "fewer steps")
+    pictures = {"un-cached": frames_of(uncached), "MagCache": frames_of(output), "fewer steps": frames_of(fewer)}
     spent = {"un-cached": uncached_seconds, "MagCache": seconds, "fewer steps": fewer_seconds}
     computed = {"un-cached": schedule.steps, "MagCache": schedule.computed, "fewer steps": schedule.computed}
+    rows = {}
     for title, frames in pictures.items():
-        rows[title] = {"steps": computed[title], "seconds": spent[title], **quality(reference, frames)}
-    print(quality_table(rows))
-    side_by_side(sheet, list(pictures.values()), None if len(reference) == 1 else args.fps)
-    print(f"Side by side: {sheet}")
-    return rows
+        rows[title] = {"steps": computed[title], "seconds": spent[title], **quality(pictures["un-cached"], frames)}
+    return rows, pictures
+
+
+def columns_of(rows: dict, pictures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of a video's animated picture by what is written above them: the clips, and where they differ."""
+    columns, reference = {}, pictures["un-cached"]
+    for title, frames in pictures.items():
+        closeness = f"\n{rows[title]['psnr']:.1f} dB" if title != "un-cached" else ""
+        columns[f"{title}, {rows[title]['steps']} steps{closeness}"] = frames
+    for title in ("MagCache", "fewer steps"):
+        columns[f"{title}:\ndifference x{MAGNIFIED}"] = magnified_difference(reference, pictures[title])
+    return columns
 
 
 def frames_of(output) -> np.ndarray | None:
-    """The first picture or video of an output, uint8 (frames, height, width, 3); None: sound."""
-    made = next((output[name] for name in ("images", "frames") if name in output), None)
+    """The first picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
+    made = next((output[name] for name in ("images", "frames", "video") if output.get(name) is not None), None)
     if made is None:
         return None
     first = made[0]
@@ -305,32 +337,68 @@ def frames_of(output) -> np.ndarray | None:
     return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def save(output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
+def sound_of(output) -> np.ndarray | None:
+    """The first sound of an output, float (channels, samples); None: it has none."""
+    made = next((output[name] for name in ("audios", "audio", "sound") if output.get(name) is not None), None)
+    if made is None:
+        return None
+    sound = np.asarray(torch.as_tensor(made[0]).float().cpu())
+    return sound.reshape(-1, sound.shape[-1])
+
+
+def sampling_rate(pipe) -> int:
+    """Of the sounds that a pipeline makes, as its parts know it."""
+    for part in ("vocoder", "audio_vae", "vae", "unet", "transformer"):
+        config = getattr(getattr(pipe, part, None), "config", None)
+        for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+            if getattr(config, name, None):
+                return int(getattr(config, name))
+    return int(getattr(pipe, "sample_rate", 44100))
+
+
+def save(pipe, output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
     """Write the result whole: (path, frames)."""
-    frames = frames_of(output)
+    frames, sound = frames_of(output), sound_of(output)
+    if frames is None and sound is None:
+        raise MagCacheError(
+            f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
+        )
     suffix = ".wav" if frames is None else ".png" if len(frames) == 1 else ".mp4"
     path = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
     path = path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
     path = own_place(path, files_of(path))
-    if frames is None:
-        save_sound(path, output)
-    else:
+    if frames is not None:
         save_frames(path, frames, None if len(frames) == 1 else args.fps)
+    if frames is None:
+        save_sound(path, sound, sampling_rate(pipe))
+    elif sound is not None:
+        add_sound(path, sound, sampling_rate(pipe))
     return path, frames
 
 
-def save_sound(path: Path, output, rate: int = 44100) -> None:
-    """The first sound as a 16-bit wave file."""
-    if "audios" not in output:
-        raise MagCacheError(
-            f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
-        )
-    sound = np.asarray(torch.as_tensor(output["audios"][0]).float().cpu()).reshape(-1, output["audios"][0].shape[-1])
+def save_sound(path: Path, sound: np.ndarray, rate: int) -> None:
+    """As a 16-bit wave file."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(sound))
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((sound.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
+def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
+    """Into a video. Where that fails the sound lies beside it."""
+    beside_it = own_place(beside(path, ".wav"), files_of(path))
+    whole = beside(path, f".{os.getpid()}{path.suffix}")
+    save_sound(beside_it, sound, rate)
+    ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
+    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy", "-shortest"]
+    done = subprocess.run([ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)], capture_output=True, text=True)
+    if done.returncode:
+        whole.unlink(missing_ok=True)
+        print(f"The sound is in {beside_it} ({done.stderr.strip().splitlines()[-1]}).", file=sys.stderr)
+        return
+    whole.replace(path)
+    beside_it.unlink()
 
 
 if __name__ == "__main__":

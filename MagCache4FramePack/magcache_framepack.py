@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.calibration import fingerprint
 from common.errors import MagCacheError
 from common.files import write_json
-from common.hosts import ALL_TOKENS, FRAMEPACK
+from common.hosts.diffusers import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.report import finite
 from common.scripts.controls import Choice, PagePlan, page_plan

@@ -20,7 +20,7 @@ sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # 
 
 from common.calibration import fingerprint  # noqa: E402
 from common.errors import MagCacheError  # noqa: E402
-from common.hosts import HUNYUANVIDEO_15_CHECKOUT  # noqa: E402
+from common.hosts.checkouts import HUNYUANVIDEO_15_CHECKOUT  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
 from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
 from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402

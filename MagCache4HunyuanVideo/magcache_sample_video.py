@@ -16,7 +16,7 @@ sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # 
 
 from common.calibration import fingerprint  # noqa: E402
 from common.errors import MagCacheError  # noqa: E402
-from common.hosts import HUNYUANVIDEO_CHECKOUT  # noqa: E402
+from common.hosts.checkouts import HUNYUANVIDEO_CHECKOUT  # noqa: E402
 from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
 from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
 from common.scripts.session import Session, volume  # noqa: E402

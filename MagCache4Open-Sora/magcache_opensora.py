@@ -16,7 +16,7 @@ import torch
 from common.calibration import fingerprint
 from common.corrector import EULER
 from common.errors import MagCacheError
-from common.hosts import STDIT3, mmdit
+from common.hosts.checkouts import STDIT3, mmdit
 from common.ranks import is_writer
 from common.scripts.checkout import one_sentence, script_at
 from common.scripts.flags import add_opt_in_flags, check_flags, flags_taken, switched_on

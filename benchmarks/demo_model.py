@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(REPOSITORY))
 
 from common.calibration import fingerprint  # noqa: E402
-from common.hosts import FLUX  # noqa: E402
+from common.hosts.diffusers import FLUX  # noqa: E402
 from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.scripts.flux import DEMO  # noqa: E402
 from common.tables import load  # noqa: E402

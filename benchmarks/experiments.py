@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_model import load_demo  # noqa: E402
-from quality import SAMPLER_NAMES, SHARES, Subject, references  # noqa: E402
+from quality import SHARES, references  # noqa: E402
+from subject import SAMPLER_NAMES, Subject  # noqa: E402
 
 from common import planner  # noqa: E402
 from common.corrector import Trajectory  # noqa: E402

@@ -44,8 +44,7 @@ HEAD = """# Pipelines
 
 Every pipeline of diffusers {version} that calls a transformer or U-Net step by step, and what
 `magcache.enable(pipe, ...)` does for it. `python benchmarks/pipelines_table.py --diffusers CHECKOUT` makes this page
-with the tiny models of diffusers' own tests. Whole pipelines of ten families are run by
-`tests/hosts/test_pipelines.py`.
+with the tiny models of diffusers' own tests, and with the test suite.
 
 * **A speed-up** (`speedup=`, `steps=`) needs no facts and no calibration, for it predicts the model's output: every row
   but those that say `none`. A pipeline whose loop does not go by `pipe.scheduler` computes everything.
@@ -57,9 +56,35 @@ with the tiny models of diffusers' own tests. Whole pipelines of ten families ar
 * **Ratios** are for the paper's rule alone: the tables that come with MagCache for checkpoints of this class; elsewhere
   `enable(pipe, calibrate=True)` measures them in one ordinary run.
 
+{families}
+## Every pipeline
+
 | pipeline | model | paper's rule | ratios |
 |---|---|---|---|
 """
+FAMILIES_HEAD = """## Families, tried whole
+
+Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py` and
+`tests/hosts/test_pipeline_families.py`. ✓: tried, and right on every run of the suite. Empty: not tried.
+
+"""
+TRIED = {  # tests: a column of that table
+    "test_a_plain_speedup": "speed-up",
+    "test_all_steps_computed_is_bit_equal": "all steps computed is bit-equal",
+    "test_calibrated_and_by_the_papers_rule": "calibrated, paper's rule",
+    "test_another_run_in_between_changes_nothing": "run A leaves nothing for B",
+    "test_stopped_at_each_step": "stopped at each step",
+    "test_image_to_image": "image to image",
+    "test_a_control_net": "control net",
+    "test_a_lora_put_on_and_taken_off_while_enabled": "LoRA",
+    "test_two_pipelines_and_two_threads": "shared, two threads",
+    "test_offload_before_or_after": "offload",
+    "test_layerwise_casting": "float8 storage",
+    "test_compiled_blocks": "compiled blocks",
+    "test_saved_while_enabled": "saved, loaded",
+    "test_context_parallel_over_two_ranks": "context parallel, two ranks",
+    "test_fsdp_over_two_ranks": "FSDP, two ranks",
+}
 
 
 def tiny_models(checkout: Path) -> Iterator[tuple[torch.nn.Module, dict]]:
@@ -162,19 +187,49 @@ def proved(checkout: Path) -> dict[str, str]:
     return proofs
 
 
+class Outcomes:
+    """A plugin of pytest that notes what became of each test: {(function, family): whether it passed each time}."""
+
+    def __init__(self, families) -> None:
+        self.families, self.passed = families, {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        function, _, parameters = report.nodeid.rpartition("::")[2].partition("[")
+        named = [family for family in self.families if family in parameters.rstrip("]").split("-")]
+        key = function, named[0] if named else "flux"
+        if report.when == "call" or not report.passed:
+            self.passed[key] = self.passed.get(key, True) and report.passed
+
+
+def families_table() -> str:
+    """What the test suite tries on whole pipelines, a row for each family."""
+    import pytest
+    from tabulate import tabulate
+
+    sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "hosts")]
+    from tiny_pipelines import FAMILIES
+
+    outcomes = Outcomes(FAMILIES)
+    files = (REPOSITORY / "tests" / "hosts" / name for name in ("test_pipelines.py", "test_pipeline_families.py"))
+    pytest.main(["-n", "0", *map(str, files)], plugins=[outcomes])
+    marks = {True: "✓", False: "fails", None: ""}
+    rows = [[family, *(marks[outcomes.passed.get((test, family))] for test in TRIED)] for family in FAMILIES]
+    return FAMILIES_HEAD + tabulate(rows, ["", *TRIED.values()], tablefmt="pipe") + "\n"
+
+
 def main() -> None:
     import diffusers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", type=Path, required=True, help="a checkout, for the tiny models of its tests")
     args = parser.parse_args()
-    proofs = proved(args.diffusers)
+    families, proofs = families_table(), proved(args.diffusers)
     rows = [
         f"| {pipeline} | {model_name} | {state_of(model_name, proofs)} | "
         f"{tables_of(model_name) if state_of(model_name, proofs) in ('proved', 'described') else '-'} |"
         for pipeline, model_name in pipelines()
     ]
-    OUTPUT.write_text(HEAD.format(version=diffusers.__version__) + "\n".join(rows) + "\n")
+    OUTPUT.write_text(HEAD.format(version=diffusers.__version__, families=families) + "\n".join(rows) + "\n")
     print(f"{OUTPUT}: {len(rows)} pipelines, {len(proofs)} classes tried")
 
 

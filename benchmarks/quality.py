@@ -1,7 +1,8 @@
 """Closeness to the un-cached picture at equal numbers of computed steps: this project, other caches, the plain sampler.
 
-    python benchmarks/quality.py             # the demo model; about 10 minutes of one core
+    python benchmarks/quality.py             # the demo model; about 15 minutes of one core
     python benchmarks/quality.py --guidance 5 --scheduler unipc --own_rows
+    python benchmarks/quality.py --model demo-video --guidance 5 1 --scheduler unipc --steps 30     # 25 minutes
     python benchmarks/quality.py --short     # exit status 1 if a margin is missed (CI)
     python benchmarks/quality.py --model black-forest-labs/FLUX.1-dev --prompt_file prompts.txt --steps 28
 
@@ -10,24 +11,27 @@ Rows, each at about 50, 40 and 25 % of the steps: the plain sampler with fewer s
 without a calibration; runs planned from a calibration; the released schedule of the model's kind; the hooks MagCache,
 FirstBlockCache, TaylorSeer and (on Wan) SeaCache of diffusers; DBCache and its TaylorSeer variant of cache-dit where
 that is installed (pip install cache-dit==1.5.3). "off" is without the corrector. Thresholds of the others are searched
-for, on one picture, so that they compute as many steps. Computed steps are counted as executions of the last block's
-query projection. PSNR (mean with a 95 % interval, worst picture), SSIM and MS-SSIM are against the un-cached picture
-of the same prompt and seed; motion is the PSNR of the differences between neighbouring frames of a video; extra
-memory is what is alive between two steps beyond that of an un-cached run. Seconds are in benchmarks/speed.py.
+for, on two calibration prompts, so that they compute as many steps. Computed steps are counted as executions of the
+last block's query projection. PSNR (mean with a 95 % interval, worst picture), SSIM and MS-SSIM are against the
+un-cached picture of the same prompt and seed; motion is the PSNR of the differences between neighbouring frames of a
+video; extra memory is what is alive between two steps beyond that of an un-cached run. Seconds are in
+benchmarks/speed.py.
+
+What is measured is kept in a file (--rows), so that a run that was cut short goes on where it was. Rows of this project
+are measured again when `common` changes, others when their version does; rows of other prompts, seeds or another
+machine are refused.
 
 Another model than the demo is calibrated first, on the first prompts of its file, and measured on the others. Prints
 the table as Markdown; writes it and a figure into the folder --output.
 """
 
 import argparse
-import gc
-import math
+import itertools
 import os
 import platform
 import sys
 import time
-from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +40,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_model import DEMO, PROMPTS, REPOSITORY, load_demo  # noqa: E402
+from peers import cache_dit_rows, diffusers_rows, thresholds_text  # noqa: E402
+from row_file import RowFile, digest_of_code  # noqa: E402
+from subject import BATCH, SAMPLER_NAMES, Row, Subject  # noqa: E402
 
+from common.calibration import fingerprint  # noqa: E402
 from common.errors import MagCacheError, needs  # noqa: E402
-from common.hosts import host_of  # noqa: E402
-from common.patch import magcache_calibration, magcache_forward  # noqa: E402
+from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target, nearest_by_the_rule  # noqa: E402
 from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings, rule_of  # noqa: E402
@@ -49,6 +56,7 @@ from common.tables import load as load_table  # noqa: E402
 
 SHARES = (0.5, 0.4, 0.25)
 DEMO_VIDEO = REPOSITORY / "demo" / "video"
+SCRIPTS = REPOSITORY / "common" / "scripts"  # what command lines share: draws nothing
 FREE = "no calibration"
 RELEASED = {"Flux": "flux-dev", "Wan": "wan2.1-t2v-1.3b"}  # of the transformer's class: the preset
 # dB above another row at half the steps. Measured by --short on 2026-11-25, less 1.5: 4.0, 14.0 and 14.5.
@@ -57,104 +65,11 @@ MARGINS = {
     FREE: ("fewer steps", 12.5),
     "planned, linear": ("fewer steps", 13.0),
 }
-SAMPLER_NAMES = {"euler": "Euler", "unipc": "UniPC of second order", "dpm": "DPM-Solver++ of second order"}
-BATCH = 12  # pictures drawn at once
-# cache: makes the context manager that puts the cache on. batch: pictures at once, since others decide for a whole one.
-Row = namedtuple("Row", "family setting cache steps batch", defaults=[BATCH])
 
 
-class Subject:
-    """A pipeline, what every call of it gets, and the (prompt, seed) of every picture."""
-
-    def __init__(self, pipe, call, jobs, scheduler="euler"):
-        self.pipe, self.call, self.jobs, self.host = pipe, call, jobs, host_of(pipe.transformer)
-        pipe.set_progress_bar_config(disable=True)
-        self.scheduler = scheduler
-        self.shift = pipe.scheduler.config.get("shift") or pipe.scheduler.config.get("flow_shift")
-        pipe.scheduler = self.new_scheduler(scheduler)
-        self.executed = 0
-        blocks = list(getattr(pipe.transformer, self.host.blocks[-1]))
-        query = [module for name, module in blocks[-1].named_modules() if name.endswith("to_q")][0]
-        query.register_forward_hook(self.count)
-
-    def new_scheduler(self, name):
-        """One of SAMPLER_NAMES, with the noise levels of the model's own."""
-        from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-
-        if name == "euler":
-            return FlowMatchEulerDiscreteScheduler(shift=self.shift)
-        flux = "Flux" in type(self.pipe).__name__  # which tells the scheduler its shift, as a logarithm
-        options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_dynamic_shifting": flux}
-        kind = {"unipc": UniPCMultistepScheduler, "dpm": DPMSolverMultistepScheduler}[name]
-        scheduler = kind(flow_shift=self.shift, solver_order=2, **options)
-        scheduler.register_to_config(base_shift=math.log(self.shift), max_shift=math.log(self.shift))
-        return scheduler
-
-    @contextmanager
-    def sampled_by(self, name):
-        own, self.pipe.scheduler = self.pipe.scheduler, self.new_scheduler(name)
-        try:
-            yield
-        finally:
-            self.pipe.scheduler = own
-
-    def count(self, *_):
-        self.executed += 1
-
-    def render(self, jobs, steps, **more):
-        """uint8 frames (jobs, frames, height, width, 3) of these (prompt, seed), drawn as one batch."""
-        output = self.pipe(
-            [prompt for prompt, _ in jobs],
-            num_inference_steps=steps,
-            output_type="np",
-            generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
-            **self.call,
-            **more,
-        )
-        frames = output.images[:, None] if hasattr(output, "images") else output.frames
-        return (np.asarray(frames) * 255).round().astype(np.uint8)
-
-    def computed(self, cache, jobs, steps):
-        self.executed = 0
-        with cache():
-            self.render(jobs, steps)
-        return self.executed
-
-    def peak_bytes(self, cache, steps):
-        """Bytes of tensors that are alive between two steps of a run, looked at three times."""
-        seen = []
-
-        def look(pipe, step, timestep, tensors):
-            if step in (steps // 4, steps // 2, 3 * steps // 4):
-                seen.append(live_bytes())
-            return tensors
-
-        with cache():
-            self.render(self.jobs[:1], steps, callback_on_step_end=look)
-        return max(seen)
-
-    def calibrated(self, jobs, steps):
-        with magcache_calibration(self.pipe.transformer, self.host, self.timesteps, "measured") as handle:
-            for job in tqdm(jobs, desc=f"calibrating, {steps} steps"):
-                self.render([job], steps)
-        return handle.table
-
-    def timesteps(self):
-        return self.pipe.scheduler.timesteps
-
-
-def live_bytes():
-    gc.collect()
-    storages = {}
-    for one in gc.get_objects():
-        # isinstance would wake lazy objects; other types (torch.compile's stand-ins) hold no memory.
-        if type(one) in (torch.Tensor, torch.nn.Parameter):
-            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def own_rows(subject, table, steps, counts):
-    """Rows of this project."""
+def own_rows(subject, table, steps, counts, recall=None):
+    """Rows of the plain sampler and of this project."""
+    source = digest_of_code(set((REPOSITORY / "common").rglob("*.py")) - set(SCRIPTS.rglob("*.py")))
 
     def patched(table, settings, corrector=True, rule=None):
         return lambda: magcache_forward(
@@ -182,13 +97,14 @@ def own_rows(subject, table, steps, counts):
         settings = nearest_by_the_rule(table, levels, Rule(), count).settings
         for corrector in (True, False):
             family = "paper's rule" + ", off" * (not corrector)
-            yield Row(family, thresholds_text(settings), patched(table, settings, corrector), steps)
+            yield Row(family, thresholds_text(settings), patched(table, settings, corrector), steps, source=source)
     released = [name for kind, name in RELEASED.items() if kind in type(subject.pipe.transformer).__name__]
     for preset in map(load_table, released):
         for corrector in (True, False):
             family = f"released schedule, {preset.name}" + ", off" * (not corrector)
             settings = Settings(**preset.settings)
-            yield Row(family, thresholds_text(settings), patched(preset, settings, corrector, rule_of(preset)), steps)
+            cache = patched(preset, settings, corrector, rule_of(preset))
+            yield Row(family, thresholds_text(settings), cache, steps, source=source)
     kinds = [
         (FREE, None, {}, True),
         (f"{FREE}, off", None, {}, False),
@@ -199,127 +115,32 @@ def own_rows(subject, table, steps, counts):
     for family, its_table, options, corrector in kinds:
         for count in counts:
             cache = patched(its_table, Target(count, **options), corrector)
-            yield Row(family, f"--magcache_steps {count}", cache, steps)
+            yield Row(family, f"--magcache_steps {count}", cache, steps, source=source)
 
 
-def thresholds_text(settings):
-    return f"{settings.magcache_thresh:g} / {settings.magcache_K} / {settings.retention_ratio:g}"
-
-
-def other_rows(subject, table, steps, counts):
-    """Rows of diffusers' own hooks and of cache-dit, which changes the pipeline for good and so comes last."""
-    from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
-
-    transformer = subject.pipe.transformer
-
-    def hooks(config):
-        @contextmanager
-        def on():
-            transformer.enable_cache(config)
-            try:
-                yield
-            finally:
-                transformer.disable_cache()
-
-        return on
-
-    ratios = torch.tensor(table.mag_ratios["cond"])
-    for count in counts:
-        # The hook computes one step more than the rule at the same settings.
-        settings = nearest_by_the_rule(table, np.asarray(table.sigmas), Rule(), count - 1).settings
-        config = MagCacheConfig(settings.magcache_thresh, settings.magcache_K, settings.retention_ratio, steps, ratios)
-        yield Row("diffusers MagCache", thresholds_text(settings), hooks(config), steps, 1)
-    for threshold in searched(subject, steps, counts, lambda threshold: hooks(FirstBlockCacheConfig(threshold))):
-        yield Row(
-            "diffusers FirstBlockCache", f"threshold {threshold:.3g}", hooks(FirstBlockCacheConfig(threshold)), steps, 1
-        )
-    if "Wan" in type(transformer).__name__:
-        from diffusers import SeaCacheConfig
-
-        for order in (0, 1):
-
-            def sea(threshold, order=order):
-                return hooks(SeaCacheConfig(threshold=threshold, residual_order=order))
-
-            for threshold in searched(subject, steps, counts, sea):
-                family = "diffusers SeaCache" + ", first order" * order
-                yield Row(family, f"threshold {threshold:.3g}", sea(threshold), steps, 1)
-    for interval in (2, 3, 4):
-        config = TaylorSeerCacheConfig(cache_interval=interval, disable_cache_before_step=3, max_order=1)
-        yield Row("diffusers TaylorSeer", f"interval {interval}", hooks(config), steps, 1)
-    try:
-        import cache_dit
-    except ImportError:
-        print("cache-dit is not installed (pip install cache-dit==1.5.3): its rows are left out.", file=sys.stderr)
-        return
-    taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
-    for family, options in (
-        ("cache-dit DBCache", {}),
-        ("cache-dit DBCache, TaylorSeer", {"calibrator_config": taylor}),
-    ):
-
-        def cached(threshold, options=options):
-            @contextmanager
-            def on():
-                cache_dit.enable_cache(
-                    subject.pipe,
-                    cache_config=cache_dit.DBCacheConfig(
-                        Fn_compute_blocks=1,
-                        Bn_compute_blocks=0,
-                        max_warmup_steps=max(1, steps // 10),
-                        residual_diff_threshold=threshold,
-                        num_inference_steps=steps,
-                    ),
-                    **options,
-                )
-                try:
-                    yield
-                finally:
-                    cache_dit.disable_cache(subject.pipe)
-
-            return on
-
-        for threshold in searched(subject, steps, counts, cached):
-            yield Row(family, f"threshold {threshold:.3g}", cached(threshold), steps, 1)
-
-
-def searched(subject, steps, counts, cached):
-    """Thresholds, each by bisection on one picture, with which about as many steps are computed as `counts` says."""
-    known = {}
-
-    def computed(threshold):
-        if threshold not in known:
-            known[threshold] = subject.computed(cached(threshold), subject.jobs[:1], steps) / subject.branches
-        return known[threshold]
-
-    for count in counts:
-        low, high = 0.0, 1.0
-        for _ in range(7):
-            middle = (low + high) / 2
-            low, high = (middle, high) if computed(middle) > count else (low, middle)
-    return sorted({min(known, key=lambda threshold: abs(known[threshold] - count)) for count in counts})
-
-
-def measure(subject, rows, reference, plain_bytes, steps):
-    """One dictionary a row. reference: `drawn` un-cached."""
-    for row in rows:
-        with row.cache():
-            pictures, computed = drawn(subject, row.steps, f"{row.family}, {row.setting}", row.batch)
-        scores = [quality(true, picture) for true, picture in zip(reference, pictures)]
-        psnr = np.array([score["psnr"] for score in scores])
-        tqdm.write(f"{row.family}, {row.setting}: {computed:.1f} of {steps} computed, {psnr.mean():.1f} dB", sys.stderr)
-        yield {
-            "family": row.family,
-            "setting": row.setting,
-            "computed": computed,
-            "psnr": psnr.mean(),
-            "interval": 1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5,
-            "worst": psnr.min(),
-            "ssim": np.mean([score["ssim"] for score in scores]),
-            "motion": None if len(reference[0]) == 1 else np.mean(list(map(motion_psnr, reference, pictures))),
-            "ms_ssim": None if scores[0]["ms_ssim"] is None else np.mean([score["ms_ssim"] for score in scores]),
-            "bytes": None if plain_bytes is None else max(0, subject.peak_bytes(row.cache, row.steps) - plain_bytes),
-        }
+def measured(subject, row, uncached, plain_bytes, steps):
+    """How close a row comes to the pictures `uncached`. plain_bytes: alive in an un-cached run; None: do not look."""
+    began = time.perf_counter()
+    with row.cache():
+        pictures, computed = subject.drawn(row.steps, f"{row.family}, {row.setting}", row.batch)
+    scores = [quality(true, picture) for true, picture in zip(uncached, pictures)]
+    psnr = np.array([score["psnr"] for score in scores])
+    tqdm.write(f"{row.family}, {row.setting}: {computed:.1f} of {steps} computed, {psnr.mean():.1f} dB", sys.stderr)
+    moves, has_ms_ssim = len(uncached[0]) > 1, scores[0]["ms_ssim"] is not None
+    return {
+        "family": row.family,
+        "setting": row.setting,
+        "computed": computed,
+        "psnr": float(psnr.mean()),
+        "interval": float(1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5),
+        "worst": float(psnr.min()),
+        "ssim": float(np.mean([score["ssim"] for score in scores])),
+        "motion": float(np.mean(list(map(motion_psnr, uncached, pictures)))) if moves else None,
+        "ms_ssim": float(np.mean([score["ms_ssim"] for score in scores])) if has_ms_ssim else None,
+        "bytes": None if plain_bytes is None else max(0, subject.peak_bytes(row.cache, row.steps) - plain_bytes),
+        "seconds": time.perf_counter() - began,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def motion_psnr(true, drawn):
@@ -328,20 +149,34 @@ def motion_psnr(true, drawn):
     return 10 * np.log10(255**2 / np.mean((true - drawn) ** 2))
 
 
-def drawn(subject, steps, title, batch):
-    """(every picture of the subject, computed steps a picture)"""
-    subject.executed, pictures, batches = 0, [], range(0, len(subject.jobs), batch)
-    for first in tqdm(batches, desc=title, leave=False):
-        pictures.extend(subject.render(subject.jobs[first : first + batch], steps))
-    return pictures, subject.executed / subject.branches / len(batches)
-
-
 def references(subject, steps):
     """Un-cached pictures."""
-    subject.branches = 1
-    pictures, calls = drawn(subject, steps, f"un-cached, {steps} steps", BATCH)
-    subject.branches = round(calls / steps)
-    return pictures
+    return subject.drawn(steps, f"un-cached, {steps} steps", BATCH)[0]
+
+
+def all_rows(subject, file, calibration, guidances, all_steps, own_only):
+    """{(guidance, steps): its measured rows}"""
+    results, tables, uncached = {}, {}, {}
+    stages = [own_rows] if own_only else [own_rows, diffusers_rows, cache_dit_rows]
+    for stage, guidance, steps in itertools.product(stages, guidances, all_steps):
+        case, label = (guidance, steps), f"guidance {guidance:g}, {steps} steps"
+        subject.guide(guidance)
+        if case not in tables:
+            tables[case] = subject.calibrated(calibration, steps)
+
+        def recall(key, measure, label=label):
+            return file.recall(f"{label}, {key}", measure)
+
+        def fresh(row, case=case, steps=steps):
+            if case not in uncached:
+                uncached[case] = references(subject, steps), subject.peak_bytes(nullcontext, steps)
+            return measured(subject, row, *uncached[case], steps)
+
+        counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
+        for row in stage(subject, tables[case], steps, counts, recall):
+            key = ", ".join(part for part in (row.family, row.setting, row.source) if part)
+            results.setdefault(case, {})[key] = recall(key, lambda row=row: fresh(row))
+    return {case: list(rows.values()) for case, rows in results.items()}
 
 
 def table_text(results, steps):
@@ -379,15 +214,16 @@ def table_text(results, steps):
     )
 
 
-def draw(by_steps, path):
+def draw(by_case, path):
+    """by_case: `all_rows`."""
     figure = needs("matplotlib.figure", "matplotlib").Figure(
-        figsize=(max(7, 6.5 * len(by_steps)), 5.5), layout="constrained"
+        figsize=(max(7, 6.5 * len(by_case)), 5.5), layout="constrained"
     )
-    panels = np.atleast_1d(figure.subplots(1, len(by_steps)))
-    families = dict.fromkeys(one["family"] for results in by_steps.values() for one in results)
+    panels = np.atleast_1d(figure.subplots(1, len(by_case)))
+    families = dict.fromkeys(one["family"] for results in by_case.values() for one in results)
     palette = needs("matplotlib", "matplotlib").colormaps["tab20"].colors  # one colour a family, in all panels
     colors = dict(zip(families, palette)) | {"fewer steps": "black"}
-    for axes, (steps, results) in zip(panels, by_steps.items()):
+    for axes, ((guidance, steps), results) in zip(panels, by_case.items()):
         for family in dict.fromkeys(one["family"] for one in results):
             points = sorted(
                 (one["computed"], one["psnr"], one["interval"]) for one in results if one["family"] == family
@@ -404,6 +240,7 @@ def draw(by_steps, path):
                 capsize=2,
                 color=colors[family],
             )
+        axes.set_title(f"guidance {guidance:g}" if guidance != 1 else "no guidance", fontsize=10)
         axes.set_xlabel(f"computed steps of {steps}")
         axes.set_ylabel("PSNR to the un-cached picture, dB")
         axes.grid(alpha=0.3)
@@ -412,12 +249,29 @@ def draw(by_steps, path):
 
 
 def machine_text(subject):
+    """Where and with what it was measured."""
     import diffusers
 
     device = (
         torch.cuda.get_device_name() if subject.pipe.device.type == "cuda" else f"{platform.machine()}, one CPU thread"
     )
-    return f"{device}, diffusers {diffusers.__version__}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    return f"{device}, diffusers {diffusers.__version__}, torch {torch.__version__}"
+
+
+def file_of(args, subject, calibration):
+    """The RowFile of this run."""
+    ramp = np.tile(np.arange(192, dtype=np.uint8)[:, None, None], (1, 1, 192, 3))
+    run = {
+        "model": args.model,
+        "weights": fingerprint(subject.pipe.transformer),
+        "prompts and seeds": subject.jobs,
+        "calibration prompts": calibration,
+        "sampler": subject.scheduler,
+        "sizes": subject.call,
+        "machine and versions": machine_text(subject),
+        "measures of closeness": {name: round(value, 6) for name, value in quality(ramp, ramp // 2).items()},
+    }
+    return RowFile(args.rows or args.output / f"{args.name}_rows.json", run)
 
 
 def short(subject, table):
@@ -427,7 +281,8 @@ def short(subject, table):
     wanted = {*MARGINS, *(other for other, _ in MARGINS.values())}
     rows = [row for row in own_rows(subject, table, steps, [steps // 2]) if row.family in wanted]
     psnr = {}
-    for one in measure(subject, rows, reference, None, steps):
+    for row in rows:
+        one = measured(subject, row, reference, None, steps)
         print(f"{one['family']}: {one['computed']:.1f} of {steps} computed, {one['psnr']:.1f} dB")
         psnr[one["family"]] = one["psnr"]
     return [
@@ -468,14 +323,29 @@ def load(args):
             )
         lines = args.prompt_file.read_text().splitlines()
         calibration, prompts = [(prompt, 0) for prompt in lines[:4]], lines[4:]
-    if "Flux" in type(pipe).__name__:  # whose guidance_scale is a number that the model is told
-        call |= {"negative_prompt": "", "true_cfg_scale": args.guidance} if args.guidance != 1 else {}
-    else:
-        call["guidance_scale"] = args.guidance
     jobs = [(prompt, seed) for seed in range(1, args.seeds + 1) for prompt in prompts[: args.prompts]]
     if len(jobs) < 2:
         raise MagCacheError("An interval needs two pictures or more: add prompts or --seeds.")
-    return Subject(pipe, call, jobs, args.scheduler), calibration
+    return Subject(pipe, call, jobs, args.scheduler, calibration[:2]), calibration
+
+
+def page_text(args, subject, by_case):
+    """The tables and what they were measured on."""
+    texts = []
+    for (guidance, steps), results in by_case.items():
+        texts += [f"Guidance {guidance:g}:"] * (len(args.guidance) > 1) + [table_text(results, steps)]
+    everything = [one for results in by_case.values() for one in results]
+    days = sorted({one["date"] for one in everything})
+    guidances = " and ".join(f"{guidance:g}" for guidance in args.guidance)
+    texts.append(
+        f"{len(subject.jobs)} {'pictures' if everything[0]['motion'] is None else 'clips'}, {args.seeds} of each "
+        f"prompt, none calibrated on; {args.model}, {SAMPLER_NAMES[args.scheduler]}, guidance {guidances}; "
+        f"{machine_text(subject)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; the rows took "
+        f"{sum(one['seconds'] for one in everything) / 60:.0f} minutes."
+    )
+    if everything[0]["ms_ssim"] is None:
+        texts[-1] += " MS-SSIM is not defined below 161 pixels a side."
+    return "\n\n".join(texts) + "\n"
 
 
 def main():
@@ -486,7 +356,7 @@ def main():
         help="hub id or folder of a diffusers pipeline; default: the demo image model; demo-video: that of video",
     )
     parser.add_argument("--prompt_file", type=Path, help="for another model than the demo: a prompt a line")
-    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1: none")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance; 1: none")
     parser.add_argument("--scheduler", choices=SAMPLER_NAMES, default="euler")
     parser.add_argument("--own_rows", action="store_true", help="without other projects")
     parser.add_argument("--prompts", type=int, default=12, help="how many of the prompts are measured")
@@ -499,37 +369,25 @@ def main():
     parser.add_argument("--short", action="store_true", help="few pictures at half the steps, with the margins of CI")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "docs", help="folder of the table and the figure")
     parser.add_argument("--name", default="quality", help="of both: NAME_table.md and NAME.png")
+    parser.add_argument(
+        "--rows", type=Path, help="file of what is measured so far; default: NAME_rows.json in the folder --output"
+    )
     args = parser.parse_args()
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     try:
         subject, calibration = load(args)
+        if args.short:
+            subject.guide(args.guidance[0])
+            sys.exit("\n".join(short(subject, load_table("demo"))) or None)
+        file = file_of(args, subject, calibration)
+        by_case = all_rows(subject, file, calibration, args.guidance, args.steps, args.own_rows)
     except MagCacheError as error:
         sys.exit(f"quality.py: {error}")
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
-    if args.short:
-        sys.exit("\n".join(short(subject, load_table("demo"))) or None)
-    tables = {steps: subject.calibrated(calibration, steps) for steps in args.steps}
-    by_steps, texts = {}, []
-    # cache-dit leaves its mark on a pipeline, so all other rows are measured before it.
-    plain = {steps: references(subject, steps) for steps in args.steps}
-    plain_bytes = {steps: subject.peak_bytes(nullcontext, steps) for steps in args.steps}
-    for rows_of in (own_rows,) if args.own_rows else (own_rows, other_rows):
-        for steps, table in tables.items():
-            counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
-            rows = rows_of(subject, table, steps, counts)
-            by_steps.setdefault(steps, []).extend(measure(subject, rows, plain[steps], plain_bytes[steps], steps))
-    for steps, results in by_steps.items():
-        texts.append(table_text(results, steps))
-    texts.append(
-        f"{len(subject.jobs)} pictures, {args.seeds} of each prompt, none calibrated on; {args.model}, "
-        f"{SAMPLER_NAMES[args.scheduler]}, guidance {args.guidance:g}; {machine_text(subject)}."
-    )
-    if by_steps[args.steps[0]][0]["ms_ssim"] is None:
-        texts[-1] += " MS-SSIM is not defined below 161 pixels a side."
-    text = "\n\n".join(texts) + "\n"
+    text = page_text(args, subject, by_case)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}_table.md").write_text(text)
-    draw(by_steps, args.output / f"{args.name}.png")
+    draw(by_case, args.output / f"{args.name}.png")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class Host:
 
 
 class BlockStack:
-    """The block stack of one model instance."""
+    """The block stack of one model instance. key: as `payloads.Payload` has it; one residual is as another."""
+
+    key = None
 
     def __init__(self, model, host):
         if not host.blocks:
@@ -145,7 +147,8 @@ class BlockStack:
         """Take the stand-ins away. Returns the residual of a recorded call: tokens after the last block minus tokens
         before the first. Tokens that forward cuts off in between (a reference picture) have none. Raises MagCacheError
         if forward came past neither."""
-        before, after = self.first.tokens, self.final.tokens
+        before = arrived = self.first.tokens
+        after = self.final.tokens
         self.restore()
         if before is None or after is None:
             raise MagCacheError(
@@ -159,6 +162,8 @@ class BlockStack:
         if after.ndim == 2:  # packed
             before, after = before[None], after[None]
         tokens = self.last or after.shape[1]
+        # How many precede or follow them where the residual is added, of each kind of call.
+        self.final.others.add((after if self.host.final_layer else arrived).shape[-2] - tokens)
         kept = slice(None, tokens) if self.host.tokens_lead else slice(-tokens, None)
         return after[:, kept] - before[:, kept]
 
@@ -221,10 +226,11 @@ class FinalLayer:
     """Stands in for the final layer: remembers the image tokens that come in, or adds the residual to them. Its other
     attributes are the layer's."""
 
-    __slots__ = ("tokens_lead", "layer", "tokens", "residual")
+    __slots__ = ("tokens_lead", "layer", "tokens", "residual", "others")
 
     def __init__(self, tokens_lead):
         self.tokens_lead, self.layer, self.tokens, self.residual = tokens_lead, None, None, None
+        self.others = set()
 
     def __getattr__(self, name):
         if name.startswith("__"):  # Dynamo asks for what slots have not
@@ -235,18 +241,19 @@ class FinalLayer:
         if self.residual is None:
             self.tokens = tokens
             return self.layer(tokens, *args, **kwargs)
-        return self.layer(added(tokens, self.residual, self.tokens_lead), *args, **kwargs)
+        return self.layer(added(tokens, self.residual, self.tokens_lead, self.others), *args, **kwargs)
 
 
 class LastBlock:
     """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in
     with the residual."""
 
-    __slots__ = ("passed_on", "tokens_lead", "layer", "tokens", "residual")
+    __slots__ = ("passed_on", "tokens_lead", "layer", "tokens", "residual", "others")
 
     def __init__(self, passed_on, tokens_lead):
         self.passed_on, self.tokens_lead = passed_on, tokens_lead
         self.layer = self.tokens = self.residual = None
+        self.others = set()
 
     def __getattr__(self, name):
         if name.startswith("__"):  # Dynamo asks for what slots have not
@@ -257,21 +264,21 @@ class LastBlock:
         if self.residual is None:
             self.tokens = self.layer(*args, **kwargs)
             return self.tokens
-        return added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead)
+        return added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead, self.others)
 
 
 class TokensChanged(MagCacheError):
-    """A residual was made of more tokens than it is added to: reference pictures went."""
+    """A residual was made of more or fewer tokens than it is added to: reference pictures came or went."""
 
 
-def added(tokens, residual, tokens_lead=False):
-    """The residual added to the last of the tokens, or the first; the others do not reach the output. Raises
-    TokensChanged where there are fewer tokens than the residual has."""
+def added(tokens, residual, tokens_lead=False, others=frozenset({0})):
+    """The residual added to the last of the tokens, or the first. others: how many more there may be, which do not
+    reach the output. Raises TokensChanged where there are fewer than the residual has, or another number more."""
     if tokens.ndim == 2:
-        return added(tokens[None], residual, tokens_lead)[0]
-    others = tokens.shape[1] - residual.shape[1]
-    if others < 0:
+        return added(tokens[None], residual, tokens_lead, others)[0]
+    more = tokens.shape[1] - residual.shape[1]
+    if more not in others:
         raise TokensChanged("the number of image tokens changed")
-    if others:
-        residual = functional.pad(residual, (0, 0, 0, others) if tokens_lead else (0, 0, others, 0))
+    if more:
+        residual = functional.pad(residual, (0, 0, 0, more) if tokens_lead else (0, 0, more, 0))
     return tokens + residual

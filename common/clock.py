@@ -11,13 +11,18 @@ import numpy as np
 import torch
 
 from .blocks import Host
-from .steps import TRAIN_TIMESTEPS
+from .expert import inner_module, noise_level
+from .loop import CacheContext
+from .steps import TRAIN_TIMESTEPS, close
+
+GUIDANCE = "the pipeline's guidance"
 
 
 class Clock:
     """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
 
-    A scheduler counts its steps; the few that do not (DDIM) are read by the timestep that the model is given.
+    Some pipelines tell it (diffusers' `cache_context`). Else a scheduler counts its steps; the few that do not (DDIM)
+    are read by the timestep that the model is given.
     """
 
     def __init__(self, pipe, models: list[torch.nn.Module]) -> None:
@@ -51,6 +56,14 @@ class Clock:
         """The pipeline's at the beginning of a run: a user may have put in another."""
         return self.pipe.scheduler
 
+    def guidance(self) -> dict[str, list]:
+        """What the pipeline does with the outputs of a step, as far as it keeps that: numbers that a callback may
+        change in the middle of a run."""
+        guider = getattr(self.pipe, "guider", None)
+        kept = {**vars(self.pipe), **({} if guider is None else vars(guider))}
+        named = sorted(name for name in kept if "guidance" in name or name.endswith("scale"))
+        return {GUIDANCE: [kept[name] for name in named if isinstance(kept[name], (int, float))]}
+
     def timesteps(self) -> np.ndarray:
         """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""
         source = self.pipe.scheduler.timesteps
@@ -61,13 +74,35 @@ class Clock:
     def level(self, host: Host, arguments: dict) -> float:
         """The noise level of a call."""
         scheduler, levels = self.pipe.scheduler, self.timesteps()
-        if hasattr(scheduler, "step_index"):
-            step = scheduler.step_index
+        step = self.told_step()
+        if step is not None or hasattr(scheduler, "step_index"):
+            step = scheduler.step_index if step is None else step
             if step is None:
-                step = getattr(scheduler, "begin_index", None) or 0
+                begin = getattr(scheduler, "begin_index", None)
+                step = self.first_step(host, arguments) if begin is None else begin
             return levels[min(step, len(levels) - 1)] / TRAIN_TIMESTEPS
         timestep = arguments[host.timestep]
         return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
+
+    def first_step(self, host: Host, arguments: dict) -> int:
+        """Where a run begins whose scheduler was not told: by the time that the model is given, as far as the facts say
+        what that is."""
+        levels, (level, tolerance) = self.timesteps() / TRAIN_TIMESTEPS, noise_level(host, arguments)
+        nearest = int(np.abs(levels - level).argmin())
+        return nearest if close(level, levels[nearest], tolerance) else 0
+
+    def told_step(self) -> int | None:
+        """The step that the pipeline tells of; None where it tells none."""
+        contexts = [vars(inner_module(model)).get("cache_context") for model in self.models]
+        told = next((one.told for one in contexts if isinstance(one, CacheContext) and one.told), {})
+        step, sigma, count = (told.get(name) for name in ("step_index", "sigma", "num_inference_steps"))
+        steps = len(self.timesteps())
+        if step is not None:  # counted from where an image-to-image run begins
+            return step + (steps - count if count and count < steps else 0)
+        sigmas = getattr(self.pipe.scheduler, "sigmas", None)
+        if sigma is None or sigmas is None or len(sigmas) < steps:
+            return None
+        return int(np.abs(np.array([float(one) for one in sigmas[:steps]]) - float(sigma)).argmin())
 
 
 def falling(timesteps) -> np.ndarray:

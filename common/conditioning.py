@@ -18,6 +18,9 @@ from .steps import Call, same
 
 # Made anew for each step by what runs beside the model: whether they are there counts, not their values.
 MADE_EACH_STEP = ("controlnet", "block_samples")
+# Others at each step by their nature; a mask comes with its prompt, or follows the noise level (frames held in
+# Open-Sora).
+NO_CONDITIONING = ("mask", "timestep", "sigma")
 # What a step does not change of its own accord, however often it changes.
 CONDITIONING = ("encoder_hidden", "prompt", "pooled", "text", "context", "image_emb", "scale")
 CHANGED = "the conditioning changed"
@@ -56,7 +59,8 @@ class Conditionings:
     """
 
     def __init__(self, model: torch.nn.Module, host: Host) -> None:
-        self.host, self.scales = host, list(scale_holders(model))
+        self.model, self.host = model, host
+        self.adapters = adapters_of(model)
         self.known: list[Known] = []
         self.varying: set[str] = set()
         self.step, self.latents, self.trajectories = 0, 0, 1
@@ -71,6 +75,7 @@ class Conditionings:
         call is at the noise level at which the run began, where each latent is a trajectory of its own."""
         if call.step != self.step:
             self.step, self.latents = call.step, 0
+            self.adapters = adapters_of(self.model)
             self.now, self.before, self.counts = [], self.now, {}
             self.changed, self.changed_before = {}, self.changed
         elif call.branch == 0 and self.now:  # another latent at this step
@@ -78,7 +83,7 @@ class Conditionings:
             if call.step == 0 and first_level:
                 self.trajectories = max(self.trajectories, self.latents + 1)
         inputs = dict(inputs_of(arguments, self.host))
-        inputs["scales of adapters"] = [scale for holder in self.scales for scale in scales_of(holder)]
+        inputs["adapters"] = self.adapters
         known, why = self.find(inputs)
         self.now.append(known)
         trajectory = self.latents % self.trajectories
@@ -95,7 +100,8 @@ class Conditionings:
                 known.inputs = inputs
                 return known, ""
         changes = self.changes(likely[0], inputs) if likely else []
-        why = f"{CHANGED} ({', '.join(changes)})" if changes else ""
+        named = dict.fromkeys(name.partition("[")[0] for name in changes)
+        why = f"{CHANGED} ({', '.join(named)})" if changes else ""
         self.changed[place] = set(changes)
         # At two steps in a row, or from the very first to the next.
         again = self.changed[place] if self.step == 1 else self.changed_before.get(place, set()) & self.changed[place]
@@ -119,8 +125,8 @@ def inputs_of(arguments: dict, host: Host) -> Iterator[tuple[str, Any]]:
     """(name, value) of the tensors, numbers and words that forward is given beside the latent and the timestep, inside
     lists and dictionaries too."""
     for name, value in arguments.items():
-        # A mask comes with the prompt that it belongs to, or follows the noise level (frames held in Open-Sora).
-        if name not in (host.latent, host.timestep) and "mask" not in name:
+        stream = name.endswith(host.latent) and "encoder" not in name  # the latent of another: audio_hidden_states
+        if name != host.timestep and not stream and not any(part in name for part in NO_CONDITIONING):
             for path, leaf in leaves(name, value):
                 if not torch.is_tensor(leaf):
                     if isinstance(leaf, (bool, int, float, str)):
@@ -154,19 +160,17 @@ def alike(one: Any, other: Any) -> bool:
     return not isinstance(one, Memory) and not isinstance(other, Memory) and one == other
 
 
-def scale_holders(model: torch.nn.Module) -> Iterator[Any]:
-    """What holds the scale of an adapter on this model: layers with LoRAs (peft), attention processors of an image
-    adapter."""
+def adapters_of(model: torch.nn.Module) -> list:
+    """The adapters on a model and their scales: LoRAs (peft's layers), attention processors of an image adapter. A
+    callback may load, scale, fuse or unload one between two steps."""
+    found: list = []
     for module in model.modules():
-        if isinstance(getattr(module, "scaling", None), dict):
-            yield module
-        processor = getattr(module, "processor", None)
-        if isinstance(getattr(processor, "scale", None), (int, float, list)):
-            yield processor
-
-
-def scales_of(holder: Any) -> list:
-    scaling = getattr(holder, "scaling", None)
-    if isinstance(scaling, dict):
-        return [*scaling.items(), tuple(holder.active_adapters), holder.disable_adapters]
-    return list(holder.scale) if isinstance(holder.scale, list) else [holder.scale]
+        own = module.__dict__
+        if isinstance(own.get("scaling"), dict):
+            found += [*own["scaling"].items(), *module.active_adapters, *module.merged_adapters]
+            found.append(module.disable_adapters)
+        for holder in (module, own.get("processor")):  # a processor with weights of its own is a module, too
+            scale = getattr(holder, "__dict__", {}).get("scale")
+            if isinstance(scale, (int, float, list)):
+                found.append(list(scale) if isinstance(scale, list) else scale)
+    return found

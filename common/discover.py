@@ -7,6 +7,7 @@ blocks run (`payloads.disproof`). Of several the one whose blocks do the largest
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -17,8 +18,10 @@ import torch
 from .blocks import BlockStack, Host
 from .errors import MagCacheError
 from .expert import argument_names
+from .handle import Patch
 from .hosts import class_name, output_host
 from .payloads import MISFITS, disproof
+from .report import RunReport
 
 LEAST_SHARE = 0.25  # of the work in all block lists that a stack has to take
 
@@ -152,7 +155,7 @@ def wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable
 
 
 def describe(model: torch.nn.Module, found: Found) -> str:
-    """The line to contribute to common/hosts.py, and how sure it is."""
+    """The line to contribute to common/hosts/diffusers.py, and how sure it is."""
     default = {field.name: field.default for field in fields(Host)}
     facts = [f"{name}={value!r}" for name, value in vars(found.host).items() if value != default[name]]
     said = f'"{class_name(model)}": Host({", ".join(facts)}),'
@@ -182,3 +185,61 @@ def first_call(pipe, **arguments) -> tuple[torch.nn.Module, tuple, dict]:
     finally:
         hook.remove()
     raise MagCacheError(f"{type(pipe).__name__} never called its {type(model).__name__}.")
+
+
+class Undescribed:
+    """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
+    and this passes on to it."""
+
+    def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch]) -> None:
+        self.model, self.make_patch = model, patch
+        self.patch: Patch | None = None
+        self.active = True
+        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
+        self.own_forward = model.__dict__.get(self.place)
+        forward: Any = functools.partial(self.first_call)
+        forward.magcache = self
+        setattr(model, self.place, forward)
+
+    def first_call(self, *args, **kwargs):
+        self.take_off()
+        if self.active and self.patch is None:
+            self.patch = self.make_patch(discover(self.model, args, kwargs).host)
+        return self.model.forward(*args, **kwargs)
+
+    def take_off(self) -> None:
+        if self.patch is None:
+            delattr(self.model, self.place)
+            if self.own_forward is not None:
+                setattr(self.model, self.place, self.own_forward)
+
+    @property
+    def reports(self) -> list[RunReport]:
+        return self.patch.reports if self.patch else []
+
+    def settle(self) -> None:
+        if self.patch:
+            self.patch.settle()
+
+    def end_run(self) -> None:
+        if self.patch:
+            self.patch.end_run()
+
+    def remove(self) -> None:
+        if self.patch:
+            self.patch.remove()
+        elif self.active:
+            self.take_off()
+        self.active = False
+
+    def __enter__(self) -> Undescribed:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.remove()
+        if self.patch and kind is None:
+            self.patch.require_reached()
+            failure = getattr(self.patch, "failure", None)
+            if failure:
+                raise failure

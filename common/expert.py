@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .blocks import Host
+from .blocks import Host, TokensChanged
 from .errors import MagCacheError
 from .payloads import Payload
 
@@ -95,12 +95,20 @@ class PatchedForward:
             if call is None:
                 return self.original(*args, **kwargs)
             try:
-                output = self.original(*args, **kwargs) if call.output is None else call.output
+                try:
+                    output = self.original(*args, **kwargs) if call.output is None else call.output
+                except TokensChanged as changed:
+                    call = patch.compute_instead(call, str(changed))
+                    output = self.original(*args, **kwargs)
                 output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
             except BaseException:
                 patch.cancel_call(call)
                 raise
             return output
+
+    def __get__(self, model: Any, model_class: Any = None) -> PatchedForward:
+        """Bound already: cache-dit binds the forward that it found to the model that it had it from."""
+        return self
 
     @property
     def magcache(self) -> Patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
@@ -60,6 +61,8 @@ class Patch:
 
     def __init__(self, models, host, timesteps, payload=Residual):
         self.host, self.timesteps = host, timesteps
+        # () -> {name: value}, what a sampler does with the outputs: when it changes, so does the conditioning.
+        self.guidance: Callable[[], dict] = dict
         self.active, self.reached, self.short_runs = True, False, 0
         self.reports: list = []
         self.samplings: dict[int, Sampling] = {}  # by thread
@@ -169,11 +172,18 @@ class Patch:
             sampling.expert = expert
             sampling.run.expert_changed()
         try:
-            part, why = sampling.part(call, latent, arguments)
+            part, why = sampling.part(call, latent, {**arguments, **self.guidance()})
             sampling.call = sampling.run.begin([part], expert.payload, arguments, why)
         except BaseException:
             self.forget(sampling)
             raise
+        return sampling.call
+
+    def compute_instead(self, call, why):
+        """In place of a reused call that nothing kept fits. Returns the `run.ModelCall` that computes."""
+        call.cancel()
+        sampling = self.sampling
+        sampling.call = sampling.run.begin(call.parts, call.payload, call.arguments, why)
         return sampling.call
 
     def is_taken(self, timesteps) -> bool:

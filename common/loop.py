@@ -1,9 +1,13 @@
-"""Where the loop of a diffusers pipeline's sampler ends."""
+"""Where the loop of a diffusers pipeline's sampler is, and where it ends."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 
 class LoopEnd:
@@ -16,6 +20,8 @@ class LoopEnd:
         there = vars(pipe).get("progress_bar")
         self.plain: Any = there.plain if isinstance(there, LoopEnd) else pipe.progress_bar
         pipe.progress_bar = self
+        models = [expert.model for handle in handles for expert in getattr(handle, "experts", [handle])]
+        self.contexts = [CacheContext(model) for model in models if hasattr(type(model), "cache_context")]
 
     def __call__(self, *args, **kwargs) -> Bar:
         return Bar(self, self.plain(*args, **kwargs))
@@ -28,6 +34,37 @@ class LoopEnd:
     def take_off(self) -> None:
         if vars(self.pipe).get("progress_bar") is self:
             del self.pipe.progress_bar
+        for context in self.contexts:
+            context.take_off()
+
+
+class CacheContext:
+    """In the place of a model's `cache_context`, by which some pipelines of diffusers tell where their loop is."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.threads = model, threading.local()
+        model.__dict__["cache_context"] = self
+
+    @contextmanager
+    def __call__(self, name: str, **told) -> Iterator[None]:
+        self.threads.told = told
+        try:
+            with type(self.model).cache_context(self.model, name, **told):
+                yield
+        finally:
+            self.threads.told = {}
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """step_index, sigma, num_inference_steps, of the call that is under way in this thread; often none of them."""
+        return getattr(self.threads, "told", {})
+
+    def take_off(self) -> None:
+        if self.model.__dict__.get("cache_context") is self:
+            del self.model.__dict__["cache_context"]
+
+    def __reduce__(self):  # a copy of the model has its own
+        return getattr, (self.model, "cache_context")
 
 
 class Bar:

@@ -148,7 +148,7 @@ class MagCache(Patch):
 
     def ended(self, run):
         report = run.report
-        if self.announce and run.schedule.reuse.any() and report.unplanned and not report.reused:
+        if self.announce and run.schedule.reuse.any() and not report.reused:
             self.announce(report.line())
 
     def facts_are_wrong(self, run, told):

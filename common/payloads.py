@@ -17,7 +17,12 @@ from .errors import MagCacheError
 
 
 class Payload(Protocol):
-    """What is kept of a computed call and takes its place in a reused one, of one model instance."""
+    """What is kept of a computed call and takes its place in a reused one, of one model instance.
+
+    key: set before each call, what tells its branch from others of the run.
+    """
+
+    key: Any
 
     def record(self, arguments: dict | None = None) -> None:
         """Before a computed call. arguments: of forward, by name."""
@@ -38,10 +43,10 @@ class Payload(Protocol):
 class ModelOutput:
     """The model's output. A reused step runs nothing of the model, and what is kept is as small as a latent."""
 
-    kind = "output"
+    kind, key = "output", None
 
     def __init__(self, model: torch.nn.Module | None = None, host: Host | None = None) -> None:
-        self.forms = threading.local()  # of the newest output, in each thread that runs the model
+        self.forms: dict[tuple, Any] = {}  # of the newest output of each branch, in each thread that runs the model
 
     def record(self, arguments=None):
         pass
@@ -53,14 +58,15 @@ class ModelOutput:
         """A copy of the output's tensors as (1, elements, 1): samplers may write into what they are given."""
         leaves, form = pytree.tree_flatten(output)
         tensors = [leaf.flatten() for leaf in leaves if torch.is_tensor(leaf)]
-        self.forms.newest = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves], form
+        shapes = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        self.forms[threading.get_ident(), self.key] = shapes, form
         return torch.cat(tensors)[None, :, None]
 
     def replace(self, tensor):
-        """The output of the last computed call, a tuple, list, dictionary or dataclass of tensors, with these
+        """The output of the branch's last computed call, a tuple, list, dictionary or dataclass of tensors, with these
         values."""
         values, leaves = tensor.flatten(), []
-        shapes, form = self.forms.newest
+        shapes, form = self.forms[threading.get_ident(), self.key]
         for leaf in shapes:
             if isinstance(leaf, torch.Size):
                 leaves.append(values[: leaf.numel()].clone().reshape(leaf))
@@ -88,6 +94,14 @@ class Residual:
         self.calls, self.wrong = (), ""
 
     @property
+    def key(self) -> Any:
+        return self.used.key
+
+    @key.setter
+    def key(self, key: Any) -> None:
+        self.used.key = key
+
+    @property
     def kind(self) -> str:
         """A key of PAYLOADS."""
         return "output" if isinstance(self.used, ModelOutput) else "residual"
@@ -106,8 +120,14 @@ class Residual:
         except (MagCacheError, *MISFITS) as error:  # the first call: tokens of other sizes, or none at all
             if self.calls in self.proved:
                 raise
-            self.wrong, self.used = str(error).rstrip("."), ModelOutput()
-            return self.used.finish(output)
+            self.wrong = str(error).rstrip(".")
+            return self.fall_back(output)
+
+    def fall_back(self, output: Any) -> torch.Tensor:
+        """From here on the output is kept."""
+        key, self.used = self.key, ModelOutput()
+        self.key = key
+        return self.used.finish(output)
 
     def replace(self, tensor):
         return self.used.replace(tensor)
@@ -128,8 +148,7 @@ class Residual:
             self.wrong = disproof(self.used, made, output, again)
             self.proved.add(self.calls)
             if self.wrong:
-                self.used = ModelOutput()
-                made = self.used.finish(output)
+                made = self.fall_back(output)
         told = f"The facts of {self.name} do not hold for this model ({self.wrong}): its output is predicted instead."
         wrong, self.wrong = self.wrong, ""
         return made, output, told if wrong else ""
@@ -142,7 +161,7 @@ def disproof(stack: Payload, residual: torch.Tensor, output: Any, again: Callabl
         remade = again()
     except torch.OutOfMemoryError:
         raise
-    except MISFITS as error:
+    except (MagCacheError, *MISFITS) as error:
         return f"without its blocks: {type(error).__name__}: {error}"
     finally:
         stack.restore()

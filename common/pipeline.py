@@ -6,12 +6,11 @@
 
 Which steps compute is planned anew for each call of the pipeline, from its own scheduler. What is predicted is the
 output of the model, which needs no facts of its class; under the paper's rule (thresh, K, retention_ratio) the residual
-of its blocks, whose facts `hosts.py` has or `discover.py` finds.
+of its blocks, whose facts `hosts/` has or `discover.py` finds.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from .blocks import Host
 from .calibration import fingerprint
 from .clock import Clock
-from .discover import discover
+from .discover import Undescribed
 from .errors import MagCacheError
 from .expert import argument_names, inner_module, patch_of
 from .handle import Patch
@@ -199,7 +198,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
     clock = Clock(pipe, group.models)
 
     def patch(host):
-        return magcache_forward(
+        handle = magcache_forward(
             group.models,
             clock.host(host),
             table,
@@ -209,6 +208,8 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
             boundary=group.boundary,
             scheduler=clock.scheduler if group.leads else None,
         )
+        handle.guidance = clock.guidance
+        return handle
 
     return described(group, settings.payload or "residual", patch)
 
@@ -243,61 +244,3 @@ def described(group: Denoisers, payload: str, patch: Callable[[Host], Patch]) ->
     if payload == "output":
         return patch(host or output_host(type(model).__name__, argument_names(model)))
     return Undescribed(model, patch) if host is None else patch(host)
-
-
-class Undescribed:
-    """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
-    and this passes on to it."""
-
-    def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch]) -> None:
-        self.model, self.make_patch = model, patch
-        self.patch: Patch | None = None
-        self.active = True
-        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
-        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
-        self.own_forward = model.__dict__.get(self.place)
-        forward: Any = functools.partial(self.first_call)
-        forward.magcache = self
-        setattr(model, self.place, forward)
-
-    def first_call(self, *args, **kwargs):
-        self.take_off()
-        if self.active and self.patch is None:
-            self.patch = self.make_patch(discover(self.model, args, kwargs).host)
-        return self.model.forward(*args, **kwargs)
-
-    def take_off(self) -> None:
-        if self.patch is None:
-            delattr(self.model, self.place)
-            if self.own_forward is not None:
-                setattr(self.model, self.place, self.own_forward)
-
-    @property
-    def reports(self) -> list[RunReport]:
-        return self.patch.reports if self.patch else []
-
-    def settle(self) -> None:
-        if self.patch:
-            self.patch.settle()
-
-    def end_run(self) -> None:
-        if self.patch:
-            self.patch.end_run()
-
-    def remove(self) -> None:
-        if self.patch:
-            self.patch.remove()
-        elif self.active:
-            self.take_off()
-        self.active = False
-
-    def __enter__(self) -> Undescribed:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.remove()
-        if self.patch and kind is None:
-            self.patch.require_reached()
-            failure = getattr(self.patch, "failure", None)
-            if failure:
-                raise failure

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .calibration import Statistics
+from .conditioning import CHANGED
 from .corrector import follower_of
 from .errors import MagCacheError
 from .guard import Guard
@@ -42,6 +43,7 @@ class ModelCall:
 
     def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None, compute: str) -> None:
         self.run, self.parts, self.payload, self.arguments = run, parts, payload, arguments
+        payload.key = tuple(part.key for part in parts)
         self.stopwatch = Stopwatch(parts[0].latent.device)
         predicted, self.why = run.predict(parts, compute)
         self.reused, self.output = predicted is not None, None
@@ -82,8 +84,8 @@ class Run:
     """One pass of a sampler that computes everything and keeps nothing: what `CachedRun` and `MeasuredRun` fill in.
 
     levels: noise levels of its steps, high to low, in 0..1; report: what was done.
-    observers: functions of (ModelCall, the model's output), called after each call: for what follows a run from
-        outside it; measures: whether residuals are measured and none reused.
+    observers: functions of (ModelCall, the model's output), called after each call; measures: whether residuals are
+        measured and none reused.
     """
 
     measures = False
@@ -160,8 +162,8 @@ class CachedRun(Run):
         self.residuals, self.guard, self.fall_back, self.stopped = residuals, guard, fall_back, ""
         self.follower, self.why_uncorrected = None, ""
         if schedule.reuse.any():  # else nothing of the sampler is touched
-            predicts = schedule.predictor == "line"
-            self.follower, self.why_uncorrected = follower_of(scheduler, self.levels, predicts, corrector)
+            line = schedule.predictor == "line"
+            self.follower, self.why_uncorrected = follower_of(scheduler, self.levels, line, corrector)
 
     def facts_are_wrong(self, told):
         super().facts_are_wrong(told)
@@ -170,11 +172,12 @@ class CachedRun(Run):
             self.fall_back(self, told)
 
     def predict(self, parts, compute=""):
+        if self.follower and compute.startswith(CHANGED):  # outputs of before tell nothing of those from here on
+            self.follower.clear()
         if not self.schedule.reuse[parts[0].call.step]:
             return None, ""
-        if compute:
-            return None, compute
-        return (None, self.stopped) if self.stopped else self.predicted(parts)
+        why = compute or self.stopped
+        return (None, why) if why else self.predicted(parts)
 
     def predicted(self, parts: Sequence[Part]) -> tuple[torch.Tensor | None, str]:
         """What the kept residuals predict for the whole batch, or (None, why they cannot)."""
@@ -215,8 +218,7 @@ class CachedRun(Run):
     def followed(self, call, output):
         if self.follower:
             output = self.follower.follow(call, output)
-            kept = self.residuals.bytes + self.follower.bytes
-            self.report.peak_bytes = max(self.report.peak_bytes, kept)
+            self.report.peak_bytes = max(self.report.peak_bytes, self.residuals.bytes + self.follower.bytes)
         return output
 
     def expert_changed(self):
@@ -259,8 +261,7 @@ class MeasuredRun(Run):
         for part, residual, one in zip(call.parts, made.chunk(len(call.parts)), outputs):
             if self.first_keys.setdefault(part.call.branch, part.key) == part.key:
                 self.statistics.add(part.call, residual[:, :tokens], one)
-        last = call.parts[0].call.step == self.schedule.steps - 1
-        if last and rehearse is not None and self.reused_seconds is None:
+        if call.parts[0].call.step == self.schedule.steps - 1 and rehearse and self.reused_seconds is None:
             self.reused_seconds = self.time_reuse(call, made, rehearse)
 
     def facts_are_wrong(self, told):
@@ -276,8 +277,7 @@ class MeasuredRun(Run):
 
     @staticmethod
     def time_reuse(call: ModelCall, residual: torch.Tensor, rehearse: Callable[[], Any]) -> float:
-        """Seconds of a forward without its blocks: the least of REHEARSALS on the inputs of this call. Not compiled, so
-        with torch.compile around the whole model a reused step costs at most this."""
+        """Seconds of a forward without its blocks, not compiled: the least of REHEARSALS on the inputs of this call."""
         seconds = []
         for _ in range(REHEARSALS):
             try:

@@ -12,7 +12,7 @@ import torch
 
 from ..calibration import fingerprint
 from ..errors import MagCacheError
-from ..hosts import FLUX
+from ..hosts.diffusers import FLUX
 from ..tables import published
 from .checkout import one_sentence
 from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken

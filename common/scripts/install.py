@@ -27,7 +27,7 @@ def folders():
 
 def common_files():
     """{name in the checkout: path here} of the shared module."""
-    paths = [*COMMON.glob("*.py"), *COMMON.glob("scripts/*.py"), *COMMON.glob("presets/*.json")]
+    paths = [path for kind in ("*.py", "hosts/*.py", "scripts/*.py", "presets/*.json") for path in COMMON.glob(kind)]
     return {f"common/{path.relative_to(COMMON).as_posix()}": path for path in sorted(paths)}
 
 

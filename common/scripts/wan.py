@@ -14,7 +14,7 @@ import torch
 
 from ..errors import MagCacheError
 from ..expert import inner_module
-from ..hosts import WAN, WAN_S2V
+from ..hosts.checkouts import WAN, WAN_S2V
 from ..ranks import is_writer
 from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
 from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on

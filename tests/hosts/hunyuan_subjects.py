@@ -1,5 +1,5 @@
-"""The tests of test_hunyuan.py on the transformer of a checkout, in a process of its own, since all of them call their
-package hyvideo:
+"""hunyuan_checks.py on the transformer of a checkout, in a process of its own, since all of them call their package
+hyvideo:
 
 hunyuan15_cpu.py hunyuan_subjects.py 1.5
 hunyuan_cpu.py hunyuan_subjects.py token_replace|latent_concat"""
@@ -12,14 +12,14 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(REPOSITORY))
 
-from test_hunyuan import (  # noqa: E402
-    Subject,
+from hunyuan_checks import (  # noqa: E402
     test_a_residual_of_the_same_step_gives_full_computation,
     test_off_is_the_untouched_model,
     test_reused_steps_equal_the_oracle,
 )
+from hunyuan_helpers import Subject  # noqa: E402
 
-from common.hosts import HUNYUANVIDEO_15_CHECKOUT, HUNYUANVIDEO_CHECKOUT  # noqa: E402
+from common.hosts.checkouts import HUNYUANVIDEO_15_CHECKOUT, HUNYUANVIDEO_CHECKOUT  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 
-from common.hosts import FLUX
+from common.hosts.diffusers import FLUX
 from common.patch import magcache_forward
 from common.planner import Target
 from common.schedule import Rule, Settings

@@ -13,23 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
+from flux_scripts import DEMO, DEV, PROMPT, REPOSITORY, SCHNELL
 from PIL import Image
 
 from common.calibration import fingerprint
-from common.hosts import FLUX
+from common.hosts.diffusers import FLUX
 from common.schedule import Settings, magcache_schedule, rule_of
 from common.scripts import flux
 from common.scripts.quality import quality
 from common.tables import load, read
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DEV, SCHNELL = (
-    REPOSITORY / "MagCache4FLUX/magcache_flux.py",
-    REPOSITORY / "MagCache4FLUX_schnell/magcache_flux_schnell.py",
-)
-DEMO = REPOSITORY / "demo/image/model"
-PROMPT = "a fox on a sky blue background"
 
 
 @pytest.fixture(autouse=True)
@@ -56,27 +49,6 @@ def complaint(capsys, script, *arguments):
     text = str(end.value)
     assert text.startswith(script.name) and "\n" not in text and text.endswith(".")
     return text
-
-
-@pytest.fixture(scope="session")
-def dev_like(tmp_path_factory):
-    """A pipeline folder with random weights, the 19 double and 38 single blocks of FLUX.1-dev and its embedded
-    guidance, narrow; the other parts are the demo's."""
-    folder = tmp_path_factory.mktemp("flux") / "dev-like"
-    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("transformer"))
-    torch.manual_seed(0)
-    FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    ).save_pretrained(folder / "transformer")
-    return folder
 
 
 def test_demo_runs_where_there_is_no_gpu_and_no_model(capsys):

@@ -1,6 +1,5 @@
-"""HunyuanVideo's own code: its transformer in the tests of test_hunyuan.py, and its scripts, run by
-hunyuan_cpu.py with tiny weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio,
-diffusers, transformers)."""
+"""HunyuanVideo's own code: its transformer in hunyuan_checks.py, and its scripts, run by hunyuan_cpu.py with tiny
+weights. MAGCACHE_HUNYUANVIDEO names a checkout with its requirements (einops, imageio, diffusers, transformers)."""
 
 import os
 import re
@@ -14,16 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_hunyuan import (  # noqa: F401
-    STRIPS,
-    Subject,
-    reports,
+from hunyuan_checks import (  # noqa: F401
     test_a_calibration_plans_the_next_run,
     test_a_residual_of_the_same_step_gives_full_computation,
     test_off_is_the_untouched_model,
     test_reused_steps_equal_the_oracle,
-    videos,
 )
+from hunyuan_helpers import STRIPS, Subject, reports, videos
 
 from common.scripts.install import install
 from common.tables import read

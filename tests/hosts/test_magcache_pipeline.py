@@ -6,7 +6,9 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.__main__ import main as command
 
@@ -46,6 +48,35 @@ def test_a_picture_its_report_and_the_comparison(tmp_path, script):
     assert report["strip"].count("#") == 4 and report["call"]["guidance_scale"] == 2.5
     assert report["quality"]["un-cached"]["psnr"] is None  # of equal pictures
     assert report["quality"]["MagCache"]["psnr"] > report["quality"]["fewer steps"]["psnr"]
+
+
+def test_the_comparison_of_a_video_moves_and_is_written_over_only_by_itself(tmp_path, script):
+    """The README's first command with fewer steps, twice; a file of somebody else stays."""
+    (tmp_path / "magcache_demo-video_compare.mp4").write_text("not ours")
+    for _ in range(2):
+        ended, said = script(
+            "--model", "demo-video", "--compare", "--magcache_steps", "4", "--num_inference_steps", "6"
+        )
+        assert ended is None and "Prompt 1 of 1: a red balloon rises" in said
+    report = json.loads((tmp_path / "magcache_demo-video.magcache.json").read_text())
+    names = [f"magcache_demo-video{ending}" for ending in (".mp4", "_compare_2.mp4", "_compare.webp")]
+    assert report["files"] == names
+    assert {path.name for path in tmp_path.glob("*.*")} - {report["files"][0]} == {
+        "magcache_demo-video.magcache.json",
+        "magcache_demo-video_compare.mp4",
+        *names[1:],
+    }
+    assert (tmp_path / "magcache_demo-video_compare.mp4").read_text() == "not ours"
+    assert report["quality"]["un-cached"]["ssim"] == pytest.approx(1, abs=1e-6)
+    with Image.open(tmp_path / names[2]) as moving:
+        assert moving.n_frames == 17 and moving.size == (5 * 196 - 4, 40 + 192)
+        first = np.asarray(moving.convert("RGB"))[40:]
+        moving.seek(16)
+        last = np.asarray(moving.convert("RGB"))[40:]
+    assert np.abs(first[:, :192].astype(int) - first[:, 196 : 2 * 192 + 4]).mean() < 12  # un-cached, MagCache
+    # The balloon, of which only red is bright, has risen.
+    heights = [np.argwhere(frame[:, :192, 1] < 128)[:, 0].mean() for frame in (first, last)]
+    assert heights[1] < heights[0] - 20
 
 
 def test_each_rank_draws_its_share_and_files_of_others_stay(tmp_path, script):

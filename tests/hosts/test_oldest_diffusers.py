@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from flux_scripts import DEMO, DEV, PROMPT
 from packages import installed
-from test_flux import DEMO, DEV, PROMPT, dev_like  # noqa: F401  (a fixture)
 
 OLDEST = ("diffusers==0.35.0", "transformers==4.57.6")
 
@@ -18,7 +18,7 @@ def oldest():
 
 
 @pytest.mark.parametrize("model", ["demo", "dev_like"])
-def test_script_on_the_oldest_diffusers(oldest, model, dev_like, tmp_path):  # noqa: F811
+def test_script_on_the_oldest_diffusers(oldest, model, dev_like, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(oldest), "OMP_NUM_THREADS": "1"}
     version = subprocess.run(
         [sys.executable, "-c", "import diffusers; print(diffusers.__version__)"],

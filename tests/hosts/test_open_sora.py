@@ -2,7 +2,6 @@
 what the checkouts' own scripts do; everything compared bit for bit with runs that no patch touched."""
 
 import json
-import multiprocessing
 import random
 import runpy
 import shutil
@@ -13,8 +12,9 @@ import open_sora_toys
 import pytest
 import torch
 from open_sora_toys import WIDTH, MMDiT, Ran, Reused, STDiT3
+from ranks import two_ranks
 
-from common.hosts import STDIT3, mmdit
+from common.hosts.checkouts import STDIT3, mmdit
 from common.patch import magcache_calibration, magcache_forward
 from common.ratios import flow_sigmas
 from common.schedule import Settings
@@ -175,9 +175,7 @@ def test_calibration_changes_nothing_and_measures(kind, tmp_path):
 # Two processes that share the tokens
 
 
-def rank_of_two(rank, address, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def rank_of_two(rank, folder):
     results = {}
     for name, made, host in (
         ("mmdit", lambda: MMDiT().share(), mmdit(2)),
@@ -203,12 +201,7 @@ def rank_of_two(rank, address, folder):
 
 
 def test_two_processes_with_unequal_shares_hold_one_table(tmp_path):
-    spawn = multiprocessing.get_context("fork")
-    ranks = [spawn.Process(target=rank_of_two, args=(rank, tmp_path / "group", tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
+    two_ranks(rank_of_two, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, (made, host) in KINDS.items():
         assert first[name]["ratios"] == second[name]["ratios"]

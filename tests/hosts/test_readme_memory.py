@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.hosts import FLUX, FRAMEPACK, HUNYUANVIDEO_CHECKOUT, WAN
+from common.hosts.checkouts import HUNYUANVIDEO_CHECKOUT, WAN
+from common.hosts.diffusers import FLUX, FRAMEPACK
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIB, GIB = 2**20, 2**30

@@ -124,7 +124,7 @@ def test_levels_a_little_above_1_are_measured(command, monkeypatch):
     """Open-Sora 1.2 begins at timestep 1006.4 for pictures of some sizes, by its arithmetic in bfloat16."""
     raised = torch.tensor([1.0064] + [1.0] * 11)
     monkeypatch.setattr(
-        "conftest.flow_sigmas", lambda steps, shift: (torch.linspace(1, 1 / steps, steps) * raised).tolist()
+        "tiny_flux.flow_sigmas", lambda steps, shift: (torch.linspace(1, 1 / steps, steps) * raised).tolist()
     )
     said, _ = command(session("--magcache_calibration", "mine.json"))
     assert "saved as mine.json" in said and read("mine.json").sigmas[0] == 1.0

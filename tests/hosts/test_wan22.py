@@ -11,7 +11,7 @@ import packages
 import pytest
 import torch
 from PIL import Image
-from wan_runs import WanRuns
+from wan_runs import WAN22_WHEEL, WanRuns
 
 from common.errors import MagCacheError
 from common.scripts.quality import read_frames
@@ -19,7 +19,6 @@ from common.scripts.session import Session
 from common.tables import read
 
 HERE = Path(__file__).resolve().parent
-WHEEL = "wan22", "2.2.11", "1e776684c18d5ca245f5e2e03e19a003deb55b629ea1a450e7bb8f95b78a77bc"
 KINDS = ("t2v", "i2v", "ti2v-t2v", "ti2v-i2v")
 SMALL = ("--frame_num", "5", "--sample_steps", "12", "--base_seed", "1", "--prompt", "a cat")
 TASKS = {
@@ -33,190 +32,23 @@ TASKS = {
 CHECKPOINTS = {"t2v": "t2v-experts", "i2v": "i2v-experts", "ti2v-t2v": "ti2v", "ti2v-i2v": "ti2v"}
 CHECKPOINTS |= {"s2v": "s2v", "animate": "animate"}
 
-# Steps that the release skips with its published settings (tests/unit/test_schedule.py reproduces them from its rule).
-SKIPPED = {
-    "wan2.2-t2v-a14b": [10, 11, 13, 14, 16, 17, 19, 20, 22, 23, 25, 32, 34, 36],
-    "wan2.2-i2v-a14b": [18, 19, 21, 22, 24, 25, 27, 29, 31, 33],
-    "wan2.2-ti2v-5b-t2v": [
-        10,
-        11,
-        13,
-        14,
-        16,
-        17,
-        19,
-        20,
-        22,
-        23,
-        25,
-        26,
-        28,
-        29,
-        31,
-        32,
-        34,
-        35,
-        37,
-        39,
-        41,
-        43,
-        45,
-        47,
-        49,
-    ],
-    "wan2.2-ti2v-5b-i2v": [
-        10,
-        11,
-        13,
-        14,
-        16,
-        17,
-        19,
-        20,
-        22,
-        23,
-        25,
-        26,
-        28,
-        29,
-        31,
-        32,
-        34,
-        35,
-        37,
-        39,
-        41,
-        43,
-        45,
-        49,
-    ],
-    "wan2.1-t2v-1.3b": [
-        10,
-        11,
-        12,
-        13,
-        15,
-        16,
-        17,
-        18,
-        20,
-        21,
-        22,
-        23,
-        25,
-        26,
-        27,
-        28,
-        30,
-        31,
-        32,
-        33,
-        35,
-        36,
-        37,
-        39,
-        40,
-        42,
-        43,
-        45,
-        47,
-    ],
-    "wan2.1-t2v-14b": [
-        10,
-        11,
-        12,
-        13,
-        14,
-        15,
-        17,
-        18,
-        19,
-        20,
-        21,
-        22,
-        24,
-        25,
-        26,
-        27,
-        28,
-        29,
-        31,
-        32,
-        33,
-        34,
-        35,
-        37,
-        38,
-        39,
-        40,
-        42,
-        43,
-        45,
-        46,
-        48,
-    ],
-    "wan2.1-i2v-14b-480p": [
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        15,
-        16,
-        17,
-        18,
-        19,
-        21,
-        22,
-        23,
-        24,
-        26,
-        27,
-        28,
-        29,
-        31,
-        32,
-        33,
-        35,
-        36,
-        38,
-    ],
-    "wan2.1-i2v-14b-720p": [
-        8,
-        9,
-        10,
-        11,
-        12,
-        13,
-        15,
-        16,
-        17,
-        18,
-        19,
-        20,
-        22,
-        23,
-        24,
-        25,
-        26,
-        28,
-        29,
-        30,
-        31,
-        33,
-        34,
-        36,
-        37,
-        39,
-    ],
-    "wan2.1-vace-1.3b": [10, 11, 12, 14, 15, 16, 18, 19, 20, 22, 23, 25, 26, 28, 29, 31, 32, 34, 36, 38, 40],
+# What the release computes (#) and skips (.) at its published settings (unit/test_schedule.py has its rule).
+PUBLISHED = {
+    "wan2.2-t2v-a14b": "##########..#..#..#..#..#.######.#.#.###",
+    "wan2.2-i2v-a14b": "##################..#..#..#.#.#.#.######",
+    "wan2.2-ti2v-5b-t2v": "##########..#..#..#..#..#..#..#..#..#.#.#.#.#.#.#.",
+    "wan2.2-ti2v-5b-i2v": "##########..#..#..#..#..#..#..#..#..#.#.#.#.#.###.",
+    "wan2.1-t2v-1.3b": "##########....#....#....#....#....#...#..#..#.#.##",
+    "wan2.1-t2v-14b": "##########......#......#......#.....#....#..#..#.#",
+    "wan2.1-i2v-14b-480p": "########......#.....#....#....#...#..#.#",
+    "wan2.1-i2v-14b-720p": "########......#......#.....#....#..#..#.",
+    "wan2.1-vace-1.3b": "##########...#...#...#..#..#..#..#.#.#.#.#########",
 }
 
 
 @pytest.fixture(scope="module")
 def wan22(tmp_path_factory):
-    package = packages.unpacked(*WHEEL) / "wan"
+    package = packages.unpacked(*WAN22_WHEEL) / "wan"
     runs = WanRuns(tmp_path_factory.mktemp("wan22"), package, HERE / "wan22_generate.py", "MagCache4Wan2.2")
     yield runs
     runs.close()
@@ -289,7 +121,7 @@ def test_each_segment_is_a_run(case, kind, solver):
 @pytest.mark.parametrize(
     "preset, solver",
     [
-        *((preset, "unipc") for preset in SKIPPED),
+        *((preset, "unipc") for preset in PUBLISHED),
         ("wan2.2-t2v-a14b", "dpm++"),
         ("wan2.2-i2v-a14b", "dpm++"),
         ("wan2.1-t2v-1.3b", "dpm++"),
@@ -297,7 +129,7 @@ def test_each_segment_is_a_run(case, kind, solver):
 )
 def test_published_settings_skip_the_published_steps(case, preset, solver):
     result = case("published_schedule", preset, solver)
-    assert result["cond"] == result["uncond"] == SKIPPED[preset]
+    assert result["cond"] == result["uncond"] == PUBLISHED[preset]
     assert result["fits"]
 
 
@@ -383,7 +215,7 @@ def test_published_settings_are_the_default_and_printed(command, tmp_path):
     )
     assert "magcache_thresh 0.06, magcache_K 2, retention_ratio 0.4" in done.output
     strip = json.loads((tmp_path / "magcache_t2v-A14B_1.magcache.json").read_text())["strip"]
-    assert [step for step, letter in enumerate(strip) if letter == "."] == SKIPPED["wan2.2-t2v-a14b"]
+    assert strip == PUBLISHED["wan2.2-t2v-a14b"]
 
 
 def test_compare(command, tmp_path):

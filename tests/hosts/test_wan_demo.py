@@ -11,8 +11,7 @@ import numpy as np
 import packages
 import pytest
 import torch
-from test_wan22 import WHEEL
-from wan_runs import REPOSITORY, WanRuns
+from wan_runs import REPOSITORY, WAN22_WHEEL, WanRuns
 
 from common.scripts.quality import quality, read_frames
 
@@ -32,7 +31,7 @@ def host(request, tmp_path_factory):
     """(WanRuns, flags of the task, folder of the converted checkpoint)"""
     drop_in, task = HOSTS[request.param]
     if request.param == "wan22":
-        package, generate = packages.unpacked(*WHEEL) / "wan", Path(__file__).with_name("wan22_generate.py")
+        package, generate = packages.unpacked(*WAN22_WHEEL) / "wan", Path(__file__).with_name("wan22_generate.py")
     else:
         if request.param not in os.environ:
             pytest.skip(f"{request.param} names no checkout of Wan2.1.")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import MagCacheError
-from common.hosts import WAN
+from common.hosts.checkouts import WAN
 from common.scripts.flags import add_opt_in_flags, parsed
 from common.scripts.quality import VIDEO_SUFFIXES
 from common.scripts.wan import checkpoint_config, host_of, session_of

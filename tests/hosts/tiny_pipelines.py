@@ -1,9 +1,13 @@
-"""Real pipelines of diffusers, ten families, with tiny random weights and prompts given as embeddings: nothing is
+"""Real pipelines of diffusers, eleven families, with tiny random weights and prompts given as embeddings: nothing is
 downloaded, and a run of eight steps takes a second or two."""
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import diffusers
+import diffusers.pipelines.ltx2.connectors
+import diffusers.pipelines.ltx2.vocoder
 import torch
 
 TEXT, WIDTH = 6, 16  # tokens of a prompt, and their width
@@ -11,7 +15,7 @@ TEXT, WIDTH = 6, 16  # tokens of a prompt, and their width
 
 def model(name, seed=0, **config):
     torch.manual_seed(seed)
-    made = getattr(diffusers, name)(**config).eval().requires_grad_(False)
+    made = attrgetter(name)(diffusers)(**config).eval().requires_grad_(False)
     for parameter in made.parameters():  # a fresh final layer is often zero, and pads are uninitialised
         parameter.copy_(
             torch.randn(parameter.shape) * (0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.2)
@@ -39,17 +43,26 @@ def no_text(*numbers):
     return {f"{kind}{number}": None for kind in ("text_encoder", "tokenizer") for number in numbers}
 
 
+FLUX = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True,
+}  # fmt: skip
+
+
 def flux():
-    transformer = model(
-        "FluxTransformer2DModel", in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 6, 6),
-        guidance_embeds=True,
-    )  # fmt: skip
+    transformer = model("FluxTransformer2DModel", **FLUX)
     pipe = diffusers.FluxPipeline(flow(shift=3.0), small_vae(4), transformer=transformer, **no_text("", "_2"))
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "pooled_prompt_embeds": embeds(seed, 1, WIDTH),
         "height": 16, "width": 16,
     }  # fmt: skip
+
+
+def flux_controlnet():
+    pipe, arguments = flux()
+    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    pipe = diffusers.FluxControlNetPipeline(controlnet=model("FluxControlNetModel", 1, **FLUX), **parts)
+    return pipe, lambda seed: {**arguments(seed), "control_image": embeds(seed, 1, 3, 16, 16)}
 
 
 def wan_transformer(seed=0):
@@ -135,6 +148,48 @@ def ltx():
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "prompt_attention_mask": mask,
         "negative_prompt_embeds": embeds(99, 1, TEXT, WIDTH), "negative_prompt_attention_mask": mask,
         "height": 32, "width": 32, "num_frames": 9, "guidance_scale": 3.0,
+    }  # fmt: skip
+
+
+def ltx2():
+    """Video and sound, four calls a step by its own defaults of guidance."""
+    transformer = model(
+        "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, patch_size=1, patch_size_t=1,
+        num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
+        audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2,
+        qk_norm="rms_norm_across_heads", caption_channels=WIDTH, rope_double_precision=False, rope_type="split",
+    )  # fmt: skip
+    of_each = {"num_attention_heads": 4, "attention_head_dim": 4, "num_layers": 1, "num_learnable_registers": None}
+    kinds = {f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in of_each.items()}
+    connectors = model(
+        "pipelines.ltx2.connectors.LTX2TextConnectors", caption_channels=WIDTH, text_proj_in_factor=1, **kinds,
+        connector_rope_base_seq_len=32, rope_double_precision=False, causal_temporal_positioning=False,
+        rope_type="split",
+    )  # fmt: skip
+    vae = model(
+        "AutoencoderKLLTX2Video", latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
+        layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
+        decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False), downsample_type=("spatial",),
+        upsample_residual=(False,), upsample_factor=(1,), timestep_conditioning=False, patch_size=1, patch_size_t=1,
+        encoder_causal=True, decoder_causal=False,
+    )  # fmt: skip
+    audio_vae = model(
+        "AutoencoderKLLTX2Audio", base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1,
+        attn_resolutions=None, in_channels=2, resolution=32, latent_channels=2, norm_type="pixel",
+        causality_axis="height", mid_block_add_attention=False, sample_rate=16000, mel_hop_length=160, is_causal=True,
+        mel_bins=8,
+    )  # fmt: skip
+    vocoder = model(
+        "pipelines.ltx2.vocoder.LTX2Vocoder", in_channels=16, hidden_channels=32, out_channels=2,
+        upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2], resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]], leaky_relu_negative_slope=0.1, output_sampling_rate=16000,
+    )  # fmt: skip
+    pipe = diffusers.LTX2Pipeline(flow(), vae, audio_vae, None, None, connectors, transformer, vocoder)
+    mask = torch.ones(1, TEXT)
+    return pipe, lambda seed: {
+        "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "prompt_attention_mask": mask,
+        "negative_prompt_embeds": embeds(99, 1, TEXT, WIDTH), "negative_prompt_attention_mask": mask,
+        "height": 32, "width": 32, "num_frames": 5, "guidance_scale": 2.0, "spatio_temporal_guidance_blocks": [1],
     }  # fmt: skip
 
 
@@ -231,7 +286,7 @@ def sdxl():
 
 FAMILIES = {
     make.__name__: make
-    for make in (flux, wan, wan22, qwen_image, sd3, ltx, z_image, cogvideox, lumina2, hunyuanvideo15, sdxl)
+    for make in (flux, wan, wan22, qwen_image, sd3, ltx, ltx2, z_image, cogvideox, lumina2, hunyuanvideo15, sdxl)
 }
 
 

@@ -209,7 +209,8 @@ def reused_calls_are_the_hosts_forward_with_the_residual(kind, solver):
 
 
 def published_schedule(preset, solver):
-    """Skipped steps at the noise levels of the real sampler, with the settings that were published."""
+    """What ran of each branch, # computed and . reused, at the noise levels of the real sampler and the published
+    settings."""
     table = load(preset)
     kind = {"wan2.2-t2v-a14b": "t2v", "wan2.2-i2v-a14b": "i2v"}.get(preset, "ti2v-t2v")
     pipe = pipeline(kind)
@@ -217,7 +218,7 @@ def published_schedule(preset, solver):
         draw(pipe, kind, steps=table.steps, shift=table.sampler["shift"], solver=solver)
     (report,) = handle.reports
     by_branch = [
-        [step for step, this, what, *_ in report.calls if this == branch and what == "reused"] for branch in (0, 1)
+        "".join(".#"[what != "reused"] for _, this, what, *_ in report.calls if this == branch) for branch in (0, 1)
     ]
     return {"cond": by_branch[0], "uncond": by_branch[1], "calls": len(report.calls), "fits": table.fits(report.levels)}
 

@@ -1,5 +1,5 @@
-"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for tests/test_wan21.py and
-tests/test_wan22.py."""
+"""Scripts in a Wan checkout, run on the CPU by one `wan_cpu.py --serve`, for test_wan21.py and
+test_wan22.py."""
 
 import json
 import os
@@ -18,6 +18,8 @@ import torch
 from common.scripts.install import install
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# The package with the code of Wan2.2, as `packages.unpacked` takes it.
+WAN22_WHEEL = "wan22", "2.2.11", "1e776684c18d5ca245f5e2e03e19a003deb55b629ea1a450e7bb8f95b78a77bc"
 
 
 @dataclass

@@ -5,83 +5,33 @@ import base64
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from comfyui_served import HERE, TREES, served
 from PIL import Image
-from test_comfyui import HERE, TREES, comfyui, environment
-
-from common.scripts.install import install
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module", params=TREES)
 def server(request, tmp_path_factory):
     """(function that runs workflows, the server's log, its calibrations)."""
     base = tmp_path_factory.mktemp("server")
-    tree, port, home = comfyui(request.param), free_port(), base / "home"
-    for name in ("nodes.py", "comfy"):  # what the installer knows a ComfyUI by
-        (base / name).symlink_to(tree / name)
-    (base / "custom_nodes").mkdir()
-    (base / "page").mkdir()  # no page is asked for
-    install("ComfyUI-MagCache", base)
-    (base / "custom_nodes" / "tiny").symlink_to(HERE / "comfyui_tiny_nodes")
-    paths = environment(home)
-    paths["PYTHONPATH"] += f":{HERE}"
-    log = base / "log.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "main.py",
-                "--cpu",
-                "--use-pytorch-cross-attention",
-                "--base-directory",
-                str(base),
-                "--port",
-                str(port),
-                "--disable-api-nodes",
-                "--front-end-root",
-                str(base / "page"),
-                "--database-url",
-                "sqlite:///:memory:",
-            ],
-            cwd=tree,
-            env=paths,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    with served(request.param, base) as (port, log, paths):
 
-    def run(*prompts):
-        done = subprocess.run(
-            [sys.executable, HERE / "comfyui_client.py", str(port)],
-            input=json.dumps(prompts),
-            text=True,
-            env=paths,
-            capture_output=True,
-        )
-        assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
-        return json.loads(done.stdout)
+        def run(*prompts):
+            done = subprocess.run(
+                [sys.executable, HERE / "comfyui_client.py", str(port)],
+                input=json.dumps(prompts),
+                text=True,
+                env=paths,
+                capture_output=True,
+            )
+            assert done.returncode == 0, done.stderr + log.read_text()[-3000:]
+            return json.loads(done.stdout)
 
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-3000:]
-            if "To see the GUI go to" in log.read_text():
-                break
-            time.sleep(0.1)
-        yield run, log, home
-    finally:
-        process.terminate()
-        process.wait()
+        yield run, log, base / "home"
 
 
 def workflow(*between, seed=0, family="flux", steps=12):

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flow_sigmas
+
+from common.ratios import flow_sigmas
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import demo_model  # noqa: E402
 import experiments  # noqa: E402
+import peers  # noqa: E402
 import quality as quality_benchmark  # noqa: E402
+import row_file  # noqa: E402
 import speed  # noqa: E402
 
 from common.errors import MagCacheError  # noqa: E402
@@ -50,7 +53,7 @@ def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
     reference = quality_benchmark.references(subject, 28)
     plain = subject.peak_bytes(quality_benchmark.nullcontext, 28)
     rows = [row for row in quality_benchmark.own_rows(subject, table, 28, [7]) if "released" not in row.family]
-    results = list(quality_benchmark.measure(subject, rows, reference, plain, 28))
+    results = [quality_benchmark.measured(subject, row, reference, plain, 28) for row in rows]
     assert [round(one["computed"]) for one in results] == [7] * 9
     by_family = {one["family"]: one for one in results}
     assert by_family["no calibration"]["psnr"] > by_family["paper's rule"]["psnr"]
@@ -58,7 +61,60 @@ def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
     assert by_family["planned, linear, off"]["bytes"] >= 2 * 64 * 160 * 4 and by_family["no calibration"]["bytes"] > 0
     text = quality_benchmark.table_text(results, 28)
     assert "MS-SSIM" not in text and "±" in text
-    quality_benchmark.draw({28: results}, tmp_path / "figure.png")
+    quality_benchmark.draw({(1.0, 28): results}, tmp_path / "figure.png")
+
+
+def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, capsys):
+    """With the hooks of diffusers, but for cache-dit, which not every machine has."""
+    measured, done = quality_benchmark.measured, []
+
+    def run(*more, breaks_after=None):
+        done.clear()
+
+        def counted(subject, row, *rest):
+            if len(done) == breaks_after:
+                raise KeyboardInterrupt
+            done.append(row.family)
+            return measured(subject, row, *rest)
+
+        monkeypatch.setattr(quality_benchmark, "measured", counted)
+        argv = ["quality.py", "--guidance", "1", "3", "--steps", "6", "--prompts", "2", "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", *more])
+        quality_benchmark.main()
+        return (tmp_path / "quality_table.md").read_text()
+
+    monkeypatch.setattr(quality_benchmark, "SHARES", (0.5,))
+    monkeypatch.setattr(peers, "HALVINGS", 2)
+    monkeypatch.setattr(quality_benchmark, "cache_dit_rows", lambda *_: ())
+    monkeypatch.setattr(quality_benchmark.Subject, "peak_bytes", lambda *_: 0)  # looks through all objects: slow here
+    with pytest.raises(KeyboardInterrupt):
+        run(breaks_after=5)
+    table = run()
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "PSNR" not in line]
+    assert len(done) == len(rows) - 5 and "2 pictures" in table and "guidance 1 and 3" in table
+    for family in ("fewer steps", "no calibration", "diffusers MagCache", "FirstBlockCache", "TaylorSeer"):
+        assert any(family in row for row in rows)
+    with monkeypatch.context() as searched_once:
+        searched_once.setattr(peers, "computed", lambda *_: pytest.fail("a threshold was searched again"))
+        assert run() == table and not done
+        searched_once.setattr(quality_benchmark, "digest_of_code", lambda files: "other")
+        run()
+    own = [row for row in rows if not any(other in row for other in ("diffusers", "fewer steps"))]
+    assert len(done) == len(own) and not {"fewer steps", "diffusers MagCache"} & set(done)
+    with pytest.raises(SystemExit, match="prompts and seeds differ. Name another --rows"):
+        run("--seeds", "2")
+    (tmp_path / "quality_rows.json").write_text("[]")
+    with pytest.raises(SystemExit, match="holds no measured rows"):
+        run()
+
+
+def test_code_is_told_from_its_comments(tmp_path):
+    one, other, changed = (tmp_path / name for name in "abc")
+    one.write_text("x = 1\n")
+    other.write_text("# why\nx  =  1\n")
+    changed.write_text("x = 2\n")
+    digests = [row_file.digest_of_code([path]) for path in (one, other, changed)]
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "dpm"])
@@ -69,8 +125,8 @@ def test_a_sampler_has_the_noise_levels_of_the_models_own(demo, scheduler):
         subject = quality_benchmark.Subject(
             pipe, {**CALL, "negative_prompt": "", "true_cfg_scale": 3.0}, [(demo_model.PROMPTS[0], 1)] * 2, scheduler
         )
-        quality_benchmark.references(subject, 6)
         assert subject.branches == 2
+        quality_benchmark.references(subject, 6)
         levels = pipe.scheduler.sigmas.tolist()
         assert levels[:6] == pytest.approx(flow_sigmas(6, 3.0), abs=2e-3)
     finally:
@@ -89,7 +145,7 @@ def test_experiments_run(demo, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", speed.SMALL)
 def test_speed_runs_every_structure(name):
-    """Of six steps, one block a list: the facts in common/hosts.py are the real classes', and three steps are
+    """Of six steps, one block a list: the facts in common/hosts are the real classes', and three steps are
     skipped."""
     make, config = speed.SMALL[name]
     shrunk = {**config, **{key: 1 for key in ("num_layers", "num_single_layers") if key in config}, "text": (4, 32)}
@@ -126,5 +182,5 @@ def test_the_speed_table_is_written(tmp_path, monkeypatch):
 
 
 def test_a_transformer_without_facts_gets_a_sentence():
-    with pytest.raises(MagCacheError, match="add its facts to common/hosts.py"):
+    with pytest.raises(MagCacheError, match="add its facts to common/hosts"):
         host_of(torch.nn.Linear(1, 1))

@@ -104,6 +104,17 @@ def test_outputs_of_any_form(form):
     assert kept.abs().sum() > 0
 
 
+def test_outputs_of_calls_that_take_turns():
+    """Guidance that calls the model with two rows and then with one, tiles that lie and stand."""
+    payload, outputs = ModelOutput(), {"both": torch.randn(2, 3, 4), "tile": torch.randn(1, 4, 6)}
+    outputs["one"], outputs["tile on end"] = outputs["both"][:1], outputs["tile"].transpose(1, 2)
+    kept = {}
+    for payload.key, output in outputs.items():
+        kept[payload.key] = payload.finish((output,))
+    for payload.key, output in outputs.items():
+        assert torch.equal(payload.replace(kept[payload.key])[0], output)
+
+
 def test_calibration_keeps_outputs_and_step_times(model, euler, calibrating, tmp_path):
     sampler, outputs = euler(model), []
     model.register_forward_hook(lambda module, args, output: outputs.append(output[0].flatten()))

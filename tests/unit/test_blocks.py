@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from common.blocks import BlockStack, Host
+from common.patch import magcache_forward
+from common.schedule import Settings
+from common.tables import RatioTable
 
 HOST = Host(blocks=("blocks",), final_layer="head", image_tokens=0, in_place=True)
 
@@ -93,3 +96,39 @@ def test_residual_between_first_and_last_block_of_lists_that_run_in_pairs():
     stack.restore()
     assert not ran and torch.equal(reused[:, 3:], 2 * latent[:, :3] + residual)
     assert torch.equal(model(latent), output) and len(ran) == 4 and not {"here", "there"} & model.__dict__.keys()
+
+
+class ReferencesStay(Model):
+    """The reference tokens go through the head, and forward leaves them out afterwards. How many there are is no
+    argument of forward."""
+
+    references, ran = 2, 0
+
+    def forward(self, latent, timestep):
+        tokens = torch.cat([torch.zeros(1, self.references, 4), latent], dim=1)
+        for block in self.blocks:
+            self.ran += 1
+            tokens = block(tokens)
+        return self.head(tokens)[:, self.references :] + self.references
+
+
+@pytest.mark.parametrize("references", [3, 1])
+def test_a_residual_is_never_fitted_to_another_number_of_tokens(references):
+    """More, or fewer, in the middle of a run: the call computes, with its reason, and all that follows is as before."""
+    model, levels = ReferencesStay(), torch.linspace(1000, 100, 8)
+    host = Host(("blocks",), "head", 0, "latent", in_place=True, output_tokens=lambda model, forward: 5)
+    settings, table = (
+        Settings(5.0, 3, 0.2),
+        RatioTable("toy", {"cond": [1.0] * 8}, (levels / 1000).tolist(), "measured"),
+    )
+    latent, outputs, blocks = torch.randn(1, 5, 4), [], []
+    with magcache_forward(model, host, table, settings, lambda: levels, announce=None) as handle:
+        for step, level in enumerate(levels):
+            model.references, before = (2 if step < 5 else references), model.ran
+            outputs.append(model(latent, level))
+            blocks.append(model.ran - before)
+    report, kinds = handle.reports[0], [call[2] for call in handle.reports[0].calls]
+    assert report.schedule.reuse[5] and not report.schedule.reuse[4:8].all()
+    assert kinds[5] == "computed" and report.unplanned == {"the number of image tokens changed": 1}
+    assert blocks[5] == 3 and [count > 0 for count in blocks[1:]] == [kind == "computed" for kind in kinds[1:]]
+    assert torch.equal(outputs[5], ReferencesStay.forward(model, latent, levels[5])) and not handle.reports[0].notes

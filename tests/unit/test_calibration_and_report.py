@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import two_ranks
-from test_patch import BASE, RUNS, Tokens
+from tiny_runs import BASE, RUNS, Tokens
 
 from common import __version__
 from common.blocks import Host

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from common.__main__ import main
 from common.errors import MagCacheError
@@ -115,11 +117,20 @@ def test_a_mistake_gets_one_sentence(arguments, part):
     assert part in complaint(*arguments)
 
 
+def tensor(frames):
+    return torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+
+
 def test_quality_against_the_definition():
     reference, result = picture(0), picture(1)
     mean_square = np.mean((reference / 255.0 - result / 255.0) ** 2)
     assert quality(reference, result)["psnr"] == pytest.approx(-10 * np.log10(mean_square), abs=1e-3)
     assert quality(reference, reference) == {"psnr": np.inf, "ssim": pytest.approx(1), "ms_ssim": None}
+    theirs = structural_similarity_index_measure(*(tensor(one).double() for one in (result, reference)), data_range=1.0)
+    assert quality(reference, result)["ssim"] == pytest.approx(float(theirs), abs=1e-5)
+    plain = np.full((2, 48, 64, 3), 250, np.uint8)
+    plain[0, 10:20, 10:20], plain[1, 30:35, 20:50] = picture(0)[0, :10, :10], (200, 30, 40)
+    assert quality(plain, plain)["ssim"] == pytest.approx(1, abs=1e-6)  # rounding is near also where nothing varies
     large = picture(0, (176, 176))
     assert quality(large, large)["ms_ssim"] == pytest.approx(1)
     assert quality(large, picture(1, (176, 176)))["ms_ssim"] < 0.5

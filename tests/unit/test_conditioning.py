@@ -1,15 +1,17 @@
 """A residual belongs to its conditioning and its trajectory, not to the order of calls."""
 
 import copy
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHANNELS, FLUX, TEXT_TOKENS, TEXT_WIDTH
-from test_patch import SHORT, Oracle, alone
+from tiny_flux import CHANNELS, TEXT_TOKENS, TEXT_WIDTH
+from tiny_runs import SHORT, Oracle, alone
 
 from common.errors import MagCacheError
+from common.hosts.diffusers import FLUX
 from common.patch import magcache_forward
 from common.planner import Target
 from common.ratios import flow_sigmas
@@ -194,7 +196,7 @@ def test_the_scale_of_an_adapter_changes(model, euler, cached):
                 model.set_adapters(["default"], [0.1])
     report = handle.reports[0]
     assert [call[2] for call in report.calls][5] == "computed"
-    assert report.unplanned == {"the conditioning changed (scales of adapters)": 1}
+    assert report.unplanned == {"the conditioning changed (adapters)": 1}
 
 
 # What is known of the sampler is wrong
@@ -268,19 +270,21 @@ def test_a_run_that_reuses_nothing_says_so(model, euler, cached):
     assert said[-1].startswith("MagCache reused nothing in 8 calls: ") and len(said) == 2
 
 
-def test_cache_dit_is_refused(model, euler, cached):
-    """It marks a model as its own."""
-    sampler = euler(model)
-    model._is_cached = True
-    with pytest.raises(MagCacheError, match="cache_dit.disable_cache"):
-        cached(sampler)
-    del model._is_cached
-    with cached(sampler):
-        model._is_cached = True
-        with pytest.raises(MagCacheError, match="cache_dit.disable_cache"):
-            sampler.run(**SHORT)
-        del model._is_cached
-        sampler.run(**SHORT)
+@pytest.mark.parametrize("end", ["the next run", "an exception", "the end of the block"])
+def test_a_run_that_broke_off_says_so(model, euler, cached, end):
+    """Before the first reuse that was planned, ##..#..#..#."""
+    said, sampler = [], euler(model)
+    with cached(sampler, announce=said.append) as handle:
+        if end == "an exception":
+            model.x_embedder.register_forward_pre_hook(lambda module, args: 1 / (2 - sampler.step) and None)
+            with pytest.raises(ZeroDivisionError):
+                sampler.run()
+        else:
+            *_, _ = itertools.islice(sampler.iterate(), 2)
+        if end == "the next run":
+            sampler.run()
+    assert said[1] == "MagCache reused nothing in 2 calls: the run broke off."
+    assert not handle.reports[0].complete and len(said) == (3 if end == "the next run" else 2)
 
 
 def test_the_newest_reports_are_kept(model, euler, cached, monkeypatch):

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import flow_sigmas
 
 from common.blocks import Host
 from common.corrector import EULER, Folded, Replay, Trajectory, follower_of, interpolation_weights, why_off
 from common.errors import MagCacheError
 from common.patch import magcache_forward
 from common.planner import Target, spread_steps
+from common.ratios import flow_sigmas
 from common.schedule import Settings
 from common.tables import RatioTable
 

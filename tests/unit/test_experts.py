@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import two_ranks
-from test_planner import residuals, table
+from tiny_tables import residuals, table
 
 from common.blocks import Host
 from common.errors import MagCacheError

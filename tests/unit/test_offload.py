@@ -3,25 +3,14 @@ cheap."""
 
 import copy
 
-import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from diffusers.hooks.group_offloading import GroupOffloadingType, ModuleGroup
+from offloading import CPU, sequential, whole_model
 
-CPU = torch.device("cpu")
 ORDERS = pytest.mark.parametrize("order", ["offload first", "patch first"])
 STRIP = "##..#..#..#."
-
-
-def sequential(model):
-    """As `enable_sequential_cpu_offload`: each layer's weights are fetched for the length of its call."""
-    accelerate.cpu_offload(model, execution_device=CPU)
-
-
-def whole_model(model):
-    """As `enable_model_cpu_offload`."""
-    accelerate.cpu_offload_with_hook(model, execution_device=CPU)
 
 
 def groups_of(blocks, level=GroupOffloadingType.BLOCK_LEVEL):

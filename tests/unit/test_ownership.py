@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
-from test_offload import sequential, whole_model
-from test_patch import SHORT, alone, class_forward
+from offloading import sequential, whole_model
+from tiny_runs import SHORT, alone, class_forward
 
 from common.errors import MagCacheError
 

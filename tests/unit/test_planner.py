@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from tiny_tables import gram_of, residuals, table
 
 from common.errors import MagCacheError
 from common.gram import Forecast, packed, pair_errors, plan_steps, resample_gram, table_grams, unpacked
@@ -15,32 +16,7 @@ from common.planner import Target, nearest_by_the_rule, speedup, spread_steps
 from common.ratios import flow_sigmas
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
-from common.tables import RatioTable, load
-
-
-def residuals(steps, shift=3.0, width=200, seed=0):
-    """Smooth curves over the noise level: (steps, width)."""
-    random = np.random.default_rng(seed)
-    sigma, phase, speed = flow_sigmas(steps, shift)[:, None], random.random(width) * 6, 1 + 2 * random.random(width)
-    return np.sin(speed * 2 * sigma + phase) + 0.3 * sigma**2 * np.cos(6 * sigma + 2 * phase)
-
-
-def gram_of(rows):
-    return rows @ rows.T
-
-
-def table(sigmas, statistics=None, settings=None, **branches):
-    """A calibration with these residuals a branch; without branches one of ratios alone, near 1."""
-    ratios = {name: [1.0] * len(sigmas) for name in branches or {"cond": None}}
-    grams = {"gram": {name: packed(gram_of(rows)) for name, rows in branches.items()}} if branches else {}
-    return RatioTable(
-        "synthetic",
-        ratios,
-        tuple(sigmas),
-        "measured",
-        settings=settings or {},
-        statistics={**grams, **(statistics or {})},
-    )
+from common.tables import load
 
 
 def forecast_of(rows, predictor="linear"):

@@ -1,0 +1,52 @@
+"""What a benchmark has measured so far, in a file, so that a run that was cut short goes on where it was."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from demo_model import REPOSITORY  # noqa: F401  (which makes `common` importable)
+
+from common.errors import MagCacheError
+from common.files import write_text
+
+
+class RowFile:
+    """Measured values by key, of one set of pictures, settings and one machine (`run`).
+
+    Raises MagCacheError if the file holds values of another run, or is no such file.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]):
+        self.path, self.run, self.known = path, json.loads(json.dumps(run)), {}
+        if not path.exists():
+            return
+        try:
+            held = json.loads(path.read_text())
+            theirs, self.known = held["run"], held["known"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MagCacheError(f"{path} holds no measured rows ({error}); name another --rows.") from None
+        differing = [name for name in self.run if theirs.get(name) != self.run[name]]
+        if differing:
+            raise MagCacheError(
+                f"The rows in {path} are of another run: {', '.join(differing)} differ. Name another --rows, or move "
+                "the file away to measure all rows again."
+            )
+
+    def recall(self, key: str, measure: Callable[[], Any]) -> Any:
+        """The value of this key, measured unless it is known; written at once."""
+        if key not in self.known:
+            self.known[key] = measure()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps({"run": self.run, "known": self.known}, indent=1))
+        return self.known[key]
+
+
+def digest_of_code(files: Iterable[Path]) -> str:
+    """Eight hexadecimal digits that change with what these Python files do, not with their comments and layout."""
+    code = [ast.dump(ast.parse(path.read_text())) for path in sorted(files)]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:8]
