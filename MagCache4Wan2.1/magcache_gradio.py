@@ -88,7 +88,7 @@ def task_of(wan, config, pipeline_class):
 def session_of(
     jobs, wan, pipe, prompt, source=None, *args, sampling_steps, shift, seed, guide_scale, size=None, **kwargs
 ):
-    """The session of a rendering that is about to begin, as `Jobs.session`. source: a picture, or the videos to fill."""
+    """The session of a rendering that is about to begin, as `Jobs.session`. source: a picture, or videos."""
     width, height = size or size_of(wan, kwargs["max_area"])
     frames = source[0].shape[1] if isinstance(source, list) else kwargs.get("frame_num", 81)
 

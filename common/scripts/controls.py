@@ -154,8 +154,8 @@ class Controls:
         )
 
     def follow_measurement(self, lines, newly_measured):
-        """Tick Use MagCache, and Calibrate no more, after a job that measured. Not by the job itself: gradio covers what
-        a job writes to while it runs, and after an error. lines: where the lines of a job are shown; newly_measured:
+        """Tick Use MagCache, and Calibrate no more, after a job that measured. Not by the job: gradio covers what
+        that writes to while it runs, and after an error. lines: where the lines of a job are shown; newly_measured:
         () -> whether that was such a job."""
         gr = self.gr
 

@@ -288,7 +288,8 @@ def run_page(script: Path, jobs: Jobs, settings: Callable[[], tuple]):
     if len(starts) != 1:
         raise MagCacheError(
             f"The page of this {script.name} has changed so that MagCache's controls do not fit "
-            f"({len(starts)} of its buttons take a number of steps); run {script.name} itself, or take a newer MagCache."
+            f"({len(starts)} of its buttons take a number of steps); run {script.name} itself, or take a newer "
+            "MagCache."
         )
     block, args, options = launches[-1]
     add_controls(sys.modules["gradio"], block, starts[0], jobs, settings())

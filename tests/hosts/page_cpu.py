@@ -1,4 +1,4 @@
-"""Run a Gradio page of a Wan2.1 or HunyuanVideo checkout on a CPU with tiny random weights, pictures of an eighth of the
+"""Run a Gradio page of a Wan2.1 or HunyuanVideo checkout on a CPU with tiny random weights, pictures an eighth of the
 size and few frames: the page, its functions, the pipeline and the transformer are real; for the rest see wan_cpu.py and
 hunyuan_cpu.py.
 

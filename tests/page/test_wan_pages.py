@@ -19,7 +19,6 @@ from PIL import Image
 from served import Served, in_chromium
 from wan_runs import WanRuns
 
-from common.scripts.install import install
 from common.tables import read
 
 WAN = os.environ.get("MAGCACHE_WAN21")
