@@ -119,4 +119,6 @@ def click_through(page, expect):
     page.wait_for_function("document.querySelector('video')?.videoWidth > 0", timeout=30_000)
     if os.environ.get("MAGCACHE_SCREENSHOT"):
         page.wait_for_timeout(1500)
-        page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True)
+        bottom = page.get_by_text("Saved ").bounding_box()["y"] - 4
+        clip = {"x": 120, "y": 0, "width": 1000, "height": bottom}
+        page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True, clip=clip)
