@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 import wave
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,6 +35,7 @@ from common.scripts.checkout import one_sentence  # noqa: E402
 from common.scripts.flags import DTYPES, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
 from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
+from common.scripts.pipelines import load_pipeline, prompts_in  # noqa: E402
 from common.scripts.quality import (  # noqa: E402
     MAGNIFIED,
     PICTURES,
@@ -116,8 +116,8 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 @one_sentence
 def main() -> None:
     args, rest = flags(sys.argv[1:])
-    check(args)
-    pipe = load(args)
+    check_pipeline_flags(args)
+    pipe = load_model(args)
     call = {**(VIDEO_CALL if args.model == "demo-video" else {}), **keywords(pipe, rest)}
     prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = place(pipe, args)
@@ -128,7 +128,7 @@ def main() -> None:
         draw_one(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, number, len(prompts), device)
 
 
-def check(args) -> None:
+def check_pipeline_flags(args) -> None:
     """What cannot work is found before anything is loaded. Raises MagCacheError."""
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
@@ -143,21 +143,10 @@ def check(args) -> None:
         raise MagCacheError(f"The model {args.model} is not at {DEMOS[args.model]}: run from a whole clone.")
 
 
-def load(args):
+def load_model(args):
     """The pipeline. Raises MagCacheError if it cannot be loaded."""
-    from diffusers import DiffusionPipeline
-
     dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
-    try:
-        source = DEMOS[args.model] / "model" if args.model in DEMOS else args.model
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # the name that diffusers 0.35 knows
-            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
-        if args.lora:
-            pipe.load_lora_weights(args.lora)
-    except Exception as error:  # whatever the hub, the network or a malformed config brings
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
+    pipe = load_pipeline(DEMOS[args.model] / "model" if args.model in DEMOS else args.model, dtype, args.lora)
     if args.model in DEMOS:
         torch.set_num_threads(1)  # so small that threads would only wait for each other
     return pipe
@@ -202,31 +191,32 @@ def value_of(name: str, word: str):
 
 def prompts_of(args) -> list[str | None]:
     if args.prompt_file:
-        try:
-            prompts = [line.strip() for line in args.prompt_file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} cannot be read ({error}).") from None
-        if not prompts:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} has no prompts.")
-        return prompts
+        return prompts_in(args.prompt_file)
     if args.prompt is None and args.model in DEMOS:
         return (DEMOS[args.model] / "prompts.txt").read_text().splitlines()[:1]
     return args.prompt or [None]  # some pipelines take none
 
 
+def accelerator() -> str:
+    """The device of this process."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def place(pipe, args) -> str:
     """Put the pipeline where it runs; returns the device."""
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = accelerator()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if args.offload != "none" and device == "cpu":
         raise MagCacheError(f"--offload {args.offload} moves weights to a GPU, and there is none here; leave it out.")
     if args.context_parallel:
         share_one_picture(pipe, device)
     if args.offload == "model":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=device)
     elif args.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
     if args.compile:
@@ -239,11 +229,20 @@ def share_one_picture(pipe, device: str) -> None:
     """diffusers' context parallelism: each rank holds a part of the tokens."""
     from diffusers import ContextParallelConfig
 
-    if "WORLD_SIZE" not in os.environ:
+    ranks = int(os.environ.get("WORLD_SIZE", 0))
+    if not ranks:
         raise MagCacheError("--context_parallel needs several processes: start it with torchrun --nproc_per_node N.")
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    config = ContextParallelConfig(ulysses_degree=torch.distributed.get_world_size())
-    for model in (model for group in denoisers(pipe) for model in group.models):
+    models = [model for group in denoisers(pipe) for model in group.models]
+    for model in models:
+        heads = getattr(model.config, "num_attention_heads", None)
+        if isinstance(heads, int) and heads % ranks:
+            raise MagCacheError(
+                f"{type(model).__name__} has {heads} attention heads, which {ranks} processes cannot share evenly: "
+                "start as many as divide that."
+            )
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    config = ContextParallelConfig(ulysses_degree=ranks)
+    for model in models:
         try:
             model.enable_parallelism(config=config)
         except (ArithmeticError, NotImplementedError, RuntimeError, ValueError) as error:  # no GPU: a division by zero
@@ -258,7 +257,8 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
     if not args.magcache:
         output, seconds = draw(pipe, args, call, "un-cached")
         if is_writer() or not args.context_parallel:
-            print(f"{save(pipe, output, args, number, count)[0]}  ({seconds:.1f} s)")
+            paths, _ = save(pipe, output, args, number, count)
+            print(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
         return
     asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
     with enable(pipe, **asked, calibrate=args.magcache_calibration, announce=say) as cache:
@@ -268,9 +268,10 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
         if args.compare:  # every rank has to take part
             compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
         return
-    path, frames = save(pipe, output, args, number, count)
-    say(f"{path}  ({seconds:.1f} s)")
-    about = {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]}
+    paths, frames = save(pipe, output, args, number, count)
+    path = paths[0]
+    say(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
+    about = {"model": args.model, "seed": args.seed, "device": device, "files": [one.name for one in paths]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
     if args.compare and frames is not None:
         rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
@@ -326,23 +327,28 @@ def columns_of(rows: dict, pictures: dict[str, np.ndarray]) -> dict[str, np.ndar
     return columns
 
 
-def frames_of(output) -> np.ndarray | None:
-    """The first picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
-    made = next((output[name] for name in ("images", "frames", "video") if output.get(name) is not None), None)
+def made_of(output, names: tuple[str, ...]):
+    """The first of these that an output has: one for each picture, video or sound; None: it has none."""
+    return next((output[name] for name in names if output.get(name) is not None), None)
+
+
+def frames_of(output, index: int = 0) -> np.ndarray | None:
+    """A picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
+    made = made_of(output, ("images", "frames", "video"))
     if made is None:
         return None
-    first = made[0]
-    frames = np.asarray(first.float().cpu() if torch.is_tensor(first) else first)
+    one = made[index]
+    frames = np.asarray(one.float().cpu() if torch.is_tensor(one) else one)
     frames = frames[None] if frames.ndim == 3 else frames
     return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def sound_of(output) -> np.ndarray | None:
-    """The first sound of an output, float (channels, samples); None: it has none."""
-    made = next((output[name] for name in ("audios", "audio", "sound") if output.get(name) is not None), None)
+def sound_of(output, index: int = 0) -> np.ndarray | None:
+    """A sound of an output, float (channels, samples); None: it has none."""
+    made = made_of(output, ("audios", "audio", "sound"))
     if made is None:
         return None
-    sound = np.asarray(torch.as_tensor(made[0]).float().cpu())
+    sound = np.asarray(torch.as_tensor(made[index]).float().cpu())
     return sound.reshape(-1, sound.shape[-1])
 
 
@@ -356,24 +362,30 @@ def sampling_rate(pipe) -> int:
     return int(getattr(pipe, "sample_rate", 44100))
 
 
-def save(pipe, output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
-    """Write the result whole: (path, frames)."""
-    frames, sound = frames_of(output), sound_of(output)
-    if frames is None and sound is None:
+def save(pipe, output, args, number: int, count: int) -> tuple[list[Path], np.ndarray | None]:
+    """Write the results whole: (files, frames of the first)."""
+    made = made_of(output, ("images", "frames", "video", "audios"))
+    if made is None:
         raise MagCacheError(
             f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
         )
-    suffix = ".wav" if frames is None else ".png" if len(frames) == 1 else ".mp4"
-    path = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
-    path = path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
-    path = own_place(path, files_of(path))
-    if frames is not None:
-        save_frames(path, frames, None if len(frames) == 1 else args.fps)
-    if frames is None:
-        save_sound(path, sound, sampling_rate(pipe))
-    elif sound is not None:
-        add_sound(path, sound, sampling_rate(pipe))
-    return path, frames
+    first, paths = frames_of(output), []
+    suffix = ".wav" if first is None else ".png" if len(first) == 1 else ".mp4"
+    target = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
+    target = target if count == 1 else beside(target, f"_{number}{target.suffix}")
+    places = [target] if len(made) == 1 else [beside(target, f"_{one + 1}{target.suffix}") for one in range(len(made))]
+    ours = files_of(places[0])
+    for index, wanted in enumerate(places):
+        path = own_place(wanted, ours)
+        frames, sound = frames_of(output, index), sound_of(output, index)
+        if frames is None:
+            save_sound(path, sound, sampling_rate(pipe))
+        else:
+            save_frames(path, frames, None if len(frames) == 1 else args.fps)
+            if sound is not None:
+                add_sound(path, sound, sampling_rate(pipe))
+        paths.append(path)
+    return paths, first
 
 
 def save_sound(path: Path, sound: np.ndarray, rate: int) -> None:
@@ -391,7 +403,7 @@ def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
     whole = beside(path, f".{os.getpid()}{path.suffix}")
     save_sound(beside_it, sound, rate)
     ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
-    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy", "-shortest"]
+    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy"]
     done = subprocess.run([ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)], capture_output=True, text=True)
     if done.returncode:
         whole.unlink(missing_ok=True)

@@ -148,7 +148,7 @@ class Jobs:
     def work(self, job, *inputs):
         """The demo's `worker`, in its own thread."""
         try:
-            with timesteps_noted(self.sampler) as timesteps:
+            with section_timesteps(self.sampler) as timesteps:
                 self.job, job.handle = job, self.patched(job, timesteps)
                 try:
                     self.host_worker(*inputs)
@@ -240,7 +240,7 @@ def counted(count):
 
 
 @contextmanager
-def timesteps_noted(sampler):
+def section_timesteps(sampler):
     """A function that returns the timesteps of the section that the module `sampler` is at, one tensor a section."""
     noted, plain = [None], sampler.sample_unipc
 

@@ -39,7 +39,7 @@ def main(*, page: str, settings: tuple, published: str, folder: Path):
     published: table of its checkpoint; folder: where the script and the demo lie.
     """
     args = flags_taken(add_flags)
-    check_flags(args)
+    check_page_flags(args)
     check_gradio(folder / "requirements.txt")
     with launch_held_back() as launches:
         demo = checkouts_script(page, "FramePack", "MagCache4FramePack")
@@ -79,7 +79,7 @@ def add_flags(parser):
     )
 
 
-def check_flags(args):
+def check_page_flags(args):
     """Find what cannot work before any weights are loaded."""
     if args.mag_ratios:
         load(args.mag_ratios)

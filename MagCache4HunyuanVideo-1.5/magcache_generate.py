@@ -53,8 +53,8 @@ def main():
     plain = generate.generate_video
 
     def generate_video(host_args):
-        if session := session_of(args, host_args, generate):
-            generate.HunyuanVideo_1_5_Pipeline = cached(generate.HunyuanVideo_1_5_Pipeline, session)
+        if session := hunyuan15_session(args, host_args, generate):
+            generate.HunyuanVideo_1_5_Pipeline = hunyuan15_with_session(generate.HunyuanVideo_1_5_Pipeline, session)
             generate.save_video = saving(generate.save_video, session)
         return plain(host_args)
 
@@ -62,7 +62,7 @@ def main():
     generate.main()
 
 
-def session_of(args, host_args, generate):
+def hunyuan15_session(args, host_args, generate):
     """The Session of a command line; None where MagCache is off. Raises MagCacheError for what cannot work, before
     anything is loaded."""
     if not args.magcache and args.magcache_calibration is None:
@@ -100,7 +100,7 @@ def session_of(args, host_args, generate):
         args,
         dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), SETTINGS[table])),
         f"hunyuanvideo-1.5-{version}",
-        "{}x{}".format(*size_of(host_args)),
+        "{}x{}".format(*video_size(host_args)),
         host_args.video_length,
         steps,
         table if version in PUBLISHED_FOR else None,
@@ -118,7 +118,7 @@ def steps_of(version):
     return PIPELINE_CONFIGS.get(version, {}).get("num_inference_steps", 50)
 
 
-def size_of(host_args):
+def video_size(host_args):
     """(width, height) of the video before super-resolution, which the pipeline chooses by the aspect ratio."""
     from hyvideo.utils.data_utils import generate_crop_size_list, get_closest_ratio
 
@@ -141,7 +141,7 @@ def size_of(host_args):
     return width, height
 
 
-def cached(pipeline_class, session):
+def hunyuan15_with_session(pipeline_class, session):
     """The checkout's pipeline, rendering through a session."""
 
     class Cached(pipeline_class):

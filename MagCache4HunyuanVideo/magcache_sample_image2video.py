@@ -18,7 +18,7 @@ from common.scripts.session import Session
 SIZES = {"720p": "1280x720", "540p": "960x540", "360p": "640x360"}  # of as many pixels as the picture's own shape gets
 
 
-def session_of(args, host_args):
+def session_of_image(args, host_args):
     """The Session of a command line. Raises MagCacheError for what cannot work, before anything is loaded."""
     check_sampling(host_args)
     if not host_args.i2v_mode:
@@ -44,4 +44,4 @@ def session_of(args, host_args):
 
 
 if __name__ == "__main__":
-    main("sample_image2video", "HunyuanVideo-I2V", session_of)
+    main("sample_image2video", "HunyuanVideo-I2V", session_of_image)

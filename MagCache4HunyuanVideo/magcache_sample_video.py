@@ -43,7 +43,7 @@ def main(name="sample_video", upstream="HunyuanVideo", session_of=None):
     session_of = session_of or session_of_text
     session = session_of(args, host_args) if args.magcache or args.magcache_calibration is not None else None
     sample_video.parse_args = lambda: host_args
-    sample_video.HunyuanVideoSampler = cached(sample_video.HunyuanVideoSampler, session)
+    sample_video.HunyuanVideoSampler = hunyuan_with_session(sample_video.HunyuanVideoSampler, session)
     if session:
         save = sample_video.save_videos_grid
         sample_video.save_videos_grid = session.saving(lambda tensor, save_file, fps: save(tensor, save_file, fps=fps))
@@ -94,7 +94,7 @@ def session_of_text(args, host_args):
         f"{width}x{height}",
         host_args.video_length,
         host_args.infer_steps,
-        published(host_args.model, width * height),
+        nearest_published(host_args.model, width * height),
         about,
         videos=lambda outputs: 2 * outputs["samples"] - 1,
         family="hunyuanvideo-t2v",
@@ -103,7 +103,7 @@ def session_of_text(args, host_args):
     return session
 
 
-def published(model, pixels):
+def nearest_published(model, pixels):
     """The name of the published table whose pictures are nearest in size; None for other checkpoints."""
     return min(
         TABLES.get(model, ()),
@@ -112,7 +112,7 @@ def published(model, pixels):
     )
 
 
-def cached(sampler_class, session):
+def hunyuan_with_session(sampler_class, session):
     """The checkout's sampler, rendering through a session (None: MagCache is off)."""
 
     class Cached(sampler_class):

@@ -15,7 +15,7 @@ from magcache_generate import HERE, PIPELINES, SETTINGS, TABLES
 from common.errors import MagCacheError
 from common.scripts.checkout import one_sentence
 from common.scripts.page import Jobs, PageSession, flags_of_page, run_page, when_imported
-from common.scripts.wan import cached, published
+from common.scripts.wan import published, wan_with_session
 
 # Pages that load their model when a size is chosen; the others tell their task when they load it.
 LATER = {"i2v_14B_singleGPU": "i2v-14B", "fl2v_14B_singleGPU": "flf2v-14B"}
@@ -48,7 +48,7 @@ def put_on(wan, jobs, tasks):
     """Let the pipelines of the package do what a page's jobs want. tasks: collects those of the pipelines loaded."""
 
     def on_pages(pipeline_class):
-        class OnPage(cached(pipeline_class, lambda *args, **kwargs: session_of(jobs, wan, *args, **kwargs))):
+        class OnPage(wan_with_session(pipeline_class, lambda *args, **kwargs: session_of(jobs, wan, *args, **kwargs))):
             def __init__(self, config, *args, **kwargs):
                 self.task = task_of(wan, config, pipeline_class)
                 tasks.append(self.task)

@@ -27,7 +27,7 @@ SHIFT = 7  # of FramePack's sampler at every size of its page
 PUBLISHED = load("framepack")
 
 
-def table_of(size, ratios):
+def studio_table(size, ratios):
     return RatioTable(
         name=size,
         mag_ratios={"cond": ratios},
@@ -50,7 +50,9 @@ def main():
     tabulate = needs("tabulate", "tabulate").tabulate
     studio = json.loads((REPOSITORY / "tests" / "unit" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
     tables = {
-        (size, steps): table_of(size, ratios) for size, by_steps in studio.items() for steps, ratios in by_steps.items()
+        (size, steps): studio_table(size, ratios)
+        for size, by_steps in studio.items()
+        for steps, ratios in by_steps.items()
     }
     ratios = {key: table.at(table.sigmas)[0] for key, table in tables.items()}
 

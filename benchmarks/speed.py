@@ -155,7 +155,7 @@ class Sampler:
             torch.cuda.synchronize()
 
 
-def table_of(steps):
+def smooth_table(steps):
     """A calibration whose residuals change smoothly; which steps are skipped matters here, not how well."""
     levels, step = flow_sigmas(steps, 3.0), np.arange(steps)
     gram = packed(np.exp(-(((step[:, None] - step) / steps) ** 2)))
@@ -176,7 +176,7 @@ def methods(sampler, steps):
         return lambda: magcache_forward(
             sampler.model,
             host_of(sampler.model),
-            table_of(steps),
+            smooth_table(steps),
             settings,
             lambda: sampler.timesteps,
             Rule(min_steps=2),
@@ -270,7 +270,7 @@ def rows_of(name, sampler, steps, repeats=REPEATS):
 def planner_text():
     parts = []
     for steps in (28, 50, 100):
-        table, begin = table_of(steps), time.process_time()
+        table, begin = smooth_table(steps), time.process_time()
         Target(steps // 2, predictor="linear").plan(table, table.sigmas)
         parts.append(f"{time.process_time() - begin:.2f} s for {steps} steps")
     return f"Planning takes {', '.join(parts)}."

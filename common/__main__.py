@@ -118,16 +118,16 @@ def compare(arguments: list[str]) -> None:
     print(f"Side by side: {out}")
 
 
-def install(arguments: list[str]) -> None:
+def install_command(arguments: list[str]) -> None:
     """Copy a drop-in and `common/` into an upstream checkout."""
-    from .scripts.install import install as copy
+    from .scripts.install import install
 
     parser = parser_of("install")
     parser.add_argument("folder", metavar="FOLDER", help="MagCache4...")
     parser.add_argument("path", type=Path, help="the upstream checkout")
     args = parser.parse_args(arguments)
 
-    command = copy(args.folder, args.path)
+    command = install(args.folder, args.path)
     print(f"Installed. Run it there:\n  cd {args.path}\n  {command}")
 
 
@@ -158,8 +158,7 @@ def describe(arguments: list[str]) -> None:
     """Find the facts of a diffusers pipeline's model and print them."""
     import torch
 
-    from .discover import describe as described
-    from .discover import discover, first_call
+    from .discover import discover, first_call, host_line
 
     parser = parser_of("describe")
     parser.add_argument("model", metavar="MODEL", help="hub id or folder")
@@ -171,14 +170,14 @@ def describe(arguments: list[str]) -> None:
     except (OSError, ValueError, TypeError) as error:  # what loading and calling an unknown pipeline bring
         raise MagCacheError(f"{args.model} cannot be loaded and run ({str(error).splitlines()[0]}).") from None
     with torch.no_grad():
-        print(described(model, discover(model, positional, named)))
+        print(host_line(model, discover(model, positional, named)))
 
 
 COMMANDS = {
     "presets": presets,
     "plan": plan,
     "compare": compare,
-    "install": install,
+    "install": install_command,
     "import": import_,
     "describe": describe,
 }

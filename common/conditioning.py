@@ -164,6 +164,7 @@ def adapters_of(model: torch.nn.Module) -> list:
     """The adapters on a model and their scales: LoRAs (peft's layers), attention processors of an image adapter. A
     callback may load, scale, fuse or unload one between two steps."""
     found: list = []
+    module: Any
     for module in model.modules():
         own = module.__dict__
         if isinstance(own.get("scaling"), dict):

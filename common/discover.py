@@ -154,7 +154,7 @@ def wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable
     return disproof(stack, residual, output, forward)
 
 
-def describe(model: torch.nn.Module, found: Found) -> str:
+def host_line(model: torch.nn.Module, found: Found) -> str:
     """The line to contribute to common/hosts/diffusers.py, and how sure it is."""
     default = {field.name: field.default for field in fields(Host)}
     facts = [f"{name}={value!r}" for name, value in vars(found.host).items() if value != default[name]]

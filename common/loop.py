@@ -42,7 +42,8 @@ class CacheContext:
     """In the place of a model's `cache_context`, by which some pipelines of diffusers tell where their loop is."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.threads = model, threading.local()
+        self.model: Any = model
+        self.threads = threading.local()
         model.__dict__["cache_context"] = self
 
     @contextmanager

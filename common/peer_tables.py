@@ -73,12 +73,12 @@ def fields_of(
     }
 
 
-def is_number(value: Any) -> bool:
+def is_json_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_list(content: Any) -> bool:
-    return isinstance(content, list) and len(content) > 1 and all(map(is_number, content))
+    return isinstance(content, list) and len(content) > 1 and all(map(is_json_number, content))
 
 
 def is_pair(content: Any) -> bool:
@@ -108,7 +108,7 @@ def entries(content: Any, path: str = "") -> list[str]:
 
 
 def first_of(about: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((about[name] for name in names if is_number(about.get(name))), None)
+    return next((about[name] for name in names if is_json_number(about.get(name))), None)
 
 
 def usable(settings: dict[str, Any]) -> bool:

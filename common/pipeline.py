@@ -53,7 +53,9 @@ def enable(
     Ask for one thing: speedup (2.0 where nothing is asked for); steps, how many are computed; max_error, the largest
     expected relative error of a predicted step (needs a calibration); or the paper's rule by thresh, K and
     retention_ratio, those left out as published for this checkpoint (needs magnitude ratios, published or calibrated).
-    calibrate: compute everything and measure, in ordinary runs; the file is used from the next `enable` on.
+    calibrate: measure instead. Everything computes, results are the un-cached ones, each complete run is saved, and any
+        `enable` after it finds the file. Only max_error, and the paper's rule where no ratios are published, need it;
+        nothing is measured unasked.
     announce: gets the plan as text at the start of each run; None: nobody.
     Raises MagCacheError for what cannot work, in one sentence.
     """
@@ -61,8 +63,13 @@ def enable(
     groups = denoisers(pipe)
     for model in (model for group in groups for model in group.models):
         refuse_other_caches(model)
+    asked = (speedup, steps, max_error, thresh, K, retention_ratio)
+    if calibrate and any(one is not None for one in asked):
+        raise MagCacheError(
+            "calibrate=True computes everything: ask for a speed-up or the rule in the `enable` after it."
+        )
     if calibrate:
-        return PipelineCache(pipe, [calibrated(pipe, group, announce) for group in groups])
+        return PipelineCache(pipe, [calibration_patch(pipe, group, announce) for group in groups])
     rule: dict[str, Any] = {"magcache_thresh": thresh, "magcache_K": K, "retention_ratio": retention_ratio}
     targets: dict[str, Any] = {"magcache_speedup": speedup, "magcache_steps": steps, "magcache_max_error": max_error}
     targets = {name: value for name, value in targets.items() if value is not None}
@@ -81,7 +88,7 @@ def enable(
                 )
             else:
                 settings = paper_rule(rule, table, type(group.models[0]).__name__)
-            handles.append(cached(pipe, group, table, settings, announce))
+            handles.append(caching_patch(pipe, group, table, settings, announce))
     except BaseException:
         for handle in handles:
             handle.remove()
@@ -193,7 +200,7 @@ def refuse_other_caches(model: torch.nn.Module) -> None:
         raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
 
 
-def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch | Undescribed:
+def caching_patch(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch | Undescribed:
     """`magcache_forward` on the denoiser of a pipeline."""
     clock = Clock(pipe, group.models)
 
@@ -214,7 +221,7 @@ def cached(pipe, group: Denoisers, table, settings: Settings | Target, announce)
     return described(group, settings.payload or "residual", patch)
 
 
-def calibrated(pipe, group: Denoisers, announce) -> Patch | Undescribed:
+def calibration_patch(pipe, group: Denoisers, announce) -> Patch | Undescribed:
     """`magcache_calibration` on the denoiser of a pipeline."""
     clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
     name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__

@@ -201,7 +201,7 @@ def magcache_schedule(
     retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
     beyond = np.zeros(steps, dtype=bool) if uncovered is None else uncovered & ~retained
     retained = retained | beyond
-    off = why_off(steps, settings, rule)
+    off = why_nothing_skips(steps, settings, rule)
     if off:
         return replace(compute_all(steps, off), settings=settings, ratios=ratios)
     reuse, error = decide(ratios, settings.magcache_thresh, settings.magcache_K, rule, retained)
@@ -255,7 +255,7 @@ def compute_all(steps: int, why: str = "MagCache is off") -> Schedule:
     )
 
 
-def why_off(steps: int, settings: Settings, rule: Rule) -> str:
+def why_nothing_skips(steps: int, settings: Settings, rule: Rule) -> str:
     if settings.magcache_thresh == 0:
         return "magcache_thresh is 0, which turns MagCache off"
     if settings.magcache_K == 0:

@@ -157,7 +157,7 @@ def read(path: str | Path) -> RatioTable:
     """Load a calibration or preset file, or a table of another program that says how it was measured
     (`peer_tables`). Raises MagCacheError when it is missing, malformed, inconsistent or of a newer format."""
     path = Path(path)
-    content = parsed(path)
+    content = json_content(path)
     known = RatioTable.__dataclass_fields__
     missing = [key for key in ("mag_ratios", "sigmas", "origin") if not isinstance(content, dict) or key not in content]
     if {"sigmas", "origin"} <= set(missing) and is_peer_table(content):
@@ -177,7 +177,7 @@ def read(path: str | Path) -> RatioTable:
         raise MagCacheError(f"{path} is not a calibration file ({error}); calibrate again.") from None
 
 
-def parsed(path: Path) -> Any:
+def json_content(path: Path) -> Any:
     """The content of a JSON file. Raises MagCacheError."""
     try:
         return json.loads(path.read_text())
@@ -190,7 +190,7 @@ def parsed(path: Path) -> Any:
 def import_table(path: str | Path, steps: int | None = None, shift: float | None = None, entry: str = "") -> RatioTable:
     """The table of another program (`peer_tables.fields_of`). Raises MagCacheError that says what is missing."""
     path = Path(path)
-    return RatioTable(**fields_of(parsed(path), path.name, steps, shift, entry))
+    return RatioTable(**fields_of(json_content(path), path.name, steps, shift, entry))
 
 
 def load(name_or_path: str | Path) -> RatioTable:

@@ -82,12 +82,12 @@ def add_opt_in_flags(parser):
 
 def flags_taken(add):
     """Take the flags of `add(parser)` out of sys.argv and leave the rest to the host's own parser; returns them as
-    `parsed` does."""
-    args, sys.argv[1:] = parsed(add, sys.argv[1:])
+    `flags_and_rest` does."""
+    args, sys.argv[1:] = flags_and_rest(add, sys.argv[1:])
     return args
 
 
-def parsed(add, argv: list) -> tuple:
+def flags_and_rest(add, argv: list) -> tuple:
     """(the flags of `add(parser)` with the set of those that were `given` by name, the rest of argv).
 
     Raises MagCacheError for a flag that looks like one of them and is none: a host may pass over it in silence.

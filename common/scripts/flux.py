@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from .checkout import one_sentence
 from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken
 from .install import REPOSITORY
 from .outputs import beside, files_of, own_place
+from .pipelines import load_pipeline, prompts_in
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
 from .session import Session, check_calibration
 
@@ -52,7 +52,7 @@ def main(*, description: str, **lines):
     script = Script(**lines)
     ours = flags_taken(add_magcache_flags)
     args = parse(script, description)
-    check(args, ours)
+    check_flux_flags(args, ours)
     choose_model(args, script)
     run(args, ours, script)
 
@@ -86,7 +86,7 @@ def parse(script, description):
     return parser.parse_args()
 
 
-def check(args, ours):
+def check_flux_flags(args, ours):
     """Find what cannot work before anything is loaded or rendered."""
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
@@ -103,15 +103,15 @@ def run(args, ours, script):
     """Draw the prompts; beside a picture that MagCache drew lie a report and what was asked for."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
-    pipe = load_pipeline(args, dtype)
+    pipe = load_flux(args, dtype)
     checkpoint = fingerprint(pipe.transformer)
-    height, width = size_of(args, script, pipe)
+    height, width = picture_size(args, script, pipe)
     call = pipeline_arguments(args, pipe, height, width)
     session = None
     if ours.magcache or ours.magcache_calibration is not None:
         about = {"model": args.model, "lora": args.lora or "", "seed": args.seed, "device": device}
         about["dtype"] = str(dtype).removeprefix("torch.")
-        session = session_of(
+        session = flux_session(
             args, ours, script, pipe, checkpoint, f"{width}x{height}", {**about, "prompts": args.prompts}
         )
         session.check(args.output)
@@ -125,7 +125,7 @@ def run(args, ours, script):
         )
         say_what_a_lora_changes(args, session, checkpoint)
     # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
-    place(pipe, args, device)
+    place_flux(pipe, args, device)
 
     compared, outputs = [], numbered(args.output, len(args.prompts))
     if session and ours.compare:
@@ -153,7 +153,7 @@ def run(args, ours, script):
             show_comparison(compared, sheet)
 
 
-def size_of(args, script, pipe):
+def picture_size(args, script, pipe):
     """(height, width): asked for, else the script's for its own model, else the model's."""
     own = pipe.vae.config.sample_size
     height, width = (script.height, script.width) if args.model == script.model else (own, own)
@@ -165,7 +165,7 @@ def size_of(args, script, pipe):
     return height, width
 
 
-def session_of(args, ours, script, pipe, checkpoint, size, about):
+def flux_session(args, ours, script, pipe, checkpoint, size, about):
     table = published(args.model, checkpoint)
     sampler = {"scheduler": type(pipe.scheduler).__name__, "guidance_scale": args.guidance_scale}
     if args.negative_prompt is not None:
@@ -215,31 +215,13 @@ def choose_model(args, script):
             raise MagCacheError(f"The demo model is not at {DEMO / 'model'}; run from a whole clone or name a --model.")
         torch.set_num_threads(1)  # so small that threads would only wait for each other
     if args.prompt_file:
-        try:
-            lines = args.prompt_file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} cannot be read ({error}).") from None
-        args.prompts = [line.strip() for line in lines if line.strip()]
-        if not args.prompts:
-            raise MagCacheError(f"--prompt_file {args.prompt_file} has no prompts.")
+        args.prompts = prompts_in(args.prompt_file)
     else:
         args.prompts = args.prompt or ((DEMO / "prompts.txt").read_text().splitlines() if is_demo else [script.prompt])
 
 
-def load_pipeline(args, dtype):
-    from diffusers import DiffusionPipeline
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # the name that diffusers 0.35 knows
-            pipe = DiffusionPipeline.from_pretrained(
-                DEMO / "model" if args.model == "demo" else args.model, torch_dtype=dtype
-            )
-        if args.lora:
-            pipe.load_lora_weights(args.lora)
-    except Exception as error:  # whatever the hub, the network or a malformed config brings
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise MagCacheError(f"{args.lora or args.model} cannot be loaded ({reason}).") from None
+def load_flux(args, dtype):
+    pipe = load_pipeline(DEMO / "model" if args.model == "demo" else args.model, dtype, args.lora)
     if args.image and "Kontext" not in type(pipe).__name__:
         raise MagCacheError(f"--image needs FLUX.1-Kontext; {args.model} is a {type(pipe).__name__}.")
     return pipe
@@ -265,7 +247,7 @@ def pipeline_arguments(args, pipe, height, width):
     return call
 
 
-def place(pipe, args, device):
+def place_flux(pipe, args, device):
     """Put the pipeline where it runs, with the offloading that was asked for."""
     if args.offload == "model":
         if device == "cpu":

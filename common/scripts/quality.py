@@ -45,7 +45,7 @@ def quality(reference, result):
     import torch
 
     if reference.shape != result.shape:
-        raise MagCacheError(f"Only equals can be compared: {describe(reference)} against {describe(result)}.")
+        raise MagCacheError(f"Only equals can be compared: {frames_text(reference)} against {frames_text(result)}.")
     rows = []
     for one, other in zip(reference, result):
         one, other = (torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 255 for frame in (one, other))
@@ -82,7 +82,7 @@ def ssim(one, other):
     return (similar / ((mean**2 + other_mean**2 + 0.01**2) * (variances + 0.03**2))).mean()
 
 
-def describe(frames):
+def frames_text(frames):
     return f"{len(frames)} frame{'s' * (len(frames) > 1)} of {frames.shape[2]}x{frames.shape[1]}"
 
 

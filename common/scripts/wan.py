@@ -40,14 +40,14 @@ def main(*, settings: dict, tables: dict, pipelines: tuple, upstream: str, folde
             print("MagCache is off; --use_magcache turns it on.")
         return generate.generate(host_args)
     wan = importlib.import_module("wan")
-    session = session_of(args, host_args, settings, tables)
+    session = wan_session(args, host_args, settings, tables)
     if host_args.save_file:
         session.check(host_args.save_file, (*PICTURES, ".tiff", ".gif") if "t2i" in host_args.task else VIDEO_SUFFIXES)
     else:
         session.check("output")
     for name in pipelines:
         if hasattr(wan, name):
-            setattr(wan, name, cached(getattr(wan, name), lambda *args, **kwargs: session))
+            setattr(wan, name, wan_with_session(getattr(wan, name), lambda *args, **kwargs: session))
     rename = None if host_args.save_file else "magcache_{}".format
 
     def saving(write):
@@ -64,7 +64,7 @@ def main(*, settings: dict, tables: dict, pipelines: tuple, upstream: str, folde
     generate.generate(host_args)
 
 
-def session_of(args, host_args, settings, tables):
+def wan_session(args, host_args, settings, tables):
     """The Session of a command line. Raises MagCacheError for a task that MagCache does not know."""
     if host_args.task not in settings:
         raise MagCacheError(
@@ -90,14 +90,14 @@ def session_of(args, host_args, settings, tables):
         f"{width}x{height}",
         host_args.infer_frames if task == "s2v-14B" else host_args.frame_num,  # of a segment
         host_args.sample_steps,
-        published(host_args, tables, task),
+        published_for_task(host_args, tables, task),
         about,
         family="wan",
         weights=host_args.ckpt_dir,
     )
 
 
-def published(args, tables, task):
+def published_for_task(args, tables, task):
     """The name of the table that was published for the checkpoint, as its own config.json describes it, or None.
 
     tables: {"model_type dim": preset}, with the task after it where one checkpoint serves two, or 480p or 720p where
@@ -128,7 +128,7 @@ def checkpoint_config(folder):
     return {}
 
 
-def cached(pipeline_class, session_of):
+def wan_with_session(pipeline_class, session_of):
     """A pipeline class of the checkout whose `generate` goes through a session.
 
     session_of: (pipeline, arguments of its `generate`) -> `Session`, or None for a rendering without MagCache.
@@ -149,7 +149,7 @@ def cached(pipeline_class, session_of):
             if session is None:
                 return plain(*args, sampling_steps=sampling_steps, **kwargs)
             models = experts_of(self)
-            host = host_of(self, inner_module(models[0]))
+            host = wan_host(self, inner_module(models[0]))
             with timesteps_noted(schedulers_of(pipeline_class)) as timesteps:
                 session.patch(
                     models,
@@ -180,7 +180,7 @@ def schedulers_of(pipeline_class):
     return [value for value in module.values() if isinstance(value, type) and hasattr(value, "set_timesteps")]
 
 
-def host_of(pipe, model):
+def wan_host(pipe, model):
     """WAN, with what is particular to an S2V or a VACE model and to sequence parallelism."""
     if hasattr(model, "audio_injector"):
         return WAN_S2V

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from framepack_cpu import IMAGE_WIDTH, TEXT_WIDTH
-from magcache_framepack import timesteps_noted
+from magcache_framepack import section_timesteps
 from packages import unpacked
 
 from common.hosts.diffusers import FRAMEPACK
@@ -108,13 +108,13 @@ def entered(model):
 @contextmanager
 def cached(package, model, settings=PUBLISHED, table="framepack", host=FRAMEPACK):
     table = load(table) if isinstance(table, str) else table
-    with timesteps_noted(package.sampler) as timesteps:
+    with section_timesteps(package.sampler) as timesteps:
         with magcache_forward(model, host, table, settings, timesteps, announce=None) as handle:
             yield handle
 
 
 def measured(package, model, path=None, host=FRAMEPACK, runs=({},), **description):
-    with timesteps_noted(package.sampler) as timesteps:
+    with section_timesteps(package.sampler) as timesteps:
         with magcache_calibration(model, host, timesteps, "tiny", path, description) as handle:
             latents = [sample(package, model, **run) for run in runs]
     return handle.table, latents

@@ -374,7 +374,7 @@ def test_importing_the_drop_in_reads_no_environment_of_the_hub():
 )
 def test_flags_are_checked_before_weights_are_loaded(given, sentence):
     with pytest.raises(MagCacheError, match=sentence):
-        framepack_page.check_flags(flags(**given))
+        framepack_page.check_page_flags(flags(**given))
 
 
 def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
@@ -382,7 +382,7 @@ def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
         sys.modules, "torchvision", types.SimpleNamespace(io=types.SimpleNamespace(), __version__="0.28.0")
     )
     with pytest.raises(MagCacheError, match="torchvision 0.28.0"):
-        framepack_page.check_flags(flags())
+        framepack_page.check_page_flags(flags())
 
 
 def test_install_knows_the_checkout(tmp_path):

@@ -205,7 +205,7 @@ def test_calibration_is_used_from_then_on(checkout, capsys):
 
 
 def test_the_lines_at_the_top_and_the_flags(checkout, monkeypatch):
-    monkeypatch.setitem(SCRIPT["published"].__globals__, "MAGCACHE_K", 2)
+    monkeypatch.setitem(SCRIPT["nearest_published"].__globals__, "MAGCACHE_K", 2)
     checkout("--flow-reverse", "--magcache_thresh", 0.12)
     assert reports()[0]["settings"] == {"magcache_thresh": 0.12, "magcache_K": 2, "retention_ratio": 0.2}
     assert reports()[0]["strip"].count(".") == 25

@@ -13,7 +13,7 @@ from PIL import Image
 from common.calibration import fingerprint
 from common.errors import MagCacheError
 from common.scripts import session as module
-from common.scripts.flags import add_magcache_flags, add_opt_in_flags, parsed, switched_on
+from common.scripts.flags import add_magcache_flags, add_opt_in_flags, flags_and_rest, switched_on
 from common.scripts.outputs import beside, fitting, own_place, report_place
 from common.scripts.session import Session
 from common.tables import calibrations_folder, load, read, write
@@ -29,7 +29,7 @@ def home(tmp_path, monkeypatch):
 
 
 def session(*flags, steps=12, preset=None, add=add_magcache_flags, size="64x64", **options):
-    args, rest = parsed(add, list(flags))
+    args, rest = flags_and_rest(add, list(flags))
     assert rest == []
     return Session(args, LINES, "tiny", size, 1, steps, preset, {}, videos=pictures, **options)
 
@@ -259,16 +259,16 @@ def test_only_the_first_rank_decides(monkeypatch):
     ids=" ".join,
 )
 def test_any_setting_turns_magcache_on(flags):
-    assert switched_on(parsed(add_opt_in_flags, flags)[0])
-    assert not switched_on(parsed(add_opt_in_flags, [*flags, "--no-magcache"])[0])
+    assert switched_on(flags_and_rest(add_opt_in_flags, flags)[0])
+    assert not switched_on(flags_and_rest(add_opt_in_flags, [*flags, "--no-magcache"])[0])
 
 
 def test_flags_of_the_host_pass_through():
     argv = ["--prompt", "a cat", "--seed", "-1", "--magcache_K", "3", "--size", "832*480", "picture.png"]
-    args, rest = parsed(add_opt_in_flags, argv)
+    args, rest = flags_and_rest(add_opt_in_flags, argv)
     assert rest == ["--prompt", "a cat", "--seed", "-1", "--size", "832*480", "picture.png"]
     assert args.given == {"magcache_K"} and args.magcache_K == 3
-    assert not switched_on(parsed(add_opt_in_flags, ["--prompt", "x"])[0])
+    assert not switched_on(flags_and_rest(add_opt_in_flags, ["--prompt", "x"])[0])
 
 
 def test_the_picture_is_the_hosts_where_nothing_is_skipped(command, table, euler, model):

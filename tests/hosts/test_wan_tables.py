@@ -12,9 +12,9 @@ import torch
 
 from common.errors import MagCacheError
 from common.hosts.checkouts import WAN
-from common.scripts.flags import add_opt_in_flags, parsed
+from common.scripts.flags import add_opt_in_flags, flags_and_rest
 from common.scripts.quality import VIDEO_SUFFIXES
-from common.scripts.wan import checkpoint_config, host_of, session_of
+from common.scripts.wan import checkpoint_config, wan_host, wan_session
 from common.tables import calibrations_folder, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -58,8 +58,8 @@ def session(tmp_path, folder, task, size, frames, image, config):
         "sample_guide_scale": 5.0,
     }
     script = runpy.run_path(str(REPOSITORY / folder / "magcache_generate.py"))
-    args, _ = parsed(add_opt_in_flags, ["--use_magcache"])
-    return session_of(args, argparse.Namespace(**host), script["SETTINGS"], script["TABLES"])
+    args, _ = flags_and_rest(add_opt_in_flags, ["--use_magcache"])
+    return wan_session(args, argparse.Namespace(**host), script["SETTINGS"], script["TABLES"])
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_padding_is_no_token_of_any_rank(monkeypatch, ranks, shares):
     hosts = []
     for rank in range(ranks):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        hosts.append(host_of(SimpleNamespace(sp_size=ranks), SimpleNamespace(patch_size=(1, 2, 2), dim=48)))
+        hosts.append(wan_host(SimpleNamespace(sp_size=ranks), SimpleNamespace(patch_size=(1, 2, 2), dim=48)))
     if shares is None:
         assert hosts == [WAN]
     else:

@@ -24,9 +24,9 @@ from common.patch import magcache_forward  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.scripts.checkout import timesteps_noted  # noqa: E402
-from common.scripts.flags import add_opt_in_flags, parsed  # noqa: E402
+from common.scripts.flags import add_opt_in_flags, flags_and_rest  # noqa: E402
 from common.scripts.session import Session  # noqa: E402
-from common.scripts.wan import cached, experts_of, host_of, schedulers_of  # noqa: E402
+from common.scripts.wan import experts_of, schedulers_of, wan_host, wan_with_session  # noqa: E402
 from common.tables import RatioTable, load  # noqa: E402
 
 # kind: (class, task of its config, checkpoint)
@@ -57,7 +57,7 @@ def pipeline(kind, session=None):
     plain = getattr(wan, name)
     # The package's two experts leave out guidance unless told otherwise; those of the checkout do not.
     guided = {"lightning": False} if "lightning" in inspect.signature(plain.__init__).parameters else {}
-    return (cached(plain, lambda *args, **kwargs: session) if session else plain)(
+    return (wan_with_session(plain, lambda *args, **kwargs: session) if session else plain)(
         config=WAN_CONFIGS[task], checkpoint_dir=str(CHECKPOINTS / checkpoint), device_id=0, rank=0, **guided
     )
 
@@ -104,7 +104,7 @@ def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
         timesteps_noted(schedulers_of(type(pipe))) as timesteps,
         magcache_forward(
             models,
-            host_of(pipe, models[0]),
+            wan_host(pipe, models[0]),
             mag_ratios,
             settings,
             timesteps,
@@ -116,7 +116,7 @@ def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
 
 
 def session(*flags, task="t2v-A14B"):
-    args, _ = parsed(add_opt_in_flags, flags)
+    args, _ = flags_and_rest(add_opt_in_flags, flags)
     script_settings = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
     return Session(args, script_settings, task, "96x64", 5, 9, None, {})
 
