@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..errors import MagCacheError
 from ..tables import load
 from .controls import Choice, Controls, PagePlan, in_lines, page_plan
-from .flags import DTYPES, add_magcache_flags, check_flags, parsed
+from .flags import DTYPES, add_magcache_flags, check_flags, flags_and_rest
 from .outputs import REPORT, beside, report_at
 from .session import Session, check_calibration, check_family
 
@@ -250,8 +250,8 @@ def flags_of_page(argv: list, family: str) -> tuple[argparse.Namespace, list]:
 
     family: what the names of fitting presets begin with. Raises MagCacheError.
     """
-    args, rest = parsed(add_flags, argv)
-    defaults, _ = parsed(add_magcache_flags, [])
+    args, rest = flags_and_rest(add_flags, argv)
+    defaults, _ = flags_and_rest(add_magcache_flags, [])
     args = argparse.Namespace(**{**vars(defaults), **vars(args)})
     check_flags(args)
     if args.mag_ratios:
