@@ -7,7 +7,7 @@ Lies beside gradio_server.py in a HunyuanVideo checkout, with magcache_sample_vi
 
 import sys
 
-from magcache_sample_video import HERE, MAGCACHE_K, MAGCACHE_THRESH, RETENTION_RATIO, published
+from magcache_sample_video import HERE, MAGCACHE_K, MAGCACHE_THRESH, RETENTION_RATIO, nearest_published
 
 from common.calibration import fingerprint
 from common.errors import MagCacheError
@@ -95,7 +95,7 @@ def session_of(jobs, sampler, steps, *, prompt, width, height, video_length, flo
             size=f"{width}x{height}",
             frames=video_length,
             steps=steps,
-            preset=published(sampler.args.model, width * height),
+            preset=nearest_published(sampler.args.model, width * height),
             about=about,
             family="hunyuanvideo-t2v",
             **options,

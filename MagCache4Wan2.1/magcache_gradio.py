@@ -15,7 +15,7 @@ from magcache_generate import HERE, PIPELINES, SETTINGS, TABLES
 from common.errors import MagCacheError
 from common.scripts.checkout import one_sentence
 from common.scripts.page import Jobs, PageSession, flags_of_page, run_page, when_imported
-from common.scripts.wan import published, wan_with_session
+from common.scripts.wan import published_for_task, wan_with_session
 
 # Pages that load their model when a size is chosen; the others tell their task when they load it.
 LATER = {"i2v_14B_singleGPU": "i2v-14B", "fl2v_14B_singleGPU": "flf2v-14B"}
@@ -100,7 +100,7 @@ def session_of(
             size=f"{width}x{height}",
             frames=frames,
             steps=sampling_steps,
-            preset=published(task, TABLES, pipe.task),
+            preset=published_for_task(task, TABLES, pipe.task),
             about={"prompt": prompt, "seed": seed, "solver": "unipc", "shift": shift, "guide_scale": guide_scale},
             family="wan",
             weights=pipe.checkpoint_dir,
