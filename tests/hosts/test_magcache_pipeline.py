@@ -119,6 +119,12 @@ def test_mistakes_get_one_sentence(tmp_path, script, arguments, sentence):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_without_diffusers(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    ended, _ = script("--model", "nowhere/nothing")
+    assert ended == "magcache_pipeline.py: This needs the package diffusers: pip install diffusers"
+
+
 def test_heads_that_ranks_cannot_share(script):
     ended, _ = script("--context_parallel", *SMALL, WORLD_SIZE="2", RANK="0")
     assert "has 5 attention heads, which 2 processes cannot share evenly" in ended
@@ -186,7 +192,7 @@ def test_a_video_with_sound(tmp_path, script):
     pipe.encode_prompt = lambda *_, **__: tuple(call[name] for name in names)
     flags = ("--height", "32", "--width", "32", "--num_frames", "5", "--frame_rate", "8", "--fps", "8")
     more = ("--spatio_temporal_guidance_blocks", "[1]", "--num_inference_steps", "6", "--output", "x.mp4")
-    ended, said = script("--prompt", "a sea", *flags, *more, instead={"load": lambda args: pipe})
+    ended, said = script("--prompt", "a sea", *flags, *more, instead={"load_model": lambda args: pipe})
     assert ended is None and "computes 3 of 6" in said
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     streams = subprocess.run([ffmpeg, "-i", "x.mp4"], capture_output=True, text=True).stderr
@@ -202,7 +208,7 @@ import torch
 from tiny_pipelines import TEXT, flux
 torch.accelerator.device_count = lambda: 1  # diffusers asks for the number of GPUs, and there is none
 
-def load(args):
+def load_model(args):
     pipe, arguments = flux()
     call = arguments(1)
     pipe.encode_prompt = lambda *_, **__: (call["prompt_embeds"], call["pooled_prompt_embeds"], torch.zeros(TEXT, 3))
@@ -211,7 +217,7 @@ def load(args):
 for flags in runs.split(";"):
     sys.argv = [script, *flags.split()]
     main = runpy.run_path(script)["main"]
-    main.__wrapped__.__globals__["load"] = load
+    main.__wrapped__.__globals__["load_model"] = load_model
     main()
 """
 

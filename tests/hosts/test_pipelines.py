@@ -78,8 +78,10 @@ def test_calibrated_and_by_the_papers_rule(family):
         with pytest.raises(MagCacheError, match="only the output can be predicted"):
             enable(pipe, calibrate=True)
         return
-    with pytest.raises(MagCacheError, match="calibrate=True"):
+    with pytest.raises(MagCacheError, match="measure them with enable.pipe, calibrate=True"):
         enable(pipe, thresh=0.5)
+    with pytest.raises(MagCacheError, match="calibrate=True computes everything"):
+        enable(pipe, speedup=2, calibrate=True)
     with enable(pipe, calibrate=True, announce=None):
         assert torch.equal(run(pipe, arguments(1), STEPS), plain)
     with pytest.raises(MagCacheError, match="no published settings; give magcache_K, retention_ratio too"):
@@ -88,6 +90,7 @@ def test_calibrated_and_by_the_papers_rule(family):
         cached = run(pipe, arguments(1), STEPS)
     report = cache.reports[0]
     assert report.reused and not report.unplanned and not report.notes
+    assert report.verified and "facts verified on this model" in cache.report
     assert 0 < (cached - plain).norm() / plain.norm() < 0.1
 
 
@@ -149,6 +152,7 @@ def test_wrong_facts_never_make_a_wrong_picture(what, monkeypatch):
     with enable(pipe, **rule, announce=said.append) as cache:
         cached = run(pipe, arguments(1), STEPS)
     assert sum("do not hold for this model" in text for text in said) == 1 == len(cache.reports[0].notes)
+    assert not cache.reports[0].verified
     assert cache.reports[0].reused == outputs.reports[0].reused and torch.equal(cached, by_output)
     with pytest.raises(MagCacheError, match="residuals cannot be measured"):
         with enable(pipe, calibrate=True, announce=None):
