@@ -197,19 +197,26 @@ def prompts_of(args) -> list[str | None]:
     return args.prompt or [None]  # some pipelines take none
 
 
+def accelerator() -> str:
+    """The device of this process."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def place(pipe, args) -> str:
     """Put the pipeline where it runs; returns the device."""
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = accelerator()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     if args.offload != "none" and device == "cpu":
         raise MagCacheError(f"--offload {args.offload} moves weights to a GPU, and there is none here; leave it out.")
     if args.context_parallel:
         share_one_picture(pipe, device)
     if args.offload == "model":
-        pipe.enable_model_cpu_offload()
+        pipe.enable_model_cpu_offload(device=device)
     elif args.offload == "sequential":
-        pipe.enable_sequential_cpu_offload()
+        pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
     if args.compile:
@@ -222,11 +229,20 @@ def share_one_picture(pipe, device: str) -> None:
     """diffusers' context parallelism: each rank holds a part of the tokens."""
     from diffusers import ContextParallelConfig
 
-    if "WORLD_SIZE" not in os.environ:
+    ranks = int(os.environ.get("WORLD_SIZE", 0))
+    if not ranks:
         raise MagCacheError("--context_parallel needs several processes: start it with torchrun --nproc_per_node N.")
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    config = ContextParallelConfig(ulysses_degree=torch.distributed.get_world_size())
-    for model in (model for group in denoisers(pipe) for model in group.models):
+    models = [model for group in denoisers(pipe) for model in group.models]
+    for model in models:
+        heads = getattr(model.config, "num_attention_heads", None)
+        if isinstance(heads, int) and heads % ranks:
+            raise MagCacheError(
+                f"{type(model).__name__} has {heads} attention heads, which {ranks} processes cannot share evenly: "
+                "start as many as divide that."
+            )
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    config = ContextParallelConfig(ulysses_degree=ranks)
+    for model in models:
         try:
             model.enable_parallelism(config=config)
         except (ArithmeticError, NotImplementedError, RuntimeError, ValueError) as error:  # no GPU: a division by zero
@@ -241,7 +257,8 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
     if not args.magcache:
         output, seconds = draw(pipe, args, call, "un-cached")
         if is_writer() or not args.context_parallel:
-            print(f"{save(pipe, output, args, number, count)[0]}  ({seconds:.1f} s)")
+            paths, _ = save(pipe, output, args, number, count)
+            print(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
         return
     asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
     with enable(pipe, **asked, calibrate=args.magcache_calibration, announce=say) as cache:
@@ -251,9 +268,10 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
         if args.compare:  # every rank has to take part
             compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
         return
-    path, frames = save(pipe, output, args, number, count)
-    say(f"{path}  ({seconds:.1f} s)")
-    about = {"model": args.model, "seed": args.seed, "device": device, "files": [path.name]}
+    paths, frames = save(pipe, output, args, number, count)
+    path = paths[0]
+    say(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
+    about = {"model": args.model, "seed": args.seed, "device": device, "files": [one.name for one in paths]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
     if args.compare and frames is not None:
         rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
@@ -309,23 +327,28 @@ def columns_of(rows: dict, pictures: dict[str, np.ndarray]) -> dict[str, np.ndar
     return columns
 
 
-def frames_of(output) -> np.ndarray | None:
-    """The first picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
-    made = next((output[name] for name in ("images", "frames", "video") if output.get(name) is not None), None)
+def made_of(output, names: tuple[str, ...]):
+    """The first of these that an output has: one for each picture, video or sound; None: it has none."""
+    return next((output[name] for name in names if output.get(name) is not None), None)
+
+
+def frames_of(output, index: int = 0) -> np.ndarray | None:
+    """A picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
+    made = made_of(output, ("images", "frames", "video"))
     if made is None:
         return None
-    first = made[0]
-    frames = np.asarray(first.float().cpu() if torch.is_tensor(first) else first)
+    one = made[index]
+    frames = np.asarray(one.float().cpu() if torch.is_tensor(one) else one)
     frames = frames[None] if frames.ndim == 3 else frames
     return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def sound_of(output) -> np.ndarray | None:
-    """The first sound of an output, float (channels, samples); None: it has none."""
-    made = next((output[name] for name in ("audios", "audio", "sound") if output.get(name) is not None), None)
+def sound_of(output, index: int = 0) -> np.ndarray | None:
+    """A sound of an output, float (channels, samples); None: it has none."""
+    made = made_of(output, ("audios", "audio", "sound"))
     if made is None:
         return None
-    sound = np.asarray(torch.as_tensor(made[0]).float().cpu())
+    sound = np.asarray(torch.as_tensor(made[index]).float().cpu())
     return sound.reshape(-1, sound.shape[-1])
 
 
@@ -339,24 +362,30 @@ def sampling_rate(pipe) -> int:
     return int(getattr(pipe, "sample_rate", 44100))
 
 
-def save(pipe, output, args, number: int, count: int) -> tuple[Path, np.ndarray | None]:
-    """Write the result whole: (path, frames)."""
-    frames, sound = frames_of(output), sound_of(output)
-    if frames is None and sound is None:
+def save(pipe, output, args, number: int, count: int) -> tuple[list[Path], np.ndarray | None]:
+    """Write the results whole: (files, frames of the first)."""
+    made = made_of(output, ("images", "frames", "video", "audios"))
+    if made is None:
         raise MagCacheError(
             f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
         )
-    suffix = ".wav" if frames is None else ".png" if len(frames) == 1 else ".mp4"
-    path = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
-    path = path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
-    path = own_place(path, files_of(path))
-    if frames is not None:
-        save_frames(path, frames, None if len(frames) == 1 else args.fps)
-    if frames is None:
-        save_sound(path, sound, sampling_rate(pipe))
-    elif sound is not None:
-        add_sound(path, sound, sampling_rate(pipe))
-    return path, frames
+    first, paths = frames_of(output), []
+    suffix = ".wav" if first is None else ".png" if len(first) == 1 else ".mp4"
+    target = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
+    target = target if count == 1 else beside(target, f"_{number}{target.suffix}")
+    places = [target] if len(made) == 1 else [beside(target, f"_{one + 1}{target.suffix}") for one in range(len(made))]
+    ours = files_of(places[0])
+    for index, wanted in enumerate(places):
+        path = own_place(wanted, ours)
+        frames, sound = frames_of(output, index), sound_of(output, index)
+        if frames is None:
+            save_sound(path, sound, sampling_rate(pipe))
+        else:
+            save_frames(path, frames, None if len(frames) == 1 else args.fps)
+            if sound is not None:
+                add_sound(path, sound, sampling_rate(pipe))
+        paths.append(path)
+    return paths, first
 
 
 def save_sound(path: Path, sound: np.ndarray, rate: int) -> None:
@@ -374,7 +403,7 @@ def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
     whole = beside(path, f".{os.getpid()}{path.suffix}")
     save_sound(beside_it, sound, rate)
     ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
-    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy", "-shortest"]
+    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy"]
     done = subprocess.run([ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)], capture_output=True, text=True)
     if done.returncode:
         whole.unlink(missing_ok=True)

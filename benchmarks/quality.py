@@ -174,7 +174,8 @@ def all_rows(subject, file, calibration, guidances, all_steps, own_only):
 
         counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
         for row in stage(subject, tables[case], steps, counts, recall):
-            key = ", ".join(part for part in (row.family, row.setting, row.source) if part)
+            drawn = f"{row.steps} steps" if row.steps != steps else ""
+            key = ", ".join(part for part in (row.family, row.setting, drawn, row.source) if part)
             results.setdefault(case, {})[key] = recall(key, lambda row=row: fresh(row))
     return {case: list(rows.values()) for case, rows in results.items()}
 

@@ -22,25 +22,31 @@ class RowFile:
     """
 
     def __init__(self, path: Path, run: dict[str, Any]):
-        self.path, self.run, self.known = path, json.loads(json.dumps(run)), {}
-        if not path.exists():
-            return
+        self.path, self.run = path, json.loads(json.dumps(run))
+        self.known = self.read()
+
+    def read(self) -> dict[str, Any]:
+        """What the file holds."""
+        if not self.path.exists():
+            return {}
         try:
-            held = json.loads(path.read_text())
-            theirs, self.known = held["run"], held["known"]
+            held = json.loads(self.path.read_text())
+            theirs, known = held["run"], held["known"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MagCacheError(f"{path} holds no measured rows ({error}); name another --rows.") from None
+            raise MagCacheError(f"{self.path} holds no measured rows ({error}); name another --rows.") from None
         differing = [name for name in self.run if theirs.get(name) != self.run[name]]
         if differing:
             raise MagCacheError(
-                f"The rows in {path} are of another run: {', '.join(differing)} differ. Name another --rows, or move "
-                "the file away to measure all rows again."
+                f"The rows in {self.path} are of another run: {', '.join(differing)} differ. Name another --rows, or "
+                "move the file away to measure all rows again."
             )
+        return known
 
     def recall(self, key: str, measure: Callable[[], Any]) -> Any:
         """The value of this key, measured unless it is known; written at once."""
         if key not in self.known:
-            self.known[key] = measure()
+            value = measure()
+            self.known |= self.read() | {key: value}  # another process may have measured meanwhile
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, json.dumps({"run": self.run, "known": self.known}, indent=1))
         return self.known[key]

@@ -53,7 +53,9 @@ def enable(
     Ask for one thing: speedup (2.0 where nothing is asked for); steps, how many are computed; max_error, the largest
     expected relative error of a predicted step (needs a calibration); or the paper's rule by thresh, K and
     retention_ratio, those left out as published for this checkpoint (needs magnitude ratios, published or calibrated).
-    calibrate: compute everything and measure, in ordinary runs; the file is used from the next `enable` on.
+    calibrate: measure instead. Everything computes, results are the un-cached ones, each complete run is saved, and any
+        `enable` after it finds the file. Only max_error, and the paper's rule where no ratios are published, need it;
+        nothing is measured unasked.
     announce: gets the plan as text at the start of each run; None: nobody.
     Raises MagCacheError for what cannot work, in one sentence.
     """
@@ -61,6 +63,11 @@ def enable(
     groups = denoisers(pipe)
     for model in (model for group in groups for model in group.models):
         refuse_other_caches(model)
+    asked = (speedup, steps, max_error, thresh, K, retention_ratio)
+    if calibrate and any(one is not None for one in asked):
+        raise MagCacheError(
+            "calibrate=True computes everything: ask for a speed-up or the rule in the `enable` after it."
+        )
     if calibrate:
         return PipelineCache(pipe, [calibration_patch(pipe, group, announce) for group in groups])
     rule: dict[str, Any] = {"magcache_thresh": thresh, "magcache_K": K, "retention_ratio": retention_ratio}

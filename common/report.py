@@ -172,6 +172,7 @@ class RunReport:
     def __init__(self, schedule, levels):
         self.schedule, self.levels, self.calls = schedule, levels, []
         self.peak_bytes, self.complete = 0, False
+        self.verified = False  # residuals, put back on their own inputs, made the same output
         self.notes: list[str] = []  # what a user should know of this run beside the figures
 
     def add(self, call, kind, seconds, why=""):
@@ -226,6 +227,8 @@ class RunReport:
             f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
             f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}"
         )
+        if self.verified:
+            text += "; facts verified on this model"
         for why, calls in self.unplanned.items():
             text += f"; {calls} computed unplanned ({why})"
         return text
@@ -243,6 +246,8 @@ class RunReport:
             "bound": round(self.schedule.bound, 4),
             "why_none": self.schedule.why_none,
             "complete": self.complete,
+            "facts_verified": self.verified,
+            "notes": self.notes,
             "calls": len(self.calls),
             "computed": self.computed,
             "reused": self.reused,

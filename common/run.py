@@ -67,6 +67,7 @@ class ModelCall:
             if made is not None:
                 if rehearse is not None and isinstance(self.payload, Residual):
                     made, output, told = self.payload.prove(made, output, rehearse)
+                    run.report.verified = self.payload.kind == "residual"
                     if told:
                         run.facts_are_wrong(told)
                 run.computed(self, made, output, rehearse)
@@ -140,8 +141,7 @@ class Run:
 
 
 class CachedRun(Run):
-    """Computes or reuses as its schedule says; reuses only what was kept in this run under the same key, for the same
-    shape and device.
+    """Computes or reuses as its schedule says; reuses only what this run kept under the same key, shape and device.
 
     guard: stops the skipping; stopped: why it did. fall_back: called with this run and a sentence where the facts of
         the class turn out to be wrong; plans for the output. scheduler, corrector: the sampler's
@@ -210,9 +210,9 @@ class CachedRun(Run):
     def watch(self, parts: Sequence[Part], made: torch.Tensor) -> None:
         """Skip nothing more in this run if the guard says so."""
         predicted, missing = self.predicted(parts)
-        if not missing and self.guard and self.schedule.expected_error is not None:
-            step = parts[0].call.step
-            self.stopped = self.guard.judge(step, made, predicted, self.schedule.expected_error[step])
+        error, step = self.schedule.expected_error, parts[0].call.step
+        if not missing and self.guard and error is not None:
+            self.stopped = self.guard.judge(step, made, predicted, error[step])
         self.drop_unneeded(parts)
 
     def followed(self, call, output):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import runpy
+import subprocess
+import sys
+import wave
 from pathlib import Path
 
+import diffusers
+import imageio_ffmpeg
 import numpy as np
+import peft
 import pytest
+import torch
 from PIL import Image
+from tiny_pipelines import ltx2, model
 
 from common.__main__ import main as command
 
@@ -24,7 +33,9 @@ def script(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
 
-    def run(*arguments, **environment):
+    def run(*arguments, instead=None, **environment):
+        for name, value in (instead or {}).items():
+            monkeypatch.setitem(main.__wrapped__.__globals__, name, value)
         monkeypatch.setattr("sys.argv", [str(SCRIPT), *arguments])
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -106,6 +117,126 @@ def test_mistakes_get_one_sentence(tmp_path, script, arguments, sentence):
     ended, _ = script(*arguments)
     assert ended.startswith("magcache_pipeline.py: ") and sentence in ended and "\n" not in ended
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_without_diffusers(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    ended, _ = script("--model", "nowhere/nothing")
+    assert ended == "magcache_pipeline.py: This needs the package diffusers: pip install diffusers"
+
+
+def test_heads_that_ranks_cannot_share(script):
+    ended, _ = script("--context_parallel", *SMALL, WORLD_SIZE="2", RANK="0")
+    assert "has 5 attention heads, which 2 processes cannot share evenly" in ended
+
+
+def picture(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_lora(tmp_path, script):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(REPOSITORY / "demo" / "image" / "model")
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    type(pipe).save_lora_weights(tmp_path / "lora", peft.get_peft_model_state_dict(pipe.transformer))
+    for name, flags in {"plain": (), "lora": ("--lora", "lora"), "other": ("--lora", "nowhere")}.items():
+        ended, said = script("--output", f"{name}.png", "--no-magcache", *flags, *SMALL)
+        assert (ended is None) == (name != "other")
+    assert "nowhere cannot be loaded" in ended
+    assert script("--output", "cached.png", "--lora", "lora", "--magcache_steps", "4", *SMALL)[0] is None
+    lora, cached = picture("lora.png"), picture("cached.png")
+    assert np.abs(lora - picture("plain.png")).mean() > 2 * np.abs(lora - cached).mean() > 0
+
+
+def test_compiled_and_offloaded(tmp_path, script, monkeypatch):
+    """By the compiler's tracing alone, which takes seconds; offloaded to the CPU from the CPU."""
+    assert script("--output", "plain.png", *SMALL)[0] is None
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    ended, said = script("--output", "compiled.png", "--compile", *SMALL)
+    assert ended is None and "computes 3 of 6" in said
+    offloaded = {"accelerator": lambda: "cpu:0"}
+    assert script("--output", "offloaded.png", "--offload", "model", *SMALL, instead=offloaded)[0] is None
+    for name in ("compiled", "offloaded"):
+        assert np.abs(picture("plain.png") - picture(f"{name}.png")).max() <= 1
+
+
+def test_several_pictures_of_a_prompt_are_all_saved(tmp_path, script):
+    for _ in range(2):  # the second time over the first
+        ended, said = script("--num_images_per_prompt", "2", "--prompt", "a cat", "a dog", "--output", "x.png", *SMALL)
+        assert ended is None
+        names = {path.name for path in tmp_path.glob("*.png")}
+        assert names == {"x_1_1.png", "x_1_2.png", "x_2_1.png", "x_2_2.png"} and "x_1_1.png, x_1_2.png" in said
+    assert json.loads((tmp_path / "x_2_1.magcache.json").read_text())["files"] == ["x_2_1.png", "x_2_2.png"]
+
+
+def test_a_sound(tmp_path, script):
+    """DanceDiffusion takes no prompt; its rate is its own."""
+    unet = model(
+        "UNet1DModel", sample_size=512, sample_rate=16000, in_channels=2, out_channels=2, extra_in_channels=64,
+        block_out_channels=(32, 32, 32), down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"), mid_block_type="UNetMidBlock1D",
+        use_timestep_embedding=False, time_embedding_type="fourier",
+    )  # fmt: skip
+    diffusers.DanceDiffusionPipeline(unet, diffusers.IPNDMScheduler()).save_pretrained(tmp_path / "sounds")
+    ended, said = script("--model", "sounds", "--num_inference_steps", "8", "--audio_length_in_s", "0.03")
+    assert ended is None and "computes 4 of 8" in said and "reused" in said
+    with wave.open("magcache_sounds.wav") as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (2, 16000, 480)
+
+
+def test_a_video_with_sound(tmp_path, script):
+    """LTX-2, whose prompt encoder is left out: the sound is in the video file."""
+    pipe, arguments = ltx2()
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    call = arguments(1)
+    pipe.encode_prompt = lambda *_, **__: tuple(call[name] for name in names)
+    flags = ("--height", "32", "--width", "32", "--num_frames", "5", "--frame_rate", "8", "--fps", "8")
+    more = ("--spatio_temporal_guidance_blocks", "[1]", "--num_inference_steps", "6", "--output", "x.mp4")
+    ended, said = script("--prompt", "a sea", *flags, *more, instead={"load_model": lambda args: pipe})
+    assert ended is None and "computes 3 of 6" in said
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    streams = subprocess.run([ffmpeg, "-i", "x.mp4"], capture_output=True, text=True).stderr
+    assert "Video:" in streams and "Audio:" in streams and "16000 Hz" in streams
+    assert {path.name for path in tmp_path.iterdir()} == {"x.mp4", "x.magcache.json"}
+
+
+RANKS = """
+import runpy, sys
+script, tests, runs = sys.argv[1:]
+sys.path[:0] = [tests, str(tests) + "/hosts"]
+import torch
+from tiny_pipelines import TEXT, flux
+torch.accelerator.device_count = lambda: 1  # diffusers asks for the number of GPUs, and there is none
+
+def load_model(args):
+    pipe, arguments = flux()
+    call = arguments(1)
+    pipe.encode_prompt = lambda *_, **__: (call["prompt_embeds"], call["pooled_prompt_embeds"], torch.zeros(TEXT, 3))
+    return pipe
+
+for flags in runs.split(";"):
+    sys.argv = [script, *flags.split()]
+    main = runpy.run_path(script)["main"]
+    main.__wrapped__.__globals__["load_model"] = load_model
+    main()
+"""
+
+
+def test_torchrun_with_two_processes(tmp_path, script):
+    """A prompt file of three, each rank its share; then one picture by both ranks."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na sun\n")
+    (tmp_path / "ranks.py").write_text(RANKS)
+    flags, small = "--prompt_file prompts.txt --output mine.png", "--height 16 --width 16 --num_inference_steps 6"
+    runs = f"{flags} {small};--context_parallel --prompt cat --output shared.png {small}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"]
+    done = subprocess.run(
+        [*torchrun, str(SCRIPT), str(REPOSITORY / "tests"), runs], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {"mine_1.png", "mine_2.png", "mine_3.png", "shared.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == names
+    assert done.stdout.count("computes 3 of 6") == 4, "three prompts, and one plan for the shared picture"
+    assert np.abs(picture("shared.png") - picture("mine_1.png")).max() <= 1
 
 
 def test_describe_prints_the_facts_of_a_model(capsys):

@@ -10,10 +10,12 @@ import torch
 from ranks import two_ranks
 from tiny_pipelines import FAMILIES, run
 
-from common.discover import discover, first_call, host_line
+from common.discover import discover, first_call, host_line, wrong
 from common.errors import MagCacheError
+from common.expert import argument_names
 from common.hosts import HOSTS, class_name
 from common.patch import magcache_forward
+from common.payloads import MISFITS
 from common.pipeline import disable, enable
 from common.planner import Target
 
@@ -76,8 +78,10 @@ def test_calibrated_and_by_the_papers_rule(family):
         with pytest.raises(MagCacheError, match="only the output can be predicted"):
             enable(pipe, calibrate=True)
         return
-    with pytest.raises(MagCacheError, match="calibrate=True"):
+    with pytest.raises(MagCacheError, match="measure them with enable.pipe, calibrate=True"):
         enable(pipe, thresh=0.5)
+    with pytest.raises(MagCacheError, match="calibrate=True computes everything"):
+        enable(pipe, speedup=2, calibrate=True)
     with enable(pipe, calibrate=True, announce=None):
         assert torch.equal(run(pipe, arguments(1), STEPS), plain)
     with pytest.raises(MagCacheError, match="no published settings; give magcache_K, retention_ratio too"):
@@ -86,6 +90,7 @@ def test_calibrated_and_by_the_papers_rule(family):
         cached = run(pipe, arguments(1), STEPS)
     report = cache.reports[0]
     assert report.reused and not report.unplanned and not report.notes
+    assert report.verified and "facts verified on this model" in cache.report
     assert 0 < (cached - plain).norm() / plain.norm() < 0.1
 
 
@@ -98,6 +103,25 @@ def test_facts_are_found_without_any(family):
     known = HOSTS[class_name(model)]
     assert found.host.blocks == known.blocks
     assert f'"{class_name(model)}": Host(' in host_line(model, found)
+
+
+def test_facts_hold_and_wrong_ones_do_not(family):
+    """Of each class: as written; with one token for all; with the first module that runs for the final layer."""
+    pipe, arguments, _ = family
+    model, args, kwargs = first_call(pipe, **arguments(1), num_inference_steps=STEPS, output_type="latent")
+    host, given = HOSTS[class_name(model)], {**dict(zip(argument_names(model), args)), **kwargs}
+    if not host.blocks:
+        return
+
+    def why(**facts):
+        try:
+            with torch.no_grad():
+                return wrong(model, replace(host, **facts), given, lambda: model.forward(*args, **kwargs))
+        except (MagCacheError, *MISFITS) as error:  # as `payloads.Residual` takes it
+            return str(error)
+
+    first = next(name for name, child in model.named_children() if not isinstance(child, torch.nn.ModuleList))
+    assert not why() and why(output_tokens=lambda model, forward: 1) and why(final_layer=first)
 
 
 # Seven ways to be wrong, on the class where each does most harm. None may change a picture.
@@ -128,6 +152,7 @@ def test_wrong_facts_never_make_a_wrong_picture(what, monkeypatch):
     with enable(pipe, **rule, announce=said.append) as cache:
         cached = run(pipe, arguments(1), STEPS)
     assert sum("do not hold for this model" in text for text in said) == 1 == len(cache.reports[0].notes)
+    assert not cache.reports[0].verified
     assert cache.reports[0].reused == outputs.reports[0].reused and torch.equal(cached, by_output)
     with pytest.raises(MagCacheError, match="residuals cannot be measured"):
         with enable(pipe, calibrate=True, announce=None):

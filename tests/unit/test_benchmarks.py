@@ -64,9 +64,9 @@ def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
     quality_benchmark.draw({(1.0, 28): results}, tmp_path / "figure.png")
 
 
-def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, capsys):
-    """With the hooks of diffusers, but for cache-dit, which not every machine has."""
-    measured, done = quality_benchmark.measured, []
+def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, demo):
+    """With two kinds of this project's rows and the hooks of diffusers; cache-dit is not on every machine."""
+    measured, own_rows, done = quality_benchmark.measured, quality_benchmark.own_rows, []
 
     def run(*more, breaks_after=None):
         done.clear()
@@ -83,17 +83,24 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
         quality_benchmark.main()
         return (tmp_path / "quality_table.md").read_text()
 
-    monkeypatch.setattr(quality_benchmark, "SHARES", (0.5,))
+    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: demo)
+    monkeypatch.setattr(quality_benchmark.Subject, "calibrated", lambda *_: demo[1])
+    monkeypatch.setattr(quality_benchmark, "SHARES", (0.7, 0.5))
     monkeypatch.setattr(peers, "HALVINGS", 2)
+    monkeypatch.setattr(
+        quality_benchmark,
+        "own_rows",
+        lambda *of: (row for row in own_rows(*of) if row.family in ("fewer steps", "no calibration")),
+    )
     monkeypatch.setattr(quality_benchmark, "cache_dit_rows", lambda *_: ())
     monkeypatch.setattr(quality_benchmark.Subject, "peak_bytes", lambda *_: 0)  # looks through all objects: slow here
     with pytest.raises(KeyboardInterrupt):
-        run(breaks_after=5)
+        run(breaks_after=3)
     table = run()
     rows = [line for line in table.splitlines() if line.startswith("| ") and "PSNR" not in line]
-    assert len(done) == len(rows) - 5 and "2 pictures" in table and "guidance 1 and 3" in table
-    for family in ("fewer steps", "no calibration", "diffusers MagCache", "FirstBlockCache", "TaylorSeer"):
-        assert any(family in row for row in rows)
+    assert len(done) == len(rows) - 3 and "2 pictures" in table and "guidance 1 and 3" in table
+    for family, count in (("plain sampler", 4), ("no calibration", 4), ("FirstBlockCache", 2), ("TaylorSeer", 6)):
+        assert sum(family in row for row in rows) >= count, family
     with monkeypatch.context() as searched_once:
         searched_once.setattr(peers, "computed", lambda *_: pytest.fail("a threshold was searched again"))
         assert run() == table and not done
@@ -106,6 +113,13 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
     (tmp_path / "quality_rows.json").write_text("[]")
     with pytest.raises(SystemExit, match="holds no measured rows"):
         run()
+
+
+def test_two_processes_share_a_file_of_rows(tmp_path):
+    files = [row_file.RowFile(tmp_path / "new" / "rows.json", {"model": "demo"}) for _ in range(2)]
+    assert [file.recall(str(index), lambda index=index: index) for index, file in enumerate(files)] == [0, 1]
+    third = row_file.RowFile(files[0].path, {"model": "demo"})
+    assert [third.recall(key, lambda: pytest.fail("measured again")) for key in ("0", "1")] == [0, 1]
 
 
 def test_code_is_told_from_its_comments(tmp_path):

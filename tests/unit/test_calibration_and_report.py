@@ -232,7 +232,7 @@ def test_report_of_a_cached_run(model, euler, cached, tmp_path):
     report = handle.reports[0]
     line, entries = report.line(), json.loads(json.dumps(report.to_dict()))
     assert line.startswith("MagCache: 10 of 24 model calls computed, 14 reused; transformer ") and "\n" not in line
-    assert line.endswith("; extra memory 16.0 KiB") and report.speedup > 1
+    assert line.endswith("; extra memory 16.0 KiB; facts verified on this model") and report.speedup > 1
     assert (entries["strip"], entries["computed"], entries["reused"], entries["complete"]) == (
         "##..#..#..#.",
         10,

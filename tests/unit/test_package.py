@@ -1,5 +1,6 @@
 """What `pip install .` gives: the wheel is built, installed into an empty environment and used from there."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -87,3 +88,24 @@ def test_install_needs_the_standard_library_only(tmp_path):
     command = [sys.executable, "-m", "common", "install", "MagCache4FLUX", tmp_path / "host"]
     done = subprocess.run(command, cwd=REPOSITORY, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert "Installed" in done.stdout, done.stderr
+
+
+TEN_LINES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import magcache
+from tiny_pipelines import FAMILIES
+for name, make in FAMILIES.items():
+    pipe, arguments = make()
+    with magcache.enable(pipe, speedup=2.5, announce=None) as cache:
+        pipe(**arguments(1), num_inference_steps=8)
+    print(name, magcache.__file__, cache.report.replace(chr(10), " "))
+"""
+
+
+@pytest.mark.slow
+def test_ten_lines_on_each_family_of_pipelines(installed, tmp_path):
+    (tmp_path / "ten_lines.py").write_text(TEN_LINES)
+    said = installed("python", tmp_path / "ten_lines.py", REPOSITORY / "tests" / "hosts").splitlines()
+    assert len(said) == 12 and all("site-packages" in line and "reused" in line for line in said)
+    assert all(int(re.search(r"(\d+) reused", line)[1]) > 0 for line in said)
