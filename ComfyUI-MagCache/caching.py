@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .circumstances import Circumstances
+from .common.blocks import Host
 from .common.corrector import Folded
 from .common.errors import MagCacheError
 from .common.hosts import HOSTS, class_name
@@ -19,10 +20,11 @@ from .common.tables import RatioTable, load
 from .fingerprints import own_table
 from .models import NOT_POSSIBLE, published_table, require_class
 from .page import picture
-from .passes import LIMIT, BoundedRun, Pass
+from .passes import BoundedRun, Pass
 from .wrappers import Patch
 
 SPEEDUP = 2.0  # of a model for which no settings were published
+LIMIT = 4.0  # GiB of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.0
 UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}  # what thresholds are filled up with
 
 
@@ -40,6 +42,7 @@ class MagCache(Patch):
         device: torch.device | None = None,
         mag_ratios: str = "",
         corrector: bool = True,
+        limit: float = LIMIT,
     ):
         """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
         start_step, end_step: first and last step that may be reused, counted from the end where negative.
@@ -47,8 +50,10 @@ class MagCache(Patch):
         given.
         device: where residuals are kept (None: the model's).
         mag_ratios: preset or file (empty: found for the model).
-        corrector: put skipped steps of Euler's method right when the next one is computed."""
+        corrector: put skipped steps of Euler's method right when the next one is computed.
+        limit: GiB that a run may keep; what would exceed them is computed."""
         super().__init__(say)
+        self.limit = int(limit * 2**30)
         self.corrector = corrector
         self.model_type, self.thresholds, self.window = model_type, dict(thresholds or {}), (start_step, end_step)
         self.speedup, self.device, self.table = speedup, device, named_table(mag_ratios) if mag_ratios else None
@@ -64,10 +69,22 @@ class MagCache(Patch):
         schedule, table, notes = self.plan(about)
         payload = schedule.settings.payload if schedule.reuse.any() else "output"
         follower = follower_of(about, schedule, self.corrector) if schedule.reuse.any() else None
-        made = Pass(about, BoundedRun(about, schedule, Residuals(self.device), follower, LIMIT), payload)
+
+        def fall_back(run, told):
+            """The facts of the class are wrong on this model: go on with its output."""
+            made.payload = "output"
+            run.schedule = run.report.schedule = self.planned(about)
+            run.follower = follower_of(about, run.schedule, self.corrector)
+            self.show(about, run.schedule, None, [told])
+
+        run = BoundedRun(about, schedule, Residuals(self.device), follower, self.limit, fall_back)
+        made = Pass(about, run, payload)
+        self.show(about, schedule, table, notes)
+        return made
+
+    def show(self, about, schedule, table, notes):
         text = plan_text(schedule, about.levels, table)
         self.say("\n".join([text, *(f"  {note}" for note in notes)]), picture(schedule, about.levels), begin=True)
-        return made
 
     def end(self, made):
         if made.run.report.calls:
@@ -88,21 +105,23 @@ class MagCache(Patch):
         own, said = (None, "") if self.table else own_table(about.patcher, about.model, about.levels)
         table = self.table or own or published
         notes = [text for text in (note if table is published else "", said) if text]
-        known = class_name(about.model) in HOSTS
-        if self.speedup or not (published or (table and self.thresholds)) or not known:
+        host = HOSTS.get(class_name(about.model))
+        if self.speedup:
             return self.planned(about), None, notes
+        if not (host and host.blocks) or not (published or (table and self.thresholds)):
+            asked = self.thresholds.get("magcache_thresh", 0) > 0 or self.table or own
+            return self.planned(about), None, [*notes, *([why_no_rule(name, host, table)] if asked else [])]
         return self.by_the_rule(about, table, published), table, notes
 
     def planned(self, about) -> Schedule:
         """For a speed-up, by the model's outputs alone."""
         caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
+        target, why = Target(magcache_speedup=self.speedup or SPEEDUP, **caps), ""
         if self.window != (0, -1):
-            raise MagCacheError("start_step and end_step go with ratios, and none are known for this model.")
-        target = Target(magcache_speedup=self.speedup or SPEEDUP, **caps)
+            why = "start_step and end_step go with ratios, and none are used for this model"
         if self.thresholds.get("magcache_thresh") == 0:
             why = "magcache_thresh is 0, which turns MagCache off"
-            return replace(compute_all(len(about.levels), why), settings=target)
-        return target.plan(None, about.levels)
+        return replace(compute_all(len(about.levels), why), settings=target) if why else target.plan(None, about.levels)
 
     def by_the_rule(self, about, table, published):
         recommended = table.settings or (published.settings if published else UNPUBLISHED)
@@ -118,6 +137,15 @@ class MagCache(Patch):
         first, last = (step if step >= 0 else steps + step for step in self.window)
         outside = tuple((step, steps) for step in range(steps) if not first <= step <= last)
         return replace(rule, never_reuse=(*rule.never_reuse, *outside))
+
+
+def why_no_rule(name: str, host: Host | None, table: RatioTable | None) -> str:
+    """Why a speed-up was planned where thresholds or ratios were given."""
+    if host is None or not host.blocks:
+        why = f", because {host.why_output}" if host else ""
+        return f"Of {name} only the output is predicted{why}: magcache_thresh and ratios have no effect, set speedup."
+    missing = "magcache_thresh" if table else "ratios"
+    return f"The paper's rule lacks {missing} for this model: calibrate it and set magcache_thresh, or set speedup."
 
 
 def follower_of(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:

@@ -13,7 +13,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from PIL import Image
 
-from .caching import MagCache
+from .caching import LIMIT, MagCache
 from .common.scripts.plots import plot_schedule
 from .measuring import Calibration, ratios_text, schedule_of
 from .models import MODEL_TYPES
@@ -155,6 +155,19 @@ class MagCacheNode(io.ComfyNode):
                     ),
                     extra_dict=ADVANCED,
                 ),
+                io.Float.Input(
+                    "cache_limit",
+                    default=LIMIT,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip=(
+                        "GiB that a run may keep between its steps. What does not fit computes, and the node says so: "
+                        "context windows that move keep the most."
+                    ),
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -174,6 +187,7 @@ class MagCacheNode(io.ComfyNode):
         cache_device="gpu",
         mag_ratios="",
         corrector=True,
+        cache_limit=LIMIT,
     ):
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
@@ -187,6 +201,7 @@ class MagCacheNode(io.ComfyNode):
             torch.device("cpu") if cache_device == "cpu" else None,
             mag_ratios.strip(),
             corrector,
+            cache_limit,
         )
         return io.NodeOutput(magcache.on(model))
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 
 import torch
 
 from .circumstances import Circumstances
-from .common.blocks import BlockStack, TokensChanged
+from .common.blocks import TokensChanged
+from .common.conditioning import CHANGED
 from .common.corrector import Folded, Trajectory
 from .common.errors import MagCacheError
 from .common.expert import inner_module
 from .common.hosts import host_of
+from .common.payloads import Residual
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part
 from .controls import Hints
-
-LIMIT = 4 * 2**30  # bytes of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.2e9
 
 
 class Prediction:
@@ -49,77 +50,121 @@ class Pass:
     def __init__(self, about: Circumstances, run: Run, payload: str):
         self.about, self.run, self.payload = about, run, payload
         self.host = host_of(about.model) if payload == "residual" else None
-        self.stacks, self.controls = {}, {}
+        self.residuals, self.controls = {}, {}
+        self.seen = Counter()  # calls with each conditioning in this evaluation of the guider
+        self.given, self.states = {}, {}  # newest inputs of each conditioning, and what acted when it was called
         if self.host:
-            self.stack_of(about.model)  # raises if this version of the class is not known
+            self.residual_of(about.model)  # raises if this version of the class is not known
 
-    def stack_of(self, model):
-        """The block stack of a model; with several GPUs each has a model of its own."""
-        if id(model) not in self.stacks:
+    def residual_of(self, model) -> Residual:
+        """The payload of a model; with several GPUs each has a model of its own."""
+        if id(model) not in self.residuals:
+            name, why = type(model).__name__, self.host.why_output
+            if not self.host.blocks:
+                raise MagCacheError(
+                    f"of {name} only the output is predicted, because {why}: set speedup, which needs no calibration."
+                )
             try:
-                self.stacks[id(model)] = BlockStack(model, self.host)
+                self.residuals[id(model)] = Residual(model, self.host)
             except MagCacheError:
-                name = type(model).__name__
                 raise MagCacheError(f"in this version of ComfyUI {name} is not built as MagCache knows it.") from None
-        return self.stacks[id(model)]
+        return self.residuals[id(model)]
 
     def call(self, executor, args, kwargs, options):
         """In the place of BaseModel.apply_model(x, t, c_concat, c_crossattn, control, transformer_options, ...)."""
         x, control, sigma = args[0], args[4], float(options["sigmas"].flatten()[0])
         if sigma <= 0:
             return executor(*args, **kwargs)
-        parts = self.parts(x, control, sigma, options)
-        forward = {"x": x, "sigma": sigma, "patch_size": getattr(self.about.model, "patch_size", 1)}
-        output = Prediction(x, sigma, self.about.deterministic)
-        payload = self.stack_of(inner_module(executor.class_obj.diffusion_model)) if self.host else output
+        forward = {
+            **kwargs,
+            "c_concat": args[2],
+            "c_crossattn": args[3],
+            "x": x,
+            "sigma": sigma,
+            "patch_size": getattr(self.about.model, "patch_size", 1),
+        }
+        acting = control.state(sigma) if isinstance(control, Hints) else (), hooks_of(executor.class_obj)
+        parts, changed = self.parts(forward, acting, options)
+        payload = Prediction(x, sigma, self.about.deterministic)
+        if self.payload == "residual":
+            payload = self.residual_of(inner_module(executor.class_obj.diffusion_model))
 
         def model(*control):
             return executor(*args[:4], *control, *args[5:], **kwargs)
 
-        call = self.run.begin(parts, payload, forward)
-        try:
-            if not call.reused:
-                output = model(control.make() if isinstance(control, Hints) else control)
-            else:
-                output = model(None) if call.output is None else call.output
-            return call.finish(output, rehearse=lambda: model(None))
-        except TokensChanged as changed:
-            call.cancel()
-            self.run.forget(parts, str(changed))
-            return self.call(executor, args, kwargs, options)
-        except BaseException:
-            call.cancel()
-            raise
+        while True:
+            call = self.run.begin(parts, payload, forward, CHANGED if changed else "")
+            try:
+                if not call.reused:
+                    output = model(control.make() if isinstance(control, Hints) else control)
+                else:
+                    output = model(None) if call.output is None else call.output
+                return call.finish(output, rehearse=lambda: model(None))
+            except TokensChanged as tokens:
+                call.cancel()
+                self.run.forget(parts, str(tokens))
+            except BaseException:
+                call.cancel()
+                raise
 
-    def parts(self, x, control, sigma, options) -> list[Part]:
-        """A Part for each conditioning of a call's batch. What tells one residual from another: the conditioning, the
-        context window, which blocks are replaced (skip-layer guidance calls the model again with the same
-        conditioning), and which control nets act."""
+    def parts(self, forward, acting, options) -> tuple[list[Part], bool]:
+        """(a Part for each conditioning of a call's batch; whether something of one has changed since its call before).
+
+        What tells one residual from another: the conditioning, how often the guider has called it in this evaluation
+        (some guide by a third call at another latent, or go tile by tile), the context window, which blocks are
+        replaced (skip-layer guidance), which control nets and hooks act, how strongly, and the prompt itself."""
         window = getattr(options.get("context_window"), "index_list", None)
         replaced = sorted(
             str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches
         )
-        circumstances = (
-            None if window is None else tuple(window),
-            tuple(replaced),
-            control.state(sigma) if isinstance(control, Hints) else (),
-        )
-        branches, step, seen = options["cond_or_uncond"], self.about.step(sigma), Counter()
-        parts = []
-        for name, branch, latent in zip(options.get("uuids") or branches, branches, x.chunk(len(branches))):
-            parts.append(Part((name, seen[name], *circumstances), Call(step, branch), latent))
-            seen[name] += 1
-        return parts
+        branches, step, parts, changed = options["cond_or_uncond"], self.about.step(forward["sigma"]), [], False
+        given = zip(*(forward[name].chunk(len(branches)) for name in GIVEN if torch.is_tensor(forward.get(name))))
+        for name, branch, latent, inputs in zip_longest(
+            options.get("uuids") or branches, branches, forward["x"].chunk(len(branches)), given, fillvalue=()
+        ):
+            place = name, None if window is None else tuple(window), tuple(replaced)
+            place = *place, self.count(place)
+            state = *acting, self.version(place, inputs)
+            changed |= self.states.get(place, state) != state
+            self.states[place] = state
+            parts.append(Part((*place, *state), Call(step, branch), latent))
+        return parts, changed
+
+    def count(self, place) -> int:
+        self.seen[place] += 1
+        return self.seen[place]
+
+    def version(self, place, inputs) -> int:
+        """A number that is another one whenever the tensors are."""
+        number, known = self.given.get(place, (0, None))
+        if known is None or not all(alike(one, other) for one, other in zip(known, inputs)):
+            number, known = number + 1, [tensor.clone() for tensor in inputs]
+            self.given[place] = number, known
+        return number
+
+
+GIVEN = ("c_crossattn", "y", "guidance")  # prompt, pooled prompt and guidance among the arguments of apply_model
+
+
+def alike(one, other) -> bool:
+    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+
+
+def hooks_of(model) -> tuple:
+    """Which hooks (scheduled LoRAs) are on the weights of a BaseModel, and how strongly."""
+    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
+    return tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks) if hooks else ()
 
 
 class BoundedRun(CachedRun):
     """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past.
 
-    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
+    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted; fall_back:
+    of `CachedRun`.
     """
 
-    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int):
-        super().__init__(schedule, about.levels, residuals, corrector=False)
+    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int, fall_back):
+        super().__init__(schedule, about.levels, residuals, fall_back=fall_back, corrector=False)
         self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
 
     def predict(self, parts, compute=""):
@@ -135,10 +180,13 @@ class BoundedRun(CachedRun):
                 del kept[key]
 
     def computed(self, call, made, output, rehearse):
+        if isinstance(call.payload, Residual) and call.payload.kind == "output":  # the facts were found wrong just now
+            x, sigma = call.arguments["x"], call.arguments["sigma"]
+            made = Prediction(x, sigma, self.about.deterministic).finish(output)
         size = made[: len(made) // len(call.parts)].numel() * (self.residuals.dtype or made.dtype).itemsize
         for part in call.parts:
             if self.residuals.bytes + size * len(call.parts) > self.limit:
-                self.refused[part.key] = f"more than {self.limit / 2**30:.1f} GiB would be kept"
+                self.refused[part.key] = f"more than cache_limit, {self.limit / 2**30:.2g} GiB, would be kept"
             else:
                 self.refused.pop(part.key, None)
         if not any(part.key in self.refused for part in call.parts):
@@ -188,11 +236,27 @@ class BoundedRun(CachedRun):
 
 
 class MeasuringRun(MeasuredRun):
-    """A measured run of ComfyUI's outputs, which are denoised latents."""
+    """A measured run of ComfyUI's outputs, which are denoised latents. wrong: why there is nothing to measure; the run
+    goes on all the same, and `complete` raises it."""
+
+    wrong = ""
 
     def outputs(self, call, output, noise_tokens, tokens):
         x, sigma = call.arguments["x"], call.arguments["sigma"]
         return [part.reshape(1, -1, 1) for part in ((x - output) / sigma).chunk(len(call.parts))]
+
+    def facts_are_wrong(self, told):
+        self.wrong = f"{told.partition(': its output')[0]}: set speedup, which needs no calibration."
+
+    def computed(self, call, made, output, rehearse):
+        if not self.wrong:
+            super().computed(call, made, output, rehearse)
+
+    def complete(self):
+        if self.wrong:
+            self.report.complete = True
+            raise MagCacheError(self.wrong)
+        super().complete()
 
     def nothing_recorded(self, error):
         return "another patch skipped or replaced the first block"

@@ -33,6 +33,7 @@ class Patch:
         patched = patcher.clone()
         for kind, wrapper in (
             (WrappersMP.OUTER_SAMPLE, self.outer_sample),
+            (WrappersMP.PREDICT_NOISE, predict_noise),
             (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
             (WrappersMP.APPLY_MODEL, apply_model),
         ):
@@ -76,6 +77,15 @@ def apply_model(executor, *args, **kwargs):
     options = args[5] if len(args) > 5 else kwargs.get("transformer_options", {})
     made = options.get(KEY)
     return executor(*args, **kwargs) if made is None else made.call(executor, args, kwargs, options)
+
+
+def predict_noise(executor, x, timestep, model_options=None, *args, **kwargs):
+    """Wrapper around an evaluation of the guider, which calls the model once or more."""
+    model_options = model_options or {}
+    made = model_options.get("transformer_options", {}).get(KEY)
+    if made is not None:
+        made.seen.clear()
+    return executor(x, timestep, model_options, *args, **kwargs)
 
 
 def calc_cond_batch(executor, model, conds, x, timestep, model_options, *args, **kwargs):

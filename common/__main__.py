@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,8 +202,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         COMMANDS[args.command](args.arguments)
+        sys.stdout.flush()
     except MagCacheError as error:
         sys.exit(f"magcache: {error}")
+    except BrokenPipeError:  # as in `magcache presets | head`; the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ class BlockStack:
             before, after = before[None], after[None]
         tokens = self.last or after.shape[1]
         # How many precede or follow them where the residual is added, of each kind of call.
-        self.final.others.add((after if self.host.final_layer else arrived).shape[-2] - tokens)
+        added_to = after if self.host.final_layer else arrived
+        self.final.others.add(added_to.shape[0 if added_to.ndim == 2 else 1] - tokens)
         kept = slice(None, tokens) if self.host.tokens_lead else slice(-tokens, None)
         return after[:, kept] - before[:, kept]
 

@@ -1,4 +1,5 @@
-"""ComfyUI's own classes."""
+"""ComfyUI's own classes. Facts are proved on the model at hand too, at the first computed call of a run
+(`payloads.Residual`)."""
 
 from __future__ import annotations
 
@@ -15,22 +16,74 @@ def pictures_own_tokens(forward):
     return prod(frames) * ceil(height / side) * ceil(width / side)
 
 
-COMFY_FLUX = Host(
+FLUX = Host(
     blocks=("double_blocks", "single_blocks"),
     final_layer="final_layer",
     image_tokens="img",
     in_place=True,
     noise_tokens=pictures_own_tokens,
 )
-COMFY_HUNYUANVIDEO = replace(COMFY_FLUX, noise_tokens=None)
-COMFY_WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
-COMFY_QWEN_IMAGE = Host(blocks=("transformer_blocks",), final_layer="norm_out", noise_tokens=pictures_own_tokens)
+HUNYUANVIDEO = replace(FLUX, noise_tokens=None)
+WAN = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
+QWEN_IMAGE = Host(blocks=("transformer_blocks",), final_layer="norm_out", noise_tokens=pictures_own_tokens)
+BLOCKS = Host(blocks=("blocks",), final_layer="final_layer", image_tokens=0)
+LAYERS = Host(blocks=("layers",), final_layer="final_layer", image_tokens=0)
+
+
+def output_only(why: str) -> Host:
+    """A class of which only the output can be predicted."""
+    return Host(blocks=(), why_output=why)
+
+
+U_NET = output_only("a U-Net has no stack of blocks of one shape")
+TWO_STREAMS = output_only("it denoises picture and sound in two streams")
+PIXELS = output_only("what follows its blocks makes pixels of the latent too")
 
 COMFYUI: dict[str, Host] = {
-    "comfy.Chroma": COMFY_FLUX,
-    "comfy.Flux": COMFY_FLUX,
-    "comfy.HunyuanVideo": COMFY_HUNYUANVIDEO,
-    "comfy.QwenImageTransformer2DModel": COMFY_QWEN_IMAGE,
-    "comfy.VaceWanModel": COMFY_WAN,
-    "comfy.WanModel": COMFY_WAN,
+    "comfy.Anima": BLOCKS,
+    "comfy.AnimateWanModel": WAN,
+    "comfy.BooguTransformer2DModel": Host(
+        blocks=("double_stream_layers", "single_stream_layers"),
+        final_layer="norm_out",
+        image_tokens=0,
+        output_tokens=lambda model, forward: pictures_own_tokens(forward),
+    ),
+    "comfy.CameraWanModel": WAN,
+    "comfy.Chroma": FLUX,
+    "comfy.ChromaRadiance": PIXELS,
+    "comfy.CogVideoXTransformer3DModel": Host(blocks=("blocks",), final_layer="norm_final"),
+    "comfy.ErnieImageModel": replace(LAYERS, final_layer="final_norm"),
+    "comfy.Flux": FLUX,
+    "comfy.GeneralDIT": output_only("its blocks are no list"),
+    "comfy.HiDreamImageTransformer2DModel": Host(
+        blocks=("double_stream_blocks", "single_stream_blocks"), final_layer="final_layer", image_tokens="image_tokens"
+    ),
+    "comfy.HumoWanModel": WAN,
+    "comfy.HunYuanDiTPlain": output_only("it exchanges the halves of a batch"),
+    "comfy.Hunyuan3Dv2": HUNYUANVIDEO,
+    "comfy.HunyuanVideo": HUNYUANVIDEO,
+    "comfy.JoyImageTransformer3DModel": Host(blocks=("double_blocks",), final_layer="norm_out", tokens_lead=True),
+    "comfy.Kandinsky5": Host(blocks=("visual_transformer_blocks",), image_tokens=0),
+    "comfy.LTXAVModel": TWO_STREAMS,
+    "comfy.LTXVModel": Host(blocks=("transformer_blocks",), final_layer="norm_out", image_tokens=0, in_place=True),
+    "comfy.LensTransformer2DModel": replace(QWEN_IMAGE, noise_tokens=None),
+    "comfy.MMDiT": output_only("it modulates its tokens between its blocks and its final layer"),  # AuraFlow
+    "comfy.MageFlowTransformer2DModel": QWEN_IMAGE,
+    "comfy.MiniTrainDIT": BLOCKS,  # Cosmos-Predict2
+    "comfy.NextDiT": LAYERS,  # Z-Image, Lumina 2
+    "comfy.NextDiTPixelSpace": PIXELS,
+    "comfy.OmniGen2Transformer2DModel": replace(LAYERS, final_layer="norm_out"),
+    "comfy.OpenAISignatureMMDITWrapper": Host(blocks=("joint_blocks",), final_layer="final_layer", image_tokens=1),
+    "comfy.PixArtMS": BLOCKS,
+    "comfy.QwenImageTransformer2DModel": QWEN_IMAGE,
+    "comfy.SCAIL2WanModel": WAN,
+    "comfy.SCAILWanModel": WAN,
+    "comfy.SingleStreamDiT": replace(BLOCKS, final_layer="last"),  # Krea 2
+    "comfy.StageB": U_NET,
+    "comfy.StageC": U_NET,
+    "comfy.UNetModel": U_NET,
+    "comfy.VaceWanModel": WAN,
+    "comfy.WanDancerModel": WAN,
+    "comfy.WanModel": WAN,
+    "comfy.WanModel_S2V": WAN,
 }

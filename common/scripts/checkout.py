@@ -17,15 +17,18 @@ from ..ranks import is_writer
 
 
 def one_sentence(main):
-    """A decorator: a mistake of the user ends `main` with one sentence, told by one process."""
+    """A decorator: a mistake of the user, and a package that is missing, end `main` with one sentence, told by one
+    process."""
 
     @functools.wraps(main)
     def told(*args, **kwargs):
         try:
             main(*args, **kwargs)
-        except MagCacheError as error:
+        except (MagCacheError, ModuleNotFoundError) as error:
             # Until the processes are a group they make the same mistake, each for itself.
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            if isinstance(error, ModuleNotFoundError):
+                error = f"{error}: install it, or run this in the environment of the program that it belongs to."
             sys.exit(f"{Path(sys.argv[0]).name}: {error}" if is_writer() or distributed else 1)
 
     return told

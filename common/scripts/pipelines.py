@@ -7,19 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..errors import MagCacheError
+from ..errors import MagCacheError, needs
 
 
 def load_pipeline(source: str | Path, dtype: torch.dtype, lora: str | None = None):
     """A pipeline, of the class that its own files name, with a LoRA. Raises MagCacheError if one of them cannot be
     loaded."""
-    from diffusers import DiffusionPipeline
-
-    asked = source
+    diffusers, asked = needs("diffusers", "diffusers"), source
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # the name that diffusers 0.35 knows
-            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
         if lora:
             asked = lora
             pipe.load_lora_weights(lora)

@@ -141,7 +141,7 @@ FAMILIES = {
 }
 
 
-# Further models, whose blocks MagCache does not know: only their output is predicted.
+# Further models.
 FAMILIES |= {
     "sd3": (
         "SD3",
@@ -405,12 +405,107 @@ FAMILIES |= {
         (1, 16, 2, 8, 8),
     ),
 }
+FAMILIES |= {
+    "s2v": (
+        "WAN22_S2V",
+        None,
+        {**WAN, "model_type": "s2v", "audio_dim": 32, "audio_inject_layers": [0, 2]},
+        (1, 16, 2, 8, 8),
+    ),
+    "animate": ("WAN22_Animate", None, {**WAN, "model_type": "animate", "in_dim": 36}, (1, 16, 2, 8, 8)),
+    "scail": ("WAN21_SCAIL", None, {**WAN, "model_type": "scail", "in_dim": 20}, (1, 16, 2, 8, 8)),
+    "scail2": ("WAN21_SCAIL2", None, {**WAN, "model_type": "scail2", "in_dim": 20}, (1, 16, 2, 8, 8)),
+    "wandancer": ("WAN22_WanDancer", None, {**WAN, "model_type": "wandancer", "in_dim": 36}, (1, 16, 2, 8, 8)),
+    "anima": ("Anima", None, {**FAMILIES["cosmos2"][2], "image_model": "anima"}, (1, 16, 1, 8, 8)),
+    "lens": (
+        "Lens",
+        None,
+        {
+            "image_model": "lens",
+            "in_channels": 128,
+            "out_channels": 128,
+            "num_layers": 3,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "enc_hidden_dim": TEXT // 4,
+            "axes_dims_rope": (8, 12, 12),
+            "patch_size": 1,
+        },
+        (1, 128, 4, 4),
+    ),
+    "mageflow": (
+        "MageFlow",
+        None,
+        {
+            "image_model": "mage_flow",
+            "num_layers": 3,
+            "attention_head_dim": 32,
+            "num_attention_heads": 2,
+            "joint_attention_dim": TEXT,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        (1, 128, 4, 4),
+    ),
+    "pixart": (
+        "PixArtSigma",
+        None,
+        {
+            "image_model": "pixart_sigma",
+            "hidden_size": 96,
+            "depth": 3,
+            "num_heads": 2,
+            "caption_channels": TEXT,
+            "micro_condition": False,
+            "input_size": 40,
+            "model_max_length": TOKENS,
+        },
+        (1, 4, 40, 40),
+    ),
+    "boogu": (
+        "Boogu",
+        None,
+        {
+            **{name: value for name, value in FAMILIES["omnigen2"][2].items() if name != "text_feat_dim"},
+            "image_model": "boogu",
+            "num_double_stream_layers": 2,
+            "instruction_feat_dim": TEXT,
+        },
+        (1, 16, 8, 8),
+    ),
+    "hunyuan3d": (
+        "Hunyuan3Dv2",
+        None,
+        {
+            "image_model": "hunyuan3d2",
+            "in_channels": 64,
+            "context_in_dim": TEXT,
+            "hidden_size": WIDTH,
+            "num_heads": 2,
+            "depth": 2,
+            "depth_single_blocks": 2,
+        },
+        (1, 64, 16),
+    ),
+    "joyimage": (
+        "JoyImage",
+        None,
+        {
+            "image_model": "joyimage",
+            "hidden_size": 128,
+            "num_layers": 3,
+            "num_attention_heads": 1,
+            "text_dim": TEXT,
+        },
+        (1, 16, 1, 8, 8),
+    ),
+}
 # What some of them want to be asked with: further entries of a conditioning.
 MASK = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
 ASKED = {
     "ltxv": MASK,
     "ltxav": {"attention_mask": torch.ones(1, 1024, dtype=torch.long)},
     "omnigen2": MASK,
+    "boogu": MASK,
     "hidream": {"conditioning_llama3": torch.ones(1, 2, TOKENS, TEXT)},
 }
 
@@ -421,6 +516,8 @@ def build(family, seed=0):
     configuration = getattr(comfy.supported_models, name)({**config, "dtype": torch.float32})
     configuration.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
+    if family == "anima":  # its adapter's sizes are fixed
+        comfy.ldm.anima.model.LLMAdapter = lambda **options: torch.nn.Linear(1, 1)
     model = cls(configuration, device=cpu) if cls else configuration.get_model({}, device=cpu)
     randomise(model.diffusion_model, seed)
     for buffer in model.diffusion_model.buffers():  # of SD3, which comes from the file

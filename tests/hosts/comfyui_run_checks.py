@@ -21,7 +21,6 @@ from comfyui_helpers import (
     nodes_of,
     plan,
     sample,
-    speech_of,
     state_of,
     table,
     tables,
@@ -304,27 +303,31 @@ def controls_count_once(family):
 
 
 def replaced_first_block():
-    """A patch that calls the first block itself is cached like any other; one that never calls it is left alone."""
+    """Patches that take the place of the first block. Where what they do keeps the residual true it is used; where they
+    change what enters the block, or never call it, the proof notices and the output is predicted."""
 
-    def calls_it(args, extra):
-        out = extra["original_block"]({**args, "img": args["img"] * 1.1})
+    def adds(args, extra):
+        out = extra["original_block"](args)
         return {**out, "img": out["img"] + 0.1}
 
-    def skips_it(args, extra):
+    def scales(args, extra):
+        return extra["original_block"]({**args, "img": args["img"] * 1.1})
+
+    def skips(args, extra):
         return {"img": args["img"], "txt": args["txt"]}
 
-    patcher = build("flux").clone()
-    patcher.set_model_patch_replace(calls_it, "dit", "double_block", 0)
-    off, _ = cached(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
-    plain = sample(patcher)
-    assert torch.equal(sample(off), plain)
-    assert "7 reused" in speech_of(patcher) and not torch.equal(sample(cached(patcher)[0]), plain)
-
-    patcher = build("flux").clone()
-    patcher.set_model_patch_replace(skips_it, "dit", "double_block", 0)
-    said = speech_of(patcher)
-    assert torch.equal(sample(cached(patcher)[0]), sample(patcher))
-    assert "reused nothing" in said and "another patch skipped or replaced the first block" in said, said
+    for replaces, wrong in ((adds, ""), (scales, "its own residual makes another output"), (skips, "did not pass")):
+        patcher = build("flux").clone()
+        patcher.set_model_patch_replace(replaces, "dit", "double_block", 0)
+        plain = sample(patcher)
+        off, _ = cached(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
+        assert torch.equal(sample(off), plain)
+        patched, said = cached(patcher)
+        result = sample(patched)
+        assert torch.isfinite(result).all() and not torch.equal(result, plain)
+        text = "\n".join(said)
+        assert ("The facts of Flux do not hold" in text) == bool(wrong) and wrong in text, text
+        assert ("payload output" in text) == bool(wrong) and "reused; transformer" in text, text
 
 
 def beside_other_wrappers():

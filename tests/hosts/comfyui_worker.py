@@ -39,6 +39,7 @@ def main():
     os.dup2(2, 1)  # what ComfyUI prints goes to standard error
     start(Path(sys.argv[1]), sys.argv[2])
     sys.path.insert(0, str(Path(__file__).parent))
+    import comfyui_change_checks
     import comfyui_fault_checks
     import comfyui_measure_checks
     import comfyui_model_checks
@@ -47,6 +48,7 @@ def main():
     import comfyui_run_checks
 
     modules = (
+        comfyui_change_checks,
         comfyui_fault_checks,
         comfyui_measure_checks,
         comfyui_model_checks,

@@ -185,6 +185,18 @@ def test_fault(worker, check):
     worker.run(*check)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["strength_of_a_control_net", "scheduled_lora", "changed_prompt", "changed_guidance", "prompt_in_ranges"],
+)
+def test_change(worker, change):
+    worker.run("a_change_in_mid_run_computes", change)
+
+
+def test_third_call(worker):
+    worker.run("a_third_call_of_a_guidance_has_residuals_of_its_own")
+
+
 @pytest.mark.parametrize("family, order, fullgraph", [("flux", "compile first", True), ("wan", "cache first", True)])
 def test_compiled(worker, family, order, fullgraph):
     worker.run("compiled", family, order, fullgraph)
@@ -225,6 +237,29 @@ def test_output(worker, family):
 
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
 @pytest.mark.parametrize(
+    "family",
+    ["sd3", "zimage", "ltxv", "cosmos2", "anima", "hidream", "omnigen2", "boogu", "ernie", "krea2", "lens", "mageflow"]
+    + [
+        "pixart",
+        "joyimage",
+        "kandinsky5",
+        "cogvideox",
+        "hunyuan3d",
+        "camera",
+        "humo",
+        "s2v",
+        "animate",
+        "scail",
+        "scail2",
+        "wandancer",
+    ],
+)
+def test_residual(worker, family):
+    worker.run("residual_is_put_back", family)
+
+
+@pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
+@pytest.mark.parametrize(
     "sampler",
     ["euler", "ddim", "euler_ancestral", "heun", "dpm_2", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "uni_pc", "lcm"]
     + ["res_multistep", "euler_cfg_pp", "er_sde", "ipndm"],
@@ -234,8 +269,16 @@ def test_output_with_a_sampler(worker, sampler):
 
 
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
-def test_models(worker):
-    worker.run("models_are_as_the_table_says")
+@pytest.mark.parametrize("check", ["models_are_as_the_table_says", "settings_are_as_the_readme_says"])
+def test_models(worker, check):
+    worker.run(check)
+
+
+@pytest.mark.parametrize(
+    "check", ["facts_that_are_wrong_are_noticed", "thresholds_without_blocks_or_ratios_are_answered"]
+)
+def test_facts(worker, check):
+    worker.run(check)
 
 
 def test_recognition(worker):

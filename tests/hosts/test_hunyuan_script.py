@@ -251,6 +251,14 @@ def test_ranks_need_a_seed():
         SCRIPT["session_of_text"](argparse.Namespace(), host_args)
 
 
+def test_a_package_that_the_checkout_lacks(monkeypatch, tmp_path):
+    (tmp_path / "sample_video.py").write_text("import a_package_of_theirs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sample_video", raising=False)
+    with pytest.raises(SystemExit, match="No module named 'a_package_of_theirs': install it, or run this in"):
+        SCRIPT["main"]()
+
+
 def test_without_a_checkout(monkeypatch):
     monkeypatch.setitem(sys.modules, "sample_video", None)
     with pytest.raises(SystemExit, match="python -m common install MagCache4HunyuanVideo"):

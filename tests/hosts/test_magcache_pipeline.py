@@ -119,6 +119,12 @@ def test_mistakes_get_one_sentence(tmp_path, script, arguments, sentence):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_without_diffusers(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    ended, _ = script("--model", "nowhere/nothing")
+    assert ended == "magcache_pipeline.py: This needs the package diffusers: pip install diffusers"
+
+
 def test_heads_that_ranks_cannot_share(script):
     ended, _ = script("--context_parallel", *SMALL, WORLD_SIZE="2", RANK="0")
     assert "has 5 attention heads, which 2 processes cannot share evenly" in ended

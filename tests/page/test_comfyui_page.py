@@ -30,6 +30,7 @@ INPUTS = [
     "cache_device",
     "mag_ratios",
     "corrector",
+    "cache_limit",
 ]
 
 
@@ -299,7 +300,7 @@ def test_released_workflows_open(page):
         assert not [name for name in opened["unknown"] if name.startswith(("MagCache", "Compile"))], (path, opened)
         assert len(opened["values"]) == len(saved)
         for values, node in zip(opened["values"], saved):
-            defaults = [values["model_type"], -1, -1, -1, 0, -1, 0, "gpu", "", True]
+            defaults = [values["model_type"], -1, -1, -1, 0, -1, 0, "gpu", "", True, 4]
             expected = [*node["widgets_values"], *defaults[len(node["widgets_values"]) :]]
             assert [values[name] for name in INPUTS] == pytest.approx(expected), path
 

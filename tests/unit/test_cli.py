@@ -86,6 +86,13 @@ def test_plan_and_presets_need_no_torch(tmp_path):
     assert "9 of 28" in done.stdout, done.stderr
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m common presets | head -1", shell=True, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("name") and done.stderr == ""
+
+
 def test_presets_lists_every_table_with_its_bound(capsys):
     text = say(capsys, "presets")
     assert all(name in text for name in preset_names())

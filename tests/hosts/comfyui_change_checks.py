@@ -1,0 +1,130 @@
+"""What a call is conditioned on changes in the middle of a run. Run by comfyui_worker.py."""
+
+import comfy.hooks
+import comfy.lora
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfyui_fault_checks import Control
+from comfyui_helpers import STEPS, Watched, cached, levels_of, plan, sample, transformer
+from comfyui_models import build, prompt
+
+CHANGE = 6  # the step from which on something is another; a reuse in the plan ##..#..#..#.
+
+
+def lora_of(patcher):
+    made, name = torch.Generator().manual_seed(1), "double_blocks.0.img_mlp.0"
+    height, width = transformer(patcher).double_blocks[0].img_mlp[0].weight.shape
+    return {
+        f"diffusion_model.{name}.lora_up.weight": torch.randn(height, 2, generator=made),
+        f"diffusion_model.{name}.lora_down.weight": torch.randn(2, width, generator=made),
+    }
+
+
+def late(patcher, change):
+    """A model on whose calls `change(arguments)` is run once the step is CHANGE: for what another node alters while the
+    sampler is at work."""
+    level, patched = levels_of(patcher)[CHANGE] * 1.0001, patcher.clone()
+
+    def call(apply, asked):
+        if float(asked["timestep"].max()) <= level:
+            asked["c"] = change(dict(asked["c"]))
+        return apply(asked["input"], asked["timestep"], **asked["c"])
+
+    patched.set_model_unet_function_wrapper(call)
+    return patched
+
+
+def strength_of_a_control_net():
+    patcher, net = build("flux").clone(), Control(1).set_cond_hint(None, 0.7)
+    level = levels_of(patcher)[CHANGE] * 1.0001
+
+    def weaken(executor, x, timestep, *args, **kwargs):
+        net.strength = 0.2 if float(timestep.max()) <= level else 0.7
+        return executor(x, timestep, *args, **kwargs)
+
+    patcher.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "weaken", weaken)
+    return patcher, lambda model: sample(model, positive=prompt(0, control=net, control_apply_to_uncond=True))
+
+
+def scheduled_lora():
+    """A LoRA hook with two keyframes: at full strength, then a quarter of it."""
+    patcher = build("flux", seed=41)
+    lora = lora_of(patcher)
+    hooks = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    percent = next(
+        percent / 1000
+        for percent in range(1000)
+        if patcher.model.model_sampling.percent_to_sigma(percent / 1000) <= levels_of(patcher)[CHANGE] * 1.0001
+    )
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(strength=0.25, start_percent=percent))
+    hooks.set_keyframes_on_hooks(keyframes)
+    return patcher, lambda model: sample(
+        model, positive=comfy.hooks.set_hooks_for_conditioning(prompt(0), hooks), negative=prompt(1)
+    )
+
+
+def changed_prompt():
+    return late(build("flux"), lambda c: {**c, "c_crossattn": c["c_crossattn"] * 0.5}), sample
+
+
+def changed_guidance():
+    return late(build("flux"), lambda c: {**c, "guidance": c["guidance"] + 2.0}), sample
+
+
+def prompt_in_ranges():
+    """Core's ConditioningSetTimestepRange: other conditionings, by which residuals are kept anyway."""
+    share = next(
+        percent / 1000
+        for percent in range(1000)
+        if build("flux").model.model_sampling.percent_to_sigma(percent / 1000) <= levels_of(build("flux"))[CHANGE]
+    )
+    positive = prompt(4, start_percent=0.0, end_percent=share) + prompt(5, start_percent=share, end_percent=1.0)
+    return build("flux"), lambda model: sample(model, positive=positive)
+
+
+CHANGES = (strength_of_a_control_net, scheduled_lora, changed_prompt, changed_guidance, prompt_in_ranges)
+
+
+def a_change_in_mid_run_computes(name):
+    """The step at which something changes computes, though planned to be reused; the others go by the plan. Off is
+    plain."""
+    model, run = next(change for change in CHANGES if change.__name__ == name)()
+    plain = run(model)
+    off, _ = cached(model, thresholds={"magcache_thresh": 0.0})
+    assert torch.equal(run(off), plain)
+    for options in ({}, {"thresholds": {}, "mag_ratios": "", "speedup": 2.0, "corrector": True}):
+        patched, said = cached(model, **options)
+        watched = Watched(patched)
+        result = run(watched.patcher)
+        watched.remove()
+        computed = {sigma for sigma, ran in zip(watched.sigmas, watched.ran) if ran}
+        levels = levels_of(model)
+        strip = "".join(".#"[any(abs(sigma - level) < 1e-6 for sigma in computed)] for level in levels)
+        planned = plan(levels).strip if not options else said[0].splitlines()[1].split()[0]
+        expected = planned[:CHANGE] + "#" + planned[CHANGE + 1 :]
+        assert strip == expected and torch.isfinite(result).all(), (options, strip, expected, said)
+        unplanned = planned[CHANGE] == "."
+        reason = "no residual of this branch yet" if name == "prompt_in_ranges" else "the conditioning changed"
+        assert not unplanned or f"computed unplanned ({reason})" in said[-1], said
+
+
+def a_third_call_of_a_guidance_has_residuals_of_its_own():
+    """Of a guidance that calls the model once more for a conditioning, at another latent (self-attention guidance
+    does), the ordinary calls know nothing: where nothing comes of that third call, the picture is the same."""
+    patcher, thirds = build("flux"), []
+
+    def guide(args):
+        uncond, model, options = args["uncond"], args["model"], args["model_options"]
+        thirds.append(comfy.samplers.calc_cond_batch(model, [uncond], 0.3 * args["input"], args["sigma"], options))
+        return args["denoised"]
+
+    guided = patcher.clone()
+    guided.set_model_sampler_post_cfg_function(guide)
+    for options in ({}, {"thresholds": {}, "mag_ratios": "", "speedup": 2.0, "corrector": True}):
+        alone, _ = cached(patcher, **options)
+        beside, said = cached(guided, **options)
+        assert torch.equal(sample(beside), sample(alone)) and "reused; transformer" in said[-1], (options, said)
+    assert len(thirds) == 2 * STEPS
