@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from magcache_framepack import Jobs
 
 from common.errors import MagCacheError, needs
 from common.scripts.checkout import checkouts_script, one_sentence
-from common.scripts.controls import SILENT, Choice, Controls, in_lines, updates
+from common.scripts.controls import Choice, Controls, in_lines, updates
 from common.scripts.flags import flags_taken
+from common.scripts.page import launch_held_back
 from common.scripts.session import check_calibration_file
 from common.tables import load, preset_names
 
@@ -58,8 +57,7 @@ def main(*, page: str, settings: tuple, published: str, folder: Path):
             "itself, or take a newer MagCache."
         )
     add_controls(demo, click, Jobs(demo, args, settings, published), sys.modules["gradio"])
-    launch_args, options = launches[0]
-    demo.block.launch(*launch_args, **options)
+    demo.block.launch(*launches[0].args, **launches[0].options)
 
 
 def add_flags(parser):
@@ -119,54 +117,6 @@ def check_gradio(requirements):
         )
 
 
-class WhenImported:
-    """A finder that calls `then(module)` after the module `name` was imported."""
-
-    def __init__(self, name, then):
-        self.name, self.then = name, then
-
-    def find_spec(self, name, path=None, target=None):
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            self.then(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-@contextmanager
-def launch_held_back(package="gradio"):
-    """For its duration gradio launches no page; a list of the (args, kwargs) with which it would have. gradio is left
-    for the demo to import, which sets HF_HOME before."""
-    launches, plain = [], []
-
-    def launch(self, *args, **kwargs):
-        launches.append((args, kwargs))
-
-    def hold_back(gradio):
-        plain.append((gradio.Blocks, gradio.Blocks.launch))
-        gradio.Blocks.launch = launch
-
-    finder = WhenImported(package, hold_back)
-    if package in sys.modules:
-        hold_back(sys.modules[package])
-    else:
-        sys.meta_path.insert(0, finder)
-    try:
-        yield launches
-    finally:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-        for blocks, of_gradio in plain:
-            blocks.launch = of_gradio
-
-
 def click_of(demo):
     """The event of gradio that starts a job, or None where the page is not as it was."""
     if all(hasattr(demo, name) for name in NEEDED):
@@ -190,13 +140,7 @@ def add_controls(demo, click, jobs, gradio):
             lines = controls.lines()
         watched = [demo.steps, demo.total_second_length, demo.latent_window_size, demo.use_teacache]
         controls.connect(demo.block, jobs.plan, watched, jobs.starts_cached, [demo.use_teacache])
-
-        def ticks(calibrate):
-            measured = calibrate and jobs.newly_measured()
-            return [gradio.update(value=on) for on in (True, False)] if measured else updates(gradio, 2)
-
-        # Not by the job itself: gradio covers what a job writes to while it runs, and after an error.
-        lines.change(ticks, controls.calibrate, [controls.use, controls.calibrate], **SILENT)
+        controls.follow_measurement(lines, jobs.newly_measured)
 
     own = len(click.outputs)
 

@@ -24,11 +24,11 @@ from quality import SHARES, references  # noqa: E402
 from subject import SAMPLER_NAMES, Subject  # noqa: E402
 
 from common import planner  # noqa: E402
-from common.corrector import Trajectory  # noqa: E402
 from common.errors import needs  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target  # noqa: E402
 from common.scripts.quality import quality  # noqa: E402
+from common.trajectory import Trajectory  # noqa: E402
 
 PROMPTS = [
     f"a {name} on a {background} background"
@@ -54,10 +54,10 @@ def of_two():
     """`Trajectory.corrected` from the computed steps on both sides alone."""
     plain = Trajectory.corrected
 
-    def corrected(self, skipped, step, output):
+    def corrected(self, gap, step, output):
         anchors, self.anchors = self.anchors, self.anchors[:1]
         try:
-            return plain(self, skipped, step, output)
+            return plain(self, gap, step, output)
         finally:
             self.anchors = anchors
 

@@ -137,6 +137,33 @@ class Controls:
 
         block.load(opened, inputs, [self.use, *others, *shown], **SILENT)
 
+    def plan_after(self, event, plan, watched):
+        """Let the plan follow an event of the page, too, which may load a model; it is no output of a job."""
+        own, count = event.fn, len(event.outputs)
+
+        def following(*values):
+            result, now = own(*values[: len(event.inputs) - len(added)]), values[-len(added) :]
+            shown = self.planned(plan, len(watched), *now)
+            return *([result] if count == 1 else result), *shown
+
+        added = [*watched, *self.inputs]
+        event.fn, event.inputs, event.outputs = (
+            following,
+            [*event.inputs, *added],
+            [*event.outputs, self.details, self.plan],
+        )
+
+    def follow_measurement(self, lines, newly_measured):
+        """Tick Use MagCache, and Calibrate no more, after a job that measured. Not by the job: gradio covers what
+        that writes to while it runs, and after an error. lines: where the lines of a job are shown; newly_measured:
+        () -> whether that was such a job."""
+        gr = self.gr
+
+        def ticks(calibrate):
+            return [gr.update(value=on) for on in (True, False)] if calibrate and newly_measured() else updates(gr, 2)
+
+        lines.change(ticks, self.calibrate, [self.use, self.calibrate], **SILENT)
+
     def only(self, count, ticked):
         changes = {"value": False} if ticked else {}
         return updates(self.gr, count, **changes) if count > 1 else self.gr.update(**changes)

@@ -51,6 +51,8 @@ class Session:
     named none.
     """
 
+    measure = "--magcache_calibration"  # what a sentence calls the way to measure
+
     def __init__(
         self,
         args: argparse.Namespace,
@@ -143,14 +145,12 @@ class Session:
         if not name:
             return None
         table = load(name)
-        if self.family and name in preset_names() and not name.startswith(self.family):
-            fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(self.family))
-            raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
+        check_family(name, self.family)
         target = target_of(self.args)
         if target and not needs_no_table(target) and not table.fine_enough(table.levels(self.steps)):
             raise MagCacheError(
                 f"{name} was measured at {table.steps} steps, too few to predict the skipped ones of {self.steps}: "
-                "measure again with --magcache_calibration."
+                f"measure again with {self.measure}."
             )
         return table
 
@@ -413,7 +413,7 @@ class Session:
             base = self.table.models[0] if self.table.models else "the base model"
             self.say_once(
                 f"The ratios of {self.table.name} were published for {base}. If {self.weights} was trained further, "
-                "--magcache_calibration measures its own."
+                f"{self.measure} measures its own."
             )
 
     def say_what_differs(self):
@@ -422,7 +422,7 @@ class Session:
             frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
             self.say_once(
                 f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} "
-                "frames. --magcache_calibration measures anew."
+                f"frames. {self.measure} measures anew."
             )
 
     def say_once(self, text: str) -> None:
@@ -438,6 +438,13 @@ class Session:
 
 def needs_no_table(settings):
     return isinstance(settings, Target) and settings.predictor == "line"
+
+
+def check_family(name: str, family: str | tuple) -> None:
+    """Raises MagCacheError for a preset of another family of models."""
+    if family and name in preset_names() and not name.startswith(family):
+        fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(family))
+        raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
 
 
 def named_calibration(args):

@@ -47,7 +47,7 @@ def main(*, settings: dict, tables: dict, pipelines: tuple, upstream: str, folde
         session.check("output")
     for name in pipelines:
         if hasattr(wan, name):
-            setattr(wan, name, wan_with_session(getattr(wan, name), session))
+            setattr(wan, name, wan_with_session(getattr(wan, name), lambda *args, **kwargs: session))
     rename = None if host_args.save_file else "magcache_{}".format
 
     def saving(write):
@@ -128,27 +128,34 @@ def checkpoint_config(folder):
     return {}
 
 
-def wan_with_session(pipeline_class, session):
-    """A pipeline class of the checkout whose `generate` goes through a session."""
+def wan_with_session(pipeline_class, session_of):
+    """A pipeline class of the checkout whose `generate` goes through a session.
+
+    session_of: (pipeline, arguments of its `generate`) -> `Session`, or None for a rendering without MagCache.
+    """
 
     class Cached(pipeline_class):
-        def __init__(self, *args, **kwargs):
+        def __init__(self, config, checkpoint_dir, *args, **kwargs):
             from diffusers import ModelMixin
 
-            with checkpoints_noted(ModelMixin) as self.checkpoints:
-                super().__init__(*args, **kwargs)
+            self.checkpoint_dir = checkpoint_dir
+            with checkpoints_noted(ModelMixin) as noted:
+                super().__init__(config, checkpoint_dir, *args, **kwargs)
+            self.checkpoint = "-".join(noted[id(inner_module(model))] for model in experts_of(self))
 
         def generate(self, *args, sampling_steps, **kwargs):
-            models = experts_of(self)
-            checkpoint = "-".join(self.checkpoints[id(inner_module(model))] for model in models)
-            host = wan_host(self, inner_module(models[0]))
+            session = session_of(self, *args, sampling_steps=sampling_steps, **kwargs)
             plain = super().generate
+            if session is None:
+                return plain(*args, sampling_steps=sampling_steps, **kwargs)
+            models = experts_of(self)
+            host = wan_host(self, inner_module(models[0]))
             with timesteps_noted(schedulers_of(pipeline_class)) as timesteps:
                 session.patch(
                     models,
                     host,
                     timesteps,
-                    checkpoint,
+                    self.checkpoint,
                     self.boundary if len(models) == 2 else None,
                     scheduler=timesteps.scheduler,
                 )

@@ -57,7 +57,7 @@ def pipeline(kind, session=None):
     plain = getattr(wan, name)
     # The package's two experts leave out guidance unless told otherwise; those of the checkout do not.
     guided = {"lightning": False} if "lightning" in inspect.signature(plain.__init__).parameters else {}
-    return (wan_with_session(plain, session) if session else plain)(
+    return (wan_with_session(plain, lambda *args, **kwargs: session) if session else plain)(
         config=WAN_CONFIGS[task], checkpoint_dir=str(CHECKPOINTS / checkpoint), device_id=0, rank=0, **guided
     )
 

@@ -1,0 +1,128 @@
+"""Wan2.1's own Gradio pages with MagCache in them: the same flags, the same files, two to three times faster.
+
+    python magcache_gradio.py gradio/t2v_14B_singleGPU.py --ckpt_dir ./Wan2.1-T2V-14B
+
+Lies beside generate.py in a Wan2.1 checkout, with magcache_generate.py and `common/`; the pages are those of the folder
+`gradio` there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from magcache_generate import HERE, PIPELINES, SETTINGS, TABLES
+
+from common.errors import MagCacheError
+from common.scripts.checkout import one_sentence
+from common.scripts.page import Jobs, PageSession, flags_of_page, run_page, when_imported
+from common.scripts.wan import published_for_task, wan_with_session
+
+# Pages that load their model when a size is chosen; the others tell their task when they load it.
+LATER = {"i2v_14B_singleGPU": "i2v-14B", "fl2v_14B_singleGPU": "flf2v-14B"}
+
+
+@one_sentence
+def main():
+    """Run the page that the first argument names."""
+    args, argv = flags_of_page(sys.argv[1:], "wan")
+    page, sys.argv = page_named(argv), argv
+    jobs, tasks = Jobs(args), [LATER.get(page.stem)]
+    with when_imported("wan", lambda wan: put_on(wan, jobs, tasks)):
+        run_page(page, jobs, lambda: SETTINGS[tasks[-1]])
+
+
+def page_named(argv):
+    """The page's script: as the first argument names it, or in the checkout's folder of pages. Raises MagCacheError."""
+    name = Path(argv[0] if argv else "")
+    for path in (name, HERE / "gradio" / name.name):
+        if path.suffix == ".py" and path.is_file():
+            return path.resolve()
+    pages = ", ".join(sorted(path.name for path in (HERE / "gradio").glob("*.py")))
+    raise MagCacheError(
+        "Name one of the pages first, as in python magcache_gradio.py gradio/t2v_14B_singleGPU.py --ckpt_dir "
+        f"./Wan2.1-T2V-14B; those of this checkout are {pages or 'not here: there is no folder gradio'}."
+    )
+
+
+def put_on(wan, jobs, tasks):
+    """Let the pipelines of the package do what a page's jobs want. tasks: collects those of the pipelines loaded."""
+
+    def on_pages(pipeline_class):
+        class OnPage(wan_with_session(pipeline_class, lambda *args, **kwargs: session_of(jobs, wan, *args, **kwargs))):
+            def __init__(self, config, *args, **kwargs):
+                self.task = task_of(wan, config, pipeline_class)
+                tasks.append(self.task)
+                super().__init__(config, *args, **kwargs)
+
+            if hasattr(pipeline_class, "prepare_source"):
+
+                def prepare_source(self, *args, num_frames, image_size, **kwargs):
+                    if not jobs.planning:
+                        return super().prepare_source(*args, num_frames=num_frames, image_size=image_size, **kwargs)
+                    width, height = image_size
+                    return [torch.empty(3, num_frames, height, width, device="meta")], None, None
+
+        return OnPage
+
+    import torch
+
+    for name in PIPELINES:
+        setattr(wan, name, on_pages(getattr(wan, name)))
+    wan.WanVaceMP = refuse_processes
+
+
+def refuse_processes(*args, **kwargs):
+    raise MagCacheError(
+        "MagCache does not reach the processes that --mp starts: leave it out, or render on several GPUs with torchrun "
+        "and magcache_generate.py."
+    )
+
+
+def task_of(wan, config, pipeline_class):
+    """The task of a pipeline: what the checkout calls its configuration, which VACE shares with text-to-video."""
+    vace = hasattr(pipeline_class, "prepare_source")
+    known = wan.configs.WAN_CONFIGS.items()
+    return next(task for task, one in known if one is config and task.startswith("vace") is vace)
+
+
+def session_of(
+    jobs, wan, pipe, prompt, source=None, *args, sampling_steps, shift, seed, guide_scale, size=None, **kwargs
+):
+    """The session of a rendering that is about to begin, as `Jobs.session`. source: a picture, or videos."""
+    width, height = size or size_of(wan, kwargs["max_area"])
+    frames = source[0].shape[1] if isinstance(source, list) else kwargs.get("frame_num", 81)
+
+    def make(**options):
+        task = argparse.Namespace(ckpt_dir=pipe.checkpoint_dir, size=f"{width}*{height}", frame_num=frames)
+        return PageSession(
+            script_settings=dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), SETTINGS[pipe.task])),
+            task=pipe.task,
+            size=f"{width}x{height}",
+            frames=frames,
+            steps=sampling_steps,
+            preset=published_for_task(task, TABLES, pipe.task),
+            about={"prompt": prompt, "seed": seed, "solver": "unipc", "shift": shift, "guide_scale": guide_scale},
+            family="wan",
+            weights=pipe.checkpoint_dir,
+            **options,
+        )
+
+    def levels():
+        from wan.utils.fm_solvers_unipc import FlowUniPCMultistepScheduler
+
+        scheduler = FlowUniPCMultistepScheduler(
+            num_train_timesteps=pipe.num_train_timesteps, shift=1, use_dynamic_shifting=False
+        )
+        scheduler.set_timesteps(sampling_steps, device="cpu", shift=shift)
+        return (scheduler.timesteps.double() / pipe.num_train_timesteps).numpy()
+
+    return jobs.session(make, pipe.checkpoint, levels)
+
+
+def size_of(wan, area):
+    """(width, height) that the checkout names for so many pixels, the wider of two."""
+    return max(size for size in wan.configs.SIZE_CONFIGS.values() if size[0] * size[1] == area)
+
+
+if __name__ == "__main__":
+    main()

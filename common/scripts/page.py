@@ -1,0 +1,364 @@
+"""A host's own Gradio page with MagCache's controls: its script runs as it is, and its page is launched once they are
+in. The button of the page starts the same function as before, which reaches a pipeline that asks `Jobs` what to do."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import MagCacheError
+from ..tables import load
+from .controls import Choice, Controls, PagePlan, in_lines, page_plan
+from .flags import DTYPES, add_magcache_flags, check_flags, flags_and_rest
+from .outputs import REPORT, beside, report_at
+from .session import Session, check_calibration, check_family
+
+UNWATCHED = ("image", "video", "gallery", "file", "audio")  # what a plan does not depend on
+
+
+class Launch(NamedTuple):
+    """A page that its script would have launched, and with which arguments."""
+
+    block: Any
+    args: tuple
+    options: dict
+
+
+class WhenImported:
+    """A finder that calls `then(module)` after the module `name` was imported."""
+
+    def __init__(self, name, then):
+        self.name, self.then = name, then
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            self.then(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+@contextmanager
+def when_imported(name: str, then: Callable[[Any], None]):
+    """For its duration: call `then(module)` once the module is imported, or at once if it is. So a page's own script
+    imports what it needs in its own order, after it has set the environment variables that these read."""
+    finder = WhenImported(name, then)
+    if name in sys.modules:
+        then(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        if finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+
+@contextmanager
+def launch_held_back(package="gradio"):
+    """For its duration gradio launches no page; a list of `Launch`, of those that it would have."""
+    launches, plain = [], []
+
+    def launch(self, *args, **options):
+        launches.append(Launch(self, args, options))
+
+    def hold_back(gradio):
+        plain.append((gradio.Blocks, gradio.Blocks.launch))
+        gradio.Blocks.launch = launch
+
+    try:
+        with when_imported(package, hold_back):
+            yield launches
+    finally:
+        for blocks, of_gradio in plain:
+            blocks.launch = of_gradio
+
+
+class PageSession(Session):
+    """A `Session` in the words of a page. lines: what the page shows of it; planning: nothing is rendered."""
+
+    measure = "Calibrate"
+
+    def __init__(self, *args, lines: list, planning: bool, **options):
+        super().__init__(*args, **options)
+        self.lines, self.planning = lines, planning
+
+    def no_table(self):
+        return (
+            f"The magnitude ratios of this checkpoint are not known for {self.task}: choose a target speed-up under "
+            "MagCache, which needs none, or tick Calibrate there and run one job."
+        )
+
+    def say(self, text):
+        self.lines.append(text)
+        if not self.planning:
+            super().say(text)
+
+    def say_once(self, text):
+        """The plan and what is to know of its ratios, which the page shows beside its controls."""
+        if self.planning:
+            self.lines.append(text)
+        else:
+            Session.say(self, text)
+
+
+@dataclass
+class Job:
+    """One press of the page's button, or the plan of one. session: of its rendering, with MagCache or calibrating."""
+
+    choice: Choice
+    planning: bool = False
+    lines: list = field(default_factory=list)
+    session: PageSession | None = None
+
+
+class Planned(BaseException):
+    """Ends the page's own function where it would render. No Exception, which a page may catch."""
+
+    def __init__(self, plan):
+        self.plan = plan
+
+
+class Jobs:
+    """The jobs of a page.
+
+    args: `flags_of_page`; plain: the function that the page's button starts, once it is known.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.plain = args, None
+        self.now = ContextVar("job", default=None)  # the job of this thread: plans are made while another one renders
+        self.measured = False  # since the page last asked
+
+    def session(
+        self, make: Callable[..., PageSession], checkpoint: str, levels: Callable[[], Sequence[float]]
+    ) -> PageSession | None:
+        """What a pipeline that is about to render is to do; None: what it would do without us.
+
+        make: (args=..., lines=..., planning=...) -> the PageSession of this rendering; levels: its noise levels. Raises
+        Planned where only the plan is wanted.
+        """
+        job = self.now.get()
+        if job is None or not (job.choice.use_magcache or job.choice.calibrate):
+            return None
+        session = make(args=self.args_of(job.choice), lines=job.lines, planning=job.planning)
+        if job.planning:
+            raise Planned(plan_of(session, checkpoint, levels()))
+        check_calibration(session.args, session.steps)
+        job.session = session
+        return session
+
+    @property
+    def planning(self) -> bool:
+        """Whether the page's function only runs to find the plan: what costs may be left out."""
+        job = self.now.get()
+        return job is not None and job.planning
+
+    def args_of(self, choice):
+        settings = choice.settings
+        asked = vars(settings) if choice.speedup == "off" else {"magcache_speedup": settings.magcache_speedup}
+        measuring = "" if choice.calibrate else None
+        return argparse.Namespace(**{**vars(self.args), **asked, "magcache_calibration": measuring})
+
+    def plan(self, inputs: Sequence, choice: Choice) -> PagePlan:
+        """The plan of a job with these inputs of the page's function. Raises MagCacheError."""
+        if choice.calibrate:
+            return PagePlan("the next job computes every step and measures this checkpoint")
+        if not choice.use_magcache:
+            return PagePlan("off, every step computes")
+        before = self.now.set(Job(choice, planning=True))
+        try:
+            self.plain(*inputs)
+        except Planned as planned:
+            return planned.plan
+        except MagCacheError:
+            raise
+        except Exception:  # the page's own, of a setting that it cannot use or a model that is not loaded yet
+            pass
+        finally:
+            self.now.reset(before)
+        return PagePlan("the plan comes with the model", lines=("The page has not loaded a model for these settings.",))
+
+    def run(self, inputs: Sequence, choice: Choice) -> tuple[Any, list[str]]:
+        """(what the page's function returns, the lines of the job). Raises what that function does."""
+        job = Job(choice)
+        before = self.now.set(job)
+        try:
+            result = self.plain(*inputs)
+        finally:
+            self.now.reset(before)
+        self.measured = self.measured or bool(job.session and job.session.calibrating and job.session.table)
+        for path in files_in(result)[:1]:
+            if job.session and job.session.report:
+                job.session.saved(path)
+            else:
+                drop_report(path)
+        return result, job.lines
+
+    def newly_measured(self) -> bool:
+        """Whether ratios were measured since this was last asked."""
+        measured, self.measured = self.measured, False
+        return measured
+
+
+def plan_of(session, checkpoint, levels):
+    session.table = session.find_table(checkpoint)
+    schedule = session.settings().plan(session.table, levels)
+    plan = page_plan(schedule, levels, session.table)
+    if session.table and not session.args.mag_ratios:
+        session.say_whose_ratios()
+        session.say_what_differs()
+    return PagePlan(plan.summary, plan.strip, (*plan.lines, *session.lines))
+
+
+def files_in(result):
+    """The files among what a page's function returns: a path, or the newest first of several."""
+    paths = [Path(one) for one in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(one, str)]
+    return [path for path in paths if path.is_file()]
+
+
+def drop_report(path):
+    """Take away the report of an earlier job whose video lay where this one lies: some pages have one name for all."""
+    report = beside(path, REPORT)
+    if report_at(report):
+        report.unlink()
+
+
+# The page
+
+
+def flags_of_page(argv: list, family: str) -> tuple[argparse.Namespace, list]:
+    """(MagCache's flags, with those that a page takes from its controls at their defaults; the rest of argv).
+
+    family: what the names of fitting presets begin with. Raises MagCacheError.
+    """
+    args, rest = flags_and_rest(add_flags, argv)
+    defaults, _ = flags_and_rest(add_magcache_flags, [])
+    args = argparse.Namespace(**{**vars(defaults), **vars(args)})
+    check_flags(args)
+    if args.mag_ratios:
+        load(args.mag_ratios)
+        check_family(args.mag_ratios, family)
+    try:
+        version("gradio")
+    except PackageNotFoundError:
+        raise MagCacheError(
+            "This needs the package gradio, which the page itself needs: install the checkout's requirements.txt."
+        ) from None
+    return args, rest
+
+
+def add_flags(parser):
+    group = parser.add_argument_group("MagCache")
+    group.add_argument(
+        "--mag_ratios", metavar="PRESET|FILE", help="ratios to use instead of those found for the checkpoint"
+    )
+    group.add_argument("--magcache_cache_device", metavar="DEVICE", help="keep residuals there (cpu saves GPU memory)")
+    group.add_argument("--magcache_cache_dtype", choices=DTYPES, help="keep residuals in this type")
+
+
+def run_page(script: Path, jobs: Jobs, settings: Callable[[], tuple]):
+    """Run the page's own script with MagCache's controls in its page.
+
+    settings: () -> (magcache_thresh, magcache_K, retention_ratio) that they start at, asked once the script has run.
+    Raises MagCacheError where they do not fit into the page.
+    """
+    sys.path[0] = str(script.parent)  # as python does
+    with launch_held_back() as launches:
+        runpy.run_path(str(script), run_name="__main__")
+    starts = [event for event in launches[-1].block.fns.values() if takes_steps(event)] if launches else []
+    if len(starts) != 1:
+        raise MagCacheError(
+            f"The page of this {script.name} has changed so that MagCache's controls do not fit "
+            f"({len(starts)} of its buttons take a number of steps); run {script.name} itself, or take a newer "
+            "MagCache."
+        )
+    block, args, options = launches[-1]
+    add_controls(sys.modules["gradio"], block, starts[0], jobs, settings())
+    block.launch(*args, **options)
+
+
+def takes_steps(event):
+    labels = [str(getattr(component, "label", "")) for component in event.inputs]
+    return any(label.lower().replace("_", " ").endswith("steps") for label in labels)
+
+
+def add_controls(gradio, block, event, jobs, settings):
+    """Put the controls above the button, the lines of a job below it, and the controls' values into its event."""
+    jobs.plain, own, count = event.fn, list(event.inputs), len(event.outputs)
+    watched = [component for component in own if is_watched(component)]
+    places = [next(index for index, component in enumerate(own) if component is one) for one in watched]
+    before = [getattr(component, "value", None) for component in own]
+
+    def inputs_of(values):
+        inputs = list(before)
+        for place, value in zip(places, values):
+            inputs[place] = value
+        return inputs
+
+    def plan(*values):
+        return jobs.plan(inputs_of(values[:-1]), values[-1])
+
+    def starts_cached():
+        try:
+            plan(*(before[place] for place in places), Choice(True, False, *settings, "off"))
+        except MagCacheError:
+            return False
+        return True
+
+    row = place_of(block.blocks[event.targets[0][0]], gradio)
+    with block, row.parent as group:
+        at = len(group.children)
+        controls = Controls(gradio, Choice(starts_cached(), False, *settings, "off"))
+        above = group.children[at:]
+        lines = controls.lines()
+        here = next(index for index, child in enumerate(group.children) if child is row)
+        group.children[here:] = [*above, row, lines, *group.children[here + 1 : at]]
+    with block:
+        controls.connect(block, plan, watched, starts_cached)
+        controls.follow_measurement(lines, jobs.newly_measured)
+
+    def start(*values):
+        try:
+            result, text = jobs.run(values[: len(own)], Choice(*values[len(own) :]))
+        except MagCacheError as error:
+            raise gradio.Error(str(error)) from None
+        return *([result] if count == 1 else result), in_lines(text)
+
+    for other in block.fns.values():  # an event that loads a model and settles one of the watched components
+        if other is not event and any(one is component for one in other.outputs for component in watched):
+            controls.plan_after(other, plan, watched)
+    event.fn, event.inputs, event.outputs = start, [*own, *controls.inputs], [*event.outputs, lines]
+
+
+def is_watched(component):
+    """Whether a plan may depend on a component: no picture and no prose."""
+    if component.get_block_name() == "textbox":
+        return str(component.value).isdigit()
+    return component.get_block_name() not in UNWATCHED
+
+
+def place_of(button, gradio):
+    """What the controls go above, in a column: the button, or the row that it is part of."""
+    place = button
+    while isinstance(place.parent, gradio.Row) or (len(place.parent.children) == 1 and place.parent.parent is not None):
+        place = place.parent
+    return place
