@@ -65,7 +65,8 @@ with the tiny models of diffusers' own tests, and with the test suite.
 FAMILIES_HEAD = """## Families, tried whole
 
 Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py` and
-`tests/hosts/test_pipeline_families.py`. ✓: tried, and right on every run of the suite. Empty: not tried.
+`tests/hosts/test_pipeline_families.py`. ✓: tried, and right on every run of the suite. Empty: not tried, most often
+since diffusers has no such pipeline (image to image, control nets) or no plan to divide the class (context parallel).
 
 """
 TRIED = {  # tests: a column of that table

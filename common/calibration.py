@@ -206,6 +206,11 @@ def few_values(tensor: torch.Tensor) -> bytes:
     """Four rounded values, evenly spread, of a tensor or of the storage into which it was quantised, which is not
     unpacked for them. None where they cannot be had (meta tensors, storage of an unknown kind): a fingerprint never
     stops a run, and names and shapes still count."""
+    try:
+        if hasattr(tensor, "full_tensor"):  # a part of it in each of several processes, which all come here
+            tensor = tensor.full_tensor()
+    except RuntimeError:
+        return b""
     while hasattr(tensor, "__tensor_flatten__"):  # torchao's and other subclasses
         tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
     places = range(0, tensor.numel(), max(1, tensor.numel() // 4))[:4]

@@ -19,88 +19,17 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from .trajectory import Trajectory
+
 STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM")  # in the names of schedulers that add noise at each step
 EULER = "euler"  # the scheduler of a loop x += (sigma' - sigma) * output without an object
-
-
-def line_share(levels: Sequence[float], step: int, newest: int, before: int) -> float:
-    """How far `step` is on the line from `before` through `newest`, in noise levels: 0 at newest, 1 as far again."""
-    return (levels[step] - levels[newest]) / (levels[newest] - levels[before])
-
-
-def interpolation_weights(levels: Sequence[float], step: int, anchors: Sequence[int]) -> list[float]:
-    """Of the outputs at the steps `anchors` in that at `step`: Lagrange's, a straight line through two, a parabola
-    through three."""
-    return [
-        float(np.prod([(levels[step] - levels[o]) / (levels[a] - levels[o]) for o in anchors if o != a]))
-        for a in anchors
-    ]
-
-
-class Trajectory:
-    """The two newest computed outputs of one sampler or one branch, what they predict, and what a third corrects.
-
-    The line through them is followed as far as it would have predicted the computed steps so far: `share`, a number
-    between 0 (the newest is held) and 1 for each sample of the batch, by least squares. Strong guidance and long gaps
-    make it small, smooth trajectories large. Outputs are of any shape with the batch first.
-    """
-
-    def __init__(self, levels: Sequence[float]) -> None:
-        """levels: noise levels of the run's steps, all different."""
-        self.levels = levels
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything: another model or another run follows."""
-        self.anchors: list[tuple[int, torch.Tensor]] = []  # newest first
-        # Sums over computed steps, a number a sample: how far their outputs went along the line, its length squared.
-        self.seen: torch.Tensor | None = None
-        self.length: torch.Tensor | None = None
-
-    def line(self, step: int) -> torch.Tensor | None:
-        """What the straight line in the noise level through the two newest adds to the newest. None: there is none; the
-        first output of a run, made of noise alone, lies off it."""
-        if len(self.anchors) < 2 or self.anchors[1][0] == 0:
-            return None
-        (newest, output), (before, older) = self.anchors
-        return line_share(self.levels, step, newest, before) * (output.float() - older.float())
-
-    def predicted(self, step: int, held: torch.Tensor) -> torch.Tensor:
-        """The output of a skipped step. held: what the newest computed outputs give if they are held."""
-        line = self.line(step)
-        if line is None or self.seen is None or self.length is None:
-            return held
-        share = (self.seen / self.length).nan_to_num(0.0).clamp(0, 1)
-        return (held.float() + share.view(-1, *[1] * (held.ndim - 1)) * line).to(held.dtype)
-
-    def corrected(self, skipped: int, step: int, output: torch.Tensor) -> torch.Tensor:
-        """The output of a skipped step as the fresh output of `step` and the kept ones have it."""
-        known = [(step, output), *self.anchors]
-        weights = interpolation_weights(self.levels, skipped, [at for at, _ in known])
-        terms = [weight * one.float() for weight, (_, one) in zip(weights, known)]
-        return sum(terms, torch.zeros_like(terms[0])).to(output.dtype)
-
-    def computed(self, step: int, output: torch.Tensor) -> None:
-        """Keep the output of a computed step, and learn how well the line would have predicted it."""
-        line = self.line(step)
-        if line is not None and line.shape == output.shape:
-            newest, fresh = self.anchors[0][1].float(), output.float()
-            size = fresh.square().flatten(1).sum(1)
-            seen, length = ((fresh - newest) * line).flatten(1).sum(1) / size, line.square().flatten(1).sum(1) / size
-            self.seen = seen if self.seen is None else self.seen + seen
-            self.length = length if self.length is None else self.length + length
-        self.anchors = [(step, output), *(one for one in self.anchors if one[0] != step)][:2]
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What is kept."""
-        return [output for _, output in self.anchors]
 
 
 class Skipped(NamedTuple):
     """One skipped step as the pipeline made it: what `scheduler.step` was given, and the sample that it returned."""
 
     step: int
+    output: torch.Tensor
     timestep: Any
     sample: torch.Tensor
     after: torch.Tensor
@@ -151,7 +80,9 @@ class Replay:
     @property
     def bytes(self) -> int:
         """What is kept besides the model's residuals or outputs."""
-        return size_of([*self.trajectory.tensors, *(one for skipped in self.gap for one in skipped[2:4])])
+        return size_of(
+            [*self.trajectory.tensors, *(one for made in self.gap for one in (made.output, made.sample, made.after))]
+        )
 
     def follow(self, call: Any, output: Any) -> Any:
         """After each call of the model (`run.ModelCall`): its output, as it came."""
@@ -173,7 +104,7 @@ class Replay:
             if not self.trajectory.anchors:
                 return result
             # Copied: pipelines may write into what they are given.
-            self.gap.append(Skipped(step, timestep, sample, result[0].clone(), args, kwargs))
+            self.gap.append(Skipped(step, model_output, timestep, sample, result[0].clone(), args, kwargs))
             return result
         if self.gap:
             sample = self.replayed(step, model_output, sample)
@@ -191,8 +122,8 @@ class Replay:
         gap, self.gap = self.gap, []
         self.scheduler.__dict__.update(self.state)
         corrected = gap[0].sample
-        for one, given in zip(gap, [*(later.sample for later in gap[1:]), sample]):
-            output = self.trajectory.corrected(one.step, step, model_output)
+        outputs = self.trajectory.corrected([(one.step, one.output) for one in gap], step, model_output)
+        for one, output, given in zip(gap, outputs, [*(later.sample for later in gap[1:]), sample]):
             after = self.original(output, one.timestep, corrected, *one.args, **one.kwargs)[0]
             corrected = (given.float() + (after.float() - one.after.float())).to(given.dtype)
         return corrected
@@ -251,17 +182,18 @@ class Folded:
     def computed(self, key: Hashable, step: int, output: torch.Tensor) -> torch.Tensor:
         """The output of a computed step, corrected for those skipped before it."""
         trajectory, gap = self.branches.setdefault(key, (Trajectory(self.levels[:-1]), []))
-        missed = sum(
-            (self.levels[at + 1] - self.levels[at]) * (trajectory.corrected(at, step, output).float() - made.float())
-            for at, made in gap
-        )
         # A branch that was left out in between (guidance that ends and begins again) is not made again.
         whole = bool(gap) and [at for at, _ in gap] == list(range(trajectory.anchors[0][0] + 1, step))
+        fresh = output.clone()
+        if whole:
+            missed = sum(
+                (self.levels[at + 1] - self.levels[at]) * (corrected.float() - made.float())
+                for (at, made), corrected in zip(gap, trajectory.corrected(gap, step, fresh))
+            )
+            output = (output.float() + missed / (self.levels[step + 1] - self.levels[step])).to(output.dtype)
         gap.clear()
-        trajectory.computed(step, output.clone())
-        if not whole:
-            return output
-        return (output.float() + missed / (self.levels[step + 1] - self.levels[step])).to(output.dtype)
+        trajectory.computed(step, fresh)
+        return output
 
 
 def size_of(tensors: Sequence[torch.Tensor]) -> int:
@@ -280,7 +212,7 @@ def sigmas_of(scheduler: Any, levels: Sequence[float]) -> list[float]:
     return [float(level) for level in levels]
 
 
-def why_off(scheduler: Any) -> str:
+def why_uncorrected(scheduler: Any) -> str:
     """Why skipped steps of this scheduler cannot be made again; "" where they can."""
     if scheduler is None:
         return "this sampler's steps cannot be followed"
@@ -305,7 +237,7 @@ def follower_of(
     None where none is known; levels: noise levels of the run's steps; predicts: as `Replay` and `Folded` have it."""
     if len({float(level) for level in levels}) < len(levels):
         return None, "two steps have one noise level"
-    why = why_off(scheduler) if wanted else "it was turned off"
+    why = why_uncorrected(scheduler) if wanted else "it was turned off"
     if why:
         return (Folded(levels, True, corrects=False) if predicts else None), why
     return (Folded(levels, predicts) if scheduler == EULER else Replay(scheduler, levels, predicts)), ""

@@ -1,7 +1,8 @@
 """Schedules for a number of computed steps, a speed-up or an error: without a calibration, or from one.
 
-Without one the computed steps are spread evenly (`spread_steps`), and a skipped output is predicted along the line
-through the two newest (`corrector.Trajectory`). With one, `gram` tells what every prediction would miss. numpy only.
+Without one the computed steps are spread over the run (`spread_steps`), and a skipped output is predicted along the
+line through the two newest (`trajectory.Trajectory`). With one, `gram` tells what every prediction would miss. numpy
+only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
 if TYPE_CHECKING:
     from .tables import RatioTable
 
-INDEX_SHARE = 0.75  # of the step's index in the measure that computed steps are spread evenly in; the rest: noise level
+INDEX_SHARE = 0.5  # of the step's index in the measure that computed steps are spread in; the rest: noise level
+EARLY = 0.6  # its power: below 1, more of them lie at the beginning, where guidance decides what is drawn
 EXACT_STEPS = 100  # of longer runs not every schedule is weighed (`long_runs`): time and memory grow with their cube
 
 
@@ -170,19 +172,32 @@ def spread_steps(
     kept: int = 1,
     switch_step: int | None = None,
 ) -> list[int]:
-    """Indices of `computed` steps, spread evenly in INDEX_SHARE of the index and the rest of the noise level, both from
-    0 to 1. The first and the last compute, since only what lies between two is corrected; so do the first and the last
-    of each expert where there are enough. magcache_K: most between two; kept: how many compute from the first on."""
-    levels, steps = np.asarray(levels, dtype=float), len(levels)
-    if switch_step is not None and 0 < switch_step < steps:
-        # Each expert's share, and no less than its own cap needs.
-        least = [fewest_computed(switch_step, magcache_K, min(kept, switch_step)), 0]
-        least[1] = fewest_computed(steps - switch_step, magcache_K)
-        first = int(np.clip(round(computed * switch_step / steps), least[0], computed - least[1]))
-        late = spread_steps(levels[switch_step:], computed - first, magcache_K)
-        return spread_steps(levels[:switch_step], first, magcache_K, kept) + [switch_step + step for step in late]
-    fall = (levels[0] - levels) / max(levels[0] - levels[-1], 1e-9)
-    place = INDEX_SHARE * np.arange(steps) / max(1, steps - 1) + (1 - INDEX_SHARE) * fall
+    """Indices of `computed` steps, spread evenly in `places`. The first and the last compute, since only what lies
+    between two is corrected; so do the first and the last of each expert where there are enough. magcache_K: most
+    between two; kept: how many compute from the first on."""
+    place, steps = places(levels), len(levels)
+    if switch_step is None or not 0 < switch_step < steps:
+        return spread_evenly(place, computed, magcache_K, kept)
+    # Each expert's share, and no less than its own cap needs.
+    least = fewest_computed(switch_step, magcache_K, min(kept, switch_step))
+    most = computed - fewest_computed(steps - switch_step, magcache_K)
+    first = int(np.clip(round(computed * place[switch_step]), least, min(most, switch_step)))
+    first = max(first, computed - (steps - switch_step))
+    late = spread_evenly(place[switch_step:], computed - first, magcache_K)
+    return spread_evenly(place[:switch_step], first, magcache_K, kept) + [switch_step + step for step in late]
+
+
+def places(levels: np.ndarray) -> np.ndarray:
+    """Where each step lies in a run, from 0 to 1: INDEX_SHARE of its index and the rest of how far the noise level has
+    fallen, to the power EARLY."""
+    levels = np.asarray(levels, dtype=float)
+    fallen = (levels[0] - levels) / max(levels[0] - levels[-1], 1e-9)
+    return (INDEX_SHARE * np.linspace(0, 1, len(levels)) + (1 - INDEX_SHARE) * fallen) ** EARLY
+
+
+def spread_evenly(place: np.ndarray, computed: int, magcache_K: int | None = None, kept: int = 1) -> list[int]:
+    """Indices of `computed` of these places, the first `kept` and the last among them, the rest as evenly as can be."""
+    steps = len(place)
     apart = steps if magcache_K is None else magcache_K + 1
     chosen = list(range(min(kept, computed)))
     last = min(steps - 1, chosen[-1] + (computed - len(chosen)) * apart)

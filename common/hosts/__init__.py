@@ -13,8 +13,10 @@ HOSTS: dict[str, Host] = {**CHECKOUTS, **COMFYUI, **DIFFUSERS}
 
 
 def class_name(model) -> str:
-    """A model's key in `HOSTS`: the first word of its module, a dot, and its class."""
-    return f"{type(model).__module__.partition('.')[0]}.{type(model).__name__}"
+    """A model's key in `HOSTS`: the first word of its module, a dot, and its class. Of a class derived from a known one
+    (PyTorch's `fully_shard` makes such) that of the known."""
+    names = [f"{one.__module__.partition('.')[0]}.{one.__name__}" for one in type(model).__mro__]
+    return next((name for name in names if name in HOSTS), names[0])
 
 
 def host_of(model) -> Host:

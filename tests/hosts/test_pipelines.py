@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks import two_ranks
 from tiny_pipelines import FAMILIES, run
 
 from common.discover import discover, first_call, host_line, wrong
@@ -272,42 +271,22 @@ def test_a_class_nobody_described_is_looked_at(monkeypatch):
     assert cache.reports[0].reused == STEPS // 2
 
 
-def share_of_a_picture(rank, family, folder):
-    """diffusers asks for the number of GPUs, and there is none."""
-    from diffusers import ContextParallelConfig
-
-    torch.accelerator.device_count = lambda: 1
-    pipe, arguments = FAMILIES[family]()
-    with enable(pipe, speedup=2, announce=None):
-        alone = run(pipe, arguments(1), STEPS)
-    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
-    with enable(pipe, speedup=2, announce=None) as cache:
-        shared = run(pipe, arguments(1), STEPS)
-    torch.save((alone, shared, cache.reports[0].reused), folder / f"{rank}.pt")
-
-
-@pytest.mark.parametrize("family", ["flux", "wan"])
-def test_context_parallel_over_two_ranks(family, tmp_path):
-    two_ranks(share_of_a_picture, family, tmp_path)
-    (alone, first, reused), (_, second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second) and torch.allclose(first, alone, atol=1e-5) and reused >= STEPS // 2
-
-
-@pytest.mark.parametrize("family", ["flux", "ltx"])
+@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "ltx", "sd3", "sdxl"])  # others take longer to trace
 def test_compiled_blocks(family):
-    """The compiler's own tracing, without generating code."""
+    """The compiler's own tracing, without generating code; of a class that names no repeated blocks, all of it."""
     pipe, arguments = FAMILIES[family]()
-    with enable(pipe, calibrate=True, announce=None):
-        run(pipe, arguments(1), STEPS)
-    wishes = {"speedup": 2}, {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}
-    plain = []
+    model, wishes, plain = denoiser(pipe), [{"speedup": 2}], []
+    if HOSTS[class_name(model)].blocks:
+        wishes.append({"thresh": 5.0, "K": 1, "retention_ratio": 0.2})
+        with enable(pipe, calibrate=True, announce=None):
+            run(pipe, arguments(1), STEPS)
     for wish in wishes:
         with enable(pipe, **wish, announce=None):
             plain.append(run(pipe, arguments(1), STEPS))
-    pipe.transformer.compile_repeated_blocks(backend="eager")
+    (model.compile_repeated_blocks if getattr(model, "_repeated_blocks", None) else model.compile)(backend="eager")
     for wish, expected in zip(wishes, plain):
         with enable(pipe, **wish, announce=None) as cache:
-            assert torch.allclose(run(pipe, arguments(1), STEPS), expected, atol=1e-5)
+            assert torch.allclose(run(pipe, arguments(1), STEPS), expected, rtol=1e-4, atol=1e-4)
         assert cache.reports[0].reused and not cache.reports[0].notes
 
 

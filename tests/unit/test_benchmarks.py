@@ -148,13 +148,18 @@ def test_a_sampler_has_the_noise_levels_of_the_models_own(demo, scheduler):
 
 
 def test_experiments_run(demo, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "JOBS", experiments.JOBS[:2])
-    monkeypatch.setattr(experiments, "load_demo", lambda: demo)
+    monkeypatch.setitem(experiments.PROMPTS, "demo", experiments.PROMPTS["demo"][:2])
+    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: demo)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
     experiments.main()
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:11]}
-    assert len(rows) == 9 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:14]}
+    assert len(rows) == 12 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
     assert rows["as it is"] not in (rows["corrector off"], rows["corrected through two outputs"])
+
+
+def test_settings_were_chosen_on_other_prompts_than_are_reported():
+    reported = {*demo_model.PROMPTS, *(quality_benchmark.DEMO_VIDEO / "prompts.txt").read_text().splitlines()}
+    assert not reported & {*experiments.PROMPTS["demo"], *experiments.PROMPTS["demo-video"]}
 
 
 @pytest.mark.parametrize("name", speed.SMALL)

@@ -233,17 +233,21 @@ def test_levels_that_rise(model, euler, cached):
         sampler.run()
 
 
-def test_diffusers_own_cache_is_refused(model, euler, cached):
-    from diffusers import FirstBlockCacheConfig
+@pytest.mark.parametrize("theirs", ["first block", "MagCache"])
+def test_diffusers_own_cache_is_refused(model, euler, cached, theirs):
+    from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
+    config = FirstBlockCacheConfig(threshold=0.1)
+    if theirs == "MagCache":
+        config = MagCacheConfig(mag_ratios=[1.0] * 8, num_inference_steps=8)
     sampler = euler(model)
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    model.enable_cache(config)
     with pytest.raises(MagCacheError, match="disable_cache"):
         cached(sampler)
     model.disable_cache()
     with cached(sampler):
         sampler.run(**SHORT)
-        model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        model.enable_cache(config)
         with pytest.raises(MagCacheError, match="disable_cache"):
             sampler.run(**SHORT)
         model.disable_cache()

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from common.blocks import Host
-from common.corrector import EULER, Folded, Replay, Trajectory, follower_of, interpolation_weights, why_off
+from common.corrector import EULER, Folded, Replay, follower_of, why_uncorrected
 from common.errors import MagCacheError
 from common.patch import magcache_forward
 from common.planner import Target, spread_steps
 from common.ratios import flow_sigmas
 from common.schedule import Settings
 from common.tables import RatioTable
+from common.trajectory import Trajectory, interpolation_weights
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 14
@@ -87,12 +88,19 @@ def by_hand(name, edit=None, guidance=1.0):
                 outputs = [held, known[-1][1], *[known[-2][1]][: len(known) > 1]]
                 if not known[1:]:
                     anchors, outputs = anchors[:2], outputs[:2]
+                trust = 1.0
+                if known[1:] and known[-2][0] > 0:
+                    moves = [(new - old).flatten(1).numpy() for new, old in zip(outputs, outputs[1:])]
+                    lengths = [np.linalg.norm(move, axis=1) for move in moves]
+                    cosine = (moves[0] * moves[1]).sum(1) / (lengths[0] * lengths[1])
+                    trust = torch.tensor(np.minimum(1, 1 + cosine)).float().view(-1, 1, 1)
                 fit = np.polyfit  # the polynomial through as many points, by least squares
                 for skipped, given, after in gap:
                     stacked = torch.stack(outputs).flatten(1).double().numpy()
                     polynomial = fit([sigmas[at] for at in anchors], stacked, len(anchors) - 1)
                     powers = sigmas[skipped] ** np.arange(len(anchors))[::-1]
                     output = torch.tensor(powers @ polynomial).float().reshape(sample.shape)
+                    output = trust * output + (1 - trust) * known[-1][1]  # which was held
                     again = scheduler.step(output, scheduler.timesteps[skipped], given + moved, return_dict=False)[0]
                     moved = again - after
                 sample, gap = sample + moved, []
@@ -142,17 +150,27 @@ def test_what_the_pipeline_does_between_steps_stays(name):
     torch.testing.assert_close(corrected, by_hand(name, edit), rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("predicts", [False, True])
-def test_folded_equals_the_replay_of_euler(predicts):
+@pytest.mark.parametrize("guidance, predicts", [(1.0, False), (1.0, True), (5.0, False)])
+def test_folded_equals_the_replay_of_euler(guidance, predicts, monkeypatch):
+    if guidance != 1:  # each branch trusts its own moves, the replay those of the guided output; the rest is linear
+        monkeypatch.setattr(Trajectory, "trust", lambda self, output: 1.0)
     scheduler = scheduler_of("euler")
     levels = scheduler.sigmas.tolist()[:STEPS]
-    for guidance in (
-        (1.0,) if predicts else (1.0, 5.0)
-    ):  # the line is that of a branch in one, of the guided in the other
-        scheduler = scheduler_of("euler")
-        replayed, _ = sampled(scheduler, Replay(scheduler, levels, predicts), guidance=guidance)
-        folded, _ = sampled(scheduler_of("euler"), Folded(levels, predicts), guidance=guidance)
-        torch.testing.assert_close(folded, replayed, rtol=1e-4, atol=1e-4)
+    replayed, _ = sampled(scheduler, Replay(scheduler, levels, predicts), guidance=guidance)
+    folded, _ = sampled(scheduler_of("euler"), Folded(levels, predicts), guidance=guidance)
+    torch.testing.assert_close(folded, replayed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_correction_is_made_as_far_as_the_outputs_go_on():
+    """Of a batch: one that goes on as it went, one that turns at a right angle, one that comes back."""
+    kept = Trajectory(flow_sigmas(8))
+    for step, moved in ((1, [0.0, 0.0]), (3, [1.0, 0.0])):
+        kept.computed(step, torch.tensor([moved] * 3))
+    fresh = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    assert kept.trust(fresh).flatten().tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
+    used = torch.tensor([[1.0, 0.0]] * 3)
+    corrected = kept.corrected([(4, used)], 5, fresh)[0]
+    assert torch.equal(corrected[2], used[2]) and not torch.allclose(corrected[:2], used[:2])
 
 
 def test_a_branch_that_was_left_out_is_not_made_again():
@@ -188,7 +206,7 @@ def test_outputs_on_a_line_are_predicted_and_interpolated():
     torch.testing.assert_close(kept.predicted(4, outputs[3]), outputs[3])  # nothing is known about the line yet
     kept.computed(5, outputs[5])
     torch.testing.assert_close(kept.predicted(6, outputs[5]), outputs[6])
-    torch.testing.assert_close(kept.corrected(6, 7, outputs[7]), outputs[6])
+    torch.testing.assert_close(kept.corrected([(6, outputs[5])], 7, outputs[7])[0], outputs[6])
     bent = Trajectory(levels)
     for step, value in ((1, 1.0), (3, 2.0), (5, 1.0)):  # there and back: the line is not followed
         bent.computed(step, torch.full((1, 3), value))
@@ -228,16 +246,16 @@ def test_weights_are_lagranges():
 )
 def test_off_with_a_reason(make, part):
     scheduler = make()
-    assert part in why_off(scheduler)
-    assert follower_of(scheduler, flow_sigmas(8), predicts=False) == (None, why_off(scheduler))
+    assert part in why_uncorrected(scheduler)
+    assert follower_of(scheduler, flow_sigmas(8), predicts=False) == (None, why_uncorrected(scheduler))
     follower, _ = follower_of(scheduler, flow_sigmas(8), predicts=True)
     assert isinstance(follower, Folded) and not follower.corrects
 
 
 def test_on_with_none():
     for name in SCHEDULERS:
-        assert why_off(scheduler_of(name)) == ""
-    assert why_off(EULER) == "" and follower_of(EULER, [1.0, 1.0, 0.5], False)[0] is None
+        assert why_uncorrected(scheduler_of(name)) == ""
+    assert why_uncorrected(EULER) == "" and follower_of(EULER, [1.0, 1.0, 0.5], False)[0] is None
 
 
 def test_the_scheduler_is_left_as_it_was():
@@ -337,9 +355,9 @@ def test_the_reason_is_in_the_plan():
 def test_computed_steps_are_spread_from_the_first_to_the_last(steps, computed, shift):
     chosen = spread_steps(flow_sigmas(steps, shift), computed)
     assert chosen[0] == 0 and chosen[-1] == steps - 1 and len(set(chosen)) == len(chosen) == computed
-    assert chosen == sorted(chosen) and max(np.diff(chosen)) <= 2.5 * steps / computed
-    even = spread_steps(np.linspace(1, 0, steps, endpoint=False), computed)
-    assert np.ptp(np.diff(even)) <= 1
+    assert chosen == sorted(chosen) and max(np.diff(chosen)) <= 2 * steps / computed
+    gaps = np.diff(spread_steps(np.linspace(1, 0, steps, endpoint=False), computed))
+    assert (np.diff(gaps) >= -1).all() and gaps[0] <= gaps[-1]  # dense at the beginning, wide at the end
 
 
 def test_caps_and_experts_of_a_spread():
@@ -392,9 +410,9 @@ def test_two_experts_are_not_mixed():
     with patched(sampler, boundary=0.7) as handle:
         original = Trajectory.corrected
 
-        def corrected(self, skipped, step, output):
-            seen.append((skipped, step, min(at for at, _ in self.anchors)))
-            return original(self, skipped, step, output)
+        def corrected(self, gap, step, output):
+            seen.extend((skipped, step, min(at for at, _ in self.anchors)) for skipped, _ in gap)
+            return original(self, gap, step, output)
 
         Trajectory.corrected = corrected
         try:

@@ -1,0 +1,101 @@
+"""What the computed outputs of a run tell of those between and after them: prediction and correction.
+
+No calibration and no fact of the model is needed: a skipped output is predicted along the line through the two newest
+computed ones (`Trajectory.predicted`), and interpolated when the next is there (`Trajectory.corrected`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def line_share(levels: Sequence[float], step: int, newest: int, before: int) -> float:
+    """How far `step` is on the line from `before` through `newest`, in noise levels: 0 at newest, 1 as far again."""
+    return (levels[step] - levels[newest]) / (levels[newest] - levels[before])
+
+
+def interpolation_weights(levels: Sequence[float], step: int, anchors: Sequence[int]) -> list[float]:
+    """Of the outputs at the steps `anchors` in that at `step`: Lagrange's, a straight line through two, a parabola
+    through three."""
+    return [
+        float(np.prod([(levels[step] - levels[o]) / (levels[a] - levels[o]) for o in anchors if o != a]))
+        for a in anchors
+    ]
+
+
+class Trajectory:
+    """The two newest computed outputs of one sampler or one branch, what they predict, and what a third corrects.
+
+    The line through them is followed as far as it would have predicted the computed steps so far: `share`, a number
+    between 0 (the newest is held) and 1 for each sample of the batch, by least squares. Strong guidance and long gaps
+    make it small, smooth trajectories large. Outputs are of any shape with the batch first.
+    """
+
+    def __init__(self, levels: Sequence[float]) -> None:
+        """levels: noise levels of the run's steps, all different."""
+        self.levels = levels
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: another model or another run follows."""
+        self.anchors: list[tuple[int, torch.Tensor]] = []  # newest first
+        # Sums over computed steps, a number a sample: how far their outputs went along the line, its length squared.
+        self.seen: torch.Tensor | None = None
+        self.length: torch.Tensor | None = None
+
+    def line(self, step: int) -> torch.Tensor | None:
+        """What the straight line in the noise level through the two newest adds to the newest. None: there is none; the
+        first output of a run, made of noise alone, lies off it."""
+        if len(self.anchors) < 2 or self.anchors[1][0] == 0:
+            return None
+        (newest, output), (before, older) = self.anchors
+        return line_share(self.levels, step, newest, before) * (output.float() - older.float())
+
+    def predicted(self, step: int, held: torch.Tensor) -> torch.Tensor:
+        """The output of a skipped step. held: what the newest computed outputs give if they are held."""
+        line = self.line(step)
+        if line is None or self.seen is None or self.length is None:
+            return held
+        share = (self.seen / self.length).nan_to_num(0.0).clamp(0, 1)
+        return (held.float() + share.view(-1, *[1] * (held.ndim - 1)) * line).to(held.dtype)
+
+    def corrected(self, gap: Sequence[tuple[int, torch.Tensor]], step: int, output: torch.Tensor) -> list[torch.Tensor]:
+        """The outputs of the skipped steps of `gap`, (step, the output that was used), as the fresh output of `step`
+        and the kept ones have them."""
+        known, trust = [(step, output), *self.anchors], self.trust(output)
+        outputs = []
+        for skipped, used in gap:
+            weights = interpolation_weights(self.levels, skipped, [at for at, _ in known])
+            between = torch.stack([weight * one.float() for weight, (_, one) in zip(weights, known)]).sum(0)
+            outputs.append((used.float() + trust * (between - used.float())).to(output.dtype))
+        return outputs
+
+    def trust(self, output: torch.Tensor) -> torch.Tensor | float:
+        """How much of a correction is made, for each sample: 1, less where the outputs turn back on their last move, 0
+        where they go straight back: 1 + the cosine of the two newest moves. Strong guidance and long gaps make outputs
+        swing to and fro, and a correction by what swings would add to it."""
+        if len(self.anchors) < 2 or self.anchors[1][0] == 0:
+            return 1.0
+        (_, newest), (_, older) = self.anchors
+        last, before = (output.float() - newest.float()).flatten(1), (newest.float() - older.float()).flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(last, before)
+        return (1 + cosine).clamp(max=1).view(-1, *[1] * (output.ndim - 1))
+
+    def computed(self, step: int, output: torch.Tensor) -> None:
+        """Keep the output of a computed step, and learn how well the line would have predicted it."""
+        line = self.line(step)
+        if line is not None and line.shape == output.shape:
+            newest, fresh = self.anchors[0][1].float(), output.float()
+            size = fresh.square().flatten(1).sum(1)
+            seen, length = ((fresh - newest) * line).flatten(1).sum(1) / size, line.square().flatten(1).sum(1) / size
+            self.seen = seen if self.seen is None else self.seen + seen
+            self.length = length if self.length is None else self.length + length
+        self.anchors = [(step, output), *(one for one in self.anchors if one[0] != step)][:2]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What is kept."""
+        return [output for _, output in self.anchors]
