@@ -52,7 +52,7 @@ class Pass:
         self.host = host_of(about.model) if payload == "residual" else None
         self.residuals, self.controls = {}, {}
         self.seen = Counter()  # calls with each conditioning in this evaluation of the guider
-        self.given, self.states = {}, {}  # newest inputs of each conditioning, and what acted when it was called
+        self.given, self.states = {}, {}  # inputs of each conditioning; what acted when it was called last
         if self.host:
             self.residual_of(about.model)  # raises if this version of the class is not known
 
@@ -124,7 +124,7 @@ class Pass:
         ):
             place = name, None if window is None else tuple(window), tuple(replaced)
             place = *place, self.count(place)
-            state = *acting, self.version(place, inputs)
+            state = *acting, self.version(name, inputs)
             changed |= self.states.get(place, state) != state
             self.states[place] = state
             parts.append(Part((*place, *state), Call(step, branch), latent))
@@ -134,15 +134,19 @@ class Pass:
         self.seen[place] += 1
         return self.seen[place]
 
-    def version(self, place, inputs) -> int:
-        """A number that is another one whenever the tensors are."""
-        number, known = self.given.get(place, (0, None))
-        if known is None or not all(alike(one, other) for one, other in zip(known, inputs)):
-            number, known = number + 1, [tensor.clone() for tensor in inputs]
-            self.given[place] = number, known
-        return number
+    def version(self, name, inputs) -> int:
+        """The number of a conditioning's tensors among those that were met under its name: another one whenever they
+        are others."""
+        met = self.given.setdefault(name, [])
+        for number, known in met:
+            if all(alike(one, other) for one, other in zip(known, inputs)):
+                return number
+        met.append((met[-1][0] + 1 if met else 0, [tensor.clone() for tensor in inputs]))
+        del met[:-VERSIONS]
+        return met[-1][0]
 
 
+VERSIONS = 8  # of a conditioning that are remembered: where it changes at each step, none comes again
 GIVEN = ("c_crossattn", "y", "guidance")  # prompt, pooled prompt and guidance among the arguments of apply_model
 
 

@@ -220,10 +220,11 @@ class OpenSora1(OpenSora):
         """For its duration the sampler's loop over its timesteps tells them: they are local to it, and the name
         `enumerate` is not."""
 
-        def noted(values, *start):
-            if not start and all(map(torch.is_tensor, values)):
+        def noted(values, start=0):
+            values = [*values]
+            if values and start == 0 and all(map(torch.is_tensor, values)):
                 self.timesteps = [float(timestep.max()) for timestep in values]
-            return enumerate(values, *start)
+            return enumerate(values, start)
 
         module = vars(sys.modules[type(scheduler).__module__])
         module["enumerate"] = noted

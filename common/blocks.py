@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -26,8 +27,7 @@ class Host:
     blocks: its block lists, in the order in which forward runs them.
         Empty: nothing is known of its inside, so only its output can be predicted; `why_output` says why.
     final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns
-    them,
-        and forward does something with them before its final layer (gathers them from the ranks that share them).
+        them, and forward does something with them before its final layer (gathers them from the ranks that share them).
     image_tokens: keyword, or position, of the image tokens among the arguments of the first block: (batch, tokens,
         width), or (tokens, width) where forward packs its sequences into one.
     latent, timestep: names of forward's arguments.
@@ -42,8 +42,8 @@ class Host:
         follow them (reference pictures, padding); statistics are taken of these only. None: all are.
     in_place: the first block writes into the tokens that it is given, so they are copied before.
     output_tokens: (model, arguments of forward by name) -> from how many of the last image tokens forward makes its
-    output,
-        where others precede them (packed frames of an earlier section); residuals are kept of these only. None: all.
+        output, where others precede them (packed frames of an earlier section); residuals are kept of these only.
+        None: all.
     on_the_way: (model, image tokens before the first block) -> those of them that the final layer would get, where
         forward takes others away after the blocks or gathers what ranks share. None: the last, as many as it gets.
     tokens_lead: tokens that forward cuts off between its blocks and its final layer follow those that it keeps
@@ -53,21 +53,21 @@ class Host:
         runs first); they return an empty list on a reused step.
     """
 
-    blocks: tuple
+    blocks: tuple[str, ...]
     final_layer: str | None = None
-    image_tokens: object = "hidden_states"
+    image_tokens: str | int = "hidden_states"
     latent: str = "hidden_states"
     timestep: str = "timestep"
     timestep_scale: float = 1000.0
-    residual_shape: Callable | None = None
-    residual_dtype: Callable | None = None
-    noise_tokens: Callable | None = None
+    residual_shape: Callable[[Any, dict], tuple[int, ...]] | None = None
+    residual_dtype: Callable[[Any], torch.dtype] | None = None
+    noise_tokens: Callable[[dict], int] | None = None
     in_place: bool = False
-    output_tokens: Callable | None = None
-    on_the_way: Callable | None = None
-    hint_methods: tuple = ()
-    noise_level: Callable | None = None
-    outside: Callable | None = None
+    output_tokens: Callable[[Any, dict], int] | None = None
+    on_the_way: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    hint_methods: tuple[str, ...] = ()
+    noise_level: Callable[[dict], Any] | None = None
+    outside: Callable[[dict], Any] | None = None
     tokens_lead: bool = False
     reads_blocks: bool = False
     why_output: str = ""

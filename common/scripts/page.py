@@ -144,8 +144,11 @@ class Jobs:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.plain = args, None
-        self.now = ContextVar("job", default=None)  # the job of this thread: plans are made while another one renders
+        self.args = args
+        self.plain: Any = None
+        self.now: ContextVar[Job | None] = ContextVar(
+            "job", default=None
+        )  # the job of this thread: plans are made while another one renders
         self.measured = False  # since the page last asked
 
     def session(

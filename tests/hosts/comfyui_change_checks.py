@@ -6,19 +6,10 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_fault_checks import Control
-from comfyui_helpers import STEPS, Watched, cached, levels_of, plan, sample, transformer
+from comfyui_helpers import STEPS, Watched, cached, levels_of, lora_of, plan, sample
 from comfyui_models import build, prompt
 
 CHANGE = 6  # the step from which on something is another; a reuse in the plan ##..#..#..#.
-
-
-def lora_of(patcher):
-    made, name = torch.Generator().manual_seed(1), "double_blocks.0.img_mlp.0"
-    height, width = transformer(patcher).double_blocks[0].img_mlp[0].weight.shape
-    return {
-        f"diffusion_model.{name}.lora_up.weight": torch.randn(height, 2, generator=made),
-        f"diffusion_model.{name}.lora_down.weight": torch.randn(2, width, generator=made),
-    }
 
 
 def late(patcher, change):

@@ -3,11 +3,13 @@
 import comfy.controlnet
 import comfy.samplers
 import comfy.sd
+import folder_paths
 import nodes
 import torch
 from comfyui_helpers import (
     SETTINGS,
     STEPS,
+    WORK,
     Said,
     Watched,
     cached,
@@ -16,6 +18,7 @@ from comfyui_helpers import (
     expected_of,
     fingerprints,
     levels_of,
+    lora_of,
     models,
     nodes_of,
     plan,
@@ -25,6 +28,7 @@ from comfyui_helpers import (
     transformer,
 )
 from comfyui_models import build, latent, prompt
+from safetensors.torch import save_file
 
 
 class Shape:
@@ -239,10 +243,10 @@ def control_nets_rest_on_reused_steps(percent_from, percent_to):
 
 
 def rising_noise_computes():
-    """Unsampling: nothing is planned for noise levels that rise, and the node says so."""
+    """Unsampling, by core's FlipSigmas: nothing is planned for noise levels that rise, and the node says so."""
     patcher = build("flux")
-    sigmas = torch.tensor([*levels_of(patcher), 0.0]).flip(0)
-    sigmas[0] = 1e-3
+    flipped = nodes_of("nodes_custom_sampler").FlipSigmas.execute(torch.tensor([*levels_of(patcher), 0.0]))
+    sigmas = flipped.args[0]
 
     def unsampled(model):
         euler = comfy.samplers.sampler_object("euler")
@@ -256,20 +260,30 @@ def rising_noise_computes():
         assert "its noise levels rise (unsampling)" in said[0], said
 
 
+def short_runs_compute():
+    """Four steps have nothing to gain, and the node says so; five have."""
+    patcher = build("flux")
+    for options in ({"speedup": 2.0}, {"model_type": "flux"}):
+        patched, said = cached(patcher, thresholds={}, mag_ratios="", **options)
+        assert torch.equal(sample(patched, steps=4), sample(patcher, steps=4))
+        assert "nothing will be reused: a run of 4 steps has nothing to gain" in said[0], said
+        sample(patched, steps=5)
+        assert "3 of 5 model calls computed, 2 reused" in said[-1], said
+
+
 def bypass_loras_have_calibrations_of_their_own():
-    """An adapter that runs beside the weights is as much a part of the model as one that is added to them."""
+    """An adapter that runs beside the weights (Load LoRA (Bypass)) is as much a part of the model as one that is added
+    to them."""
     if not hasattr(comfy.sd, "load_bypass_lora_for_models"):  # of this version
         return
-    patcher = build("flux", seed=33)
-    made, name = torch.Generator().manual_seed(1), "double_blocks.0.img_mlp.0"
-    height, width = transformer(patcher).double_blocks[0].img_mlp[0].weight.shape
-    lora = {
-        f"diffusion_model.{name}.lora_up.weight": torch.randn(height, 2, generator=made),
-        f"diffusion_model.{name}.lora_down.weight": torch.randn(2, width, generator=made),
-    }
-    with_lora, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, lora, 0.8, 0.0)
+    patcher, folder = build("flux", seed=33), WORK / "loras"
+    folder.mkdir(exist_ok=True)
+    save_file(lora_of(patcher), folder / "bypassed.safetensors")
+    folder_paths.add_model_folder_path("loras", str(folder))
+    loader = nodes_of("nodes_lora_debug").LoraLoaderBypassModelOnly()
+    (with_lora,) = loader.load_lora_model_only(patcher, "bypassed.safetensors", 0.8)
+    (weaker,) = loader.load_lora_model_only(patcher, "bypassed.safetensors", 0.4)
     assert with_lora.injections and not torch.allclose(sample(with_lora), sample(patcher))
-    weaker, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, lora, 0.4, 0.0)
     found = [fingerprints.fingerprints(one, transformer(one))[1] for one in (patcher, with_lora, weaker)]
     assert len(set(found)) == 3, found
 

@@ -190,6 +190,16 @@ def state_of(model):
     return type(model).__mro__, set(model.__dict__)
 
 
+def lora_of(patcher):
+    """A random LoRA for one weight of a tiny FLUX, as a file holds it."""
+    made, name = torch.Generator().manual_seed(1), "double_blocks.0.img_mlp.0"
+    height, width = transformer(patcher).double_blocks[0].img_mlp[0].weight.shape
+    return {
+        f"diffusion_model.{name}.lora_up.weight": torch.randn(height, 2, generator=made),
+        f"diffusion_model.{name}.lora_down.weight": torch.randn(2, width, generator=made),
+    }
+
+
 def nodes_of(module):
     import importlib
 

@@ -14,6 +14,7 @@ import comfy.nested_tensor
 import comfy.supported_models
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfyui_families import FAMILIES
 from comfyui_helpers import (
     PACKAGE,
     STEPS,
@@ -30,7 +31,7 @@ from comfyui_helpers import (
     transformer,
     untouched,
 )
-from comfyui_models import FAMILIES, build, latent, prompt
+from comfyui_models import build, latent, prompt
 
 
 def flat(latent):

@@ -5,6 +5,7 @@ import sys
 import comfy.samplers
 import nodes
 import torch
+from comfyui_families import FAMILIES, FLUX, HUNYUAN, WAN
 from comfyui_helpers import Watched, blocks, cached, errors, hosts, models, sample, tables, transformer
 from comfyui_models import build, latent, prompt
 
@@ -171,7 +172,6 @@ def recognised():
     import comfy.ldm.qwen_image.model
     import comfy.ldm.wan.model
     import comfy.ops
-    from comfyui_models import FLUX, HUNYUAN, WAN
 
     def named(model, file_name="", **signs):
         return models.recognise(model, models.Signs(file_name, **signs))[0]
@@ -259,8 +259,6 @@ def recognised():
         assert named(wan(**sizes, model_type="vace", vace_layers=2, vace_in_dim=96)) == name
     for family in ("flux", "flux2", "chroma", "wan", "vace", "hunyuan", "hunyuan1.5", "qwen"):
         assert named(transformer(build(family))) is None, family
-    from comfyui_models import FAMILIES
-
     qwen = {**FAMILIES["qwen"][2], "num_layers": 60}
     picture = real("qwen_image", "QwenImageTransformer2DModel", qwen)
     assert named(picture) == "qwen_image" and named(picture, references=True) == "qwen_image_edit"

@@ -175,6 +175,7 @@ def test_calibration(worker, check):
         ("control_nets_rest_on_reused_steps", 0.0, 1.0),
         ("control_nets_rest_on_reused_steps", 0.2, 0.6),
         ("rising_noise_computes",),
+        ("short_runs_compute",),
         ("bypass_loras_have_calibrations_of_their_own",),
         ("a_name_with_dashes_is_shown",),
         ("a_calibration_that_is_not_used_is_named",),

@@ -6,6 +6,7 @@ import random
 import runpy
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import open_sora_toys
@@ -493,3 +494,32 @@ def test_a_checkout_that_changed(toy2):
     assert "has no prepare_models where MagCache looks for it" in toy2.mistake(
         CONFIG_2, "--prompt", "cat", "--use_magcache"
     )
+
+
+def test_the_schedulers_module_has_its_own_enumerate_back_and_may_use_it_as_it_likes():
+    """Its sampler's loop tells the timesteps while it runs; nothing else there is to notice."""
+    from magcache_opensora import OpenSora1
+
+    module = types.ModuleType("rflow_of_a_checkout")
+    exec(
+        "class Scheduler:\n"
+        "    def loop(self, values, **start):\n"
+        "        return list(enumerate(values, **start))\n"
+        "    def breaks(self):\n"
+        "        raise KeyboardInterrupt\n",
+        vars(module),
+    )
+    sys.modules[module.__name__] = module
+    scheduler, noting = module.Scheduler(), types.SimpleNamespace(timesteps=None)
+    steps = [torch.tensor([1000.0, 1000.0]), torch.tensor([500.0, 0.0])]
+    try:
+        with pytest.raises(KeyboardInterrupt), OpenSora1.loop_noted(noting, scheduler):
+            assert scheduler.loop("ab", start=1) == [(1, "a"), (2, "b")]
+            assert scheduler.loop(iter("ab")) == [(0, "a"), (1, "b")] and scheduler.loop([]) == []
+            assert scheduler.loop(steps, start=1)[0][0] == 1 and noting.timesteps is None
+            assert [index for index, _ in scheduler.loop(iter(steps))] == [0, 1]
+            assert noting.timesteps == [1000.0, 500.0]
+            scheduler.breaks()
+        assert "enumerate" not in vars(module) and scheduler.loop("a") == [(0, "a")]
+    finally:
+        del sys.modules[module.__name__]

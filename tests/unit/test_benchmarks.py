@@ -66,7 +66,7 @@ def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
 
 def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, demo):
     """With two kinds of this project's rows and the hooks of diffusers; cache-dit is not on every machine."""
-    measured, own_rows, done = quality_benchmark.measured, quality_benchmark.own_rows, []
+    measured, done = quality_benchmark.measured, []
 
     def run(*more, breaks_after=None):
         done.clear()
@@ -78,8 +78,9 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
             return measured(subject, row, *rest)
 
         monkeypatch.setattr(quality_benchmark, "measured", counted)
+        only = ["--only", "fewer steps", "no calibration", "diffusers"]
         argv = ["quality.py", "--guidance", "1", "3", "--steps", "6", "--prompts", "2", "--output", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", *more])
+        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", *only, *more])
         quality_benchmark.main()
         return (tmp_path / "quality_table.md").read_text()
 
@@ -87,11 +88,6 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
     monkeypatch.setattr(quality_benchmark.Subject, "calibrated", lambda *_: demo[1])
     monkeypatch.setattr(quality_benchmark, "SHARES", (0.7, 0.5))
     monkeypatch.setattr(peers, "HALVINGS", 2)
-    monkeypatch.setattr(
-        quality_benchmark,
-        "own_rows",
-        lambda *of: (row for row in own_rows(*of) if row.family in ("fewer steps", "no calibration")),
-    )
     monkeypatch.setattr(quality_benchmark, "cache_dit_rows", lambda *_: ())
     monkeypatch.setattr(quality_benchmark.Subject, "peak_bytes", lambda *_: 0)  # looks through all objects: slow here
     with pytest.raises(KeyboardInterrupt):
@@ -148,13 +144,18 @@ def test_a_sampler_has_the_noise_levels_of_the_models_own(demo, scheduler):
 
 
 def test_experiments_run(demo, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "JOBS", experiments.JOBS[:2])
-    monkeypatch.setattr(experiments, "load_demo", lambda: demo)
+    monkeypatch.setitem(experiments.PROMPTS, "demo", experiments.PROMPTS["demo"][:2])
+    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: demo)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
     experiments.main()
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:11]}
-    assert len(rows) == 9 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:14]}
+    assert len(rows) == 12 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
     assert rows["as it is"] not in (rows["corrector off"], rows["corrected through two outputs"])
+
+
+def test_settings_were_chosen_on_other_prompts_than_are_reported():
+    reported = {*demo_model.PROMPTS, *(quality_benchmark.DEMO_VIDEO / "prompts.txt").read_text().splitlines()}
+    assert not reported & {*experiments.PROMPTS["demo"], *experiments.PROMPTS["demo-video"]}
 
 
 @pytest.mark.parametrize("name", speed.SMALL)

@@ -1,6 +1,7 @@
 """What the READMEs say is what a reader gets."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,6 +45,22 @@ def test_tables_of_computed_steps_are_what_the_rule_gives(page):
         settings = Settings(float(thresh), int(K), float(retention))
         schedule = settings.plan(table, table.levels(table.steps), table.switch_step(table.sigmas))
         assert (schedule.computed, schedule.steps, f"{schedule.bound:.2f}") == (int(computed), int(steps), bound), name
+
+
+def plans_of(page):
+    """The commands of a page that print a plan."""
+    return re.findall(r"python -m common (plan [^`\n#:]+)", page.read_text())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if plans_of(page)], ids=lambda page: str(page.parent.name))
+def test_every_plan_can_be_printed(page, tmp_path, monkeypatch, capsys):
+    """With a file of the reader's own where one is named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "mine.json").write_text((REPOSITORY / "common" / "presets" / "demo.json").read_text())
+    for command in plans_of(page):
+        main(shlex.split(command))
+        assert "MagCache plan: " in capsys.readouterr().out
 
 
 def test_ci_runs_the_first_commands():

@@ -1,5 +1,6 @@
 """Custom nodes for the tests: a tiny random model, a prompt and a decoder, in the place of loaders that need files."""
 
+import comfyui_families
 import comfyui_models
 
 
@@ -8,7 +9,7 @@ class TinyModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"family": (list(comfyui_models.FAMILIES),)}}
+        return {"required": {"family": (list(comfyui_families.FAMILIES),)}}
 
     def make(self, family):
         return (comfyui_models.build(family, seed=21),)
