@@ -144,8 +144,9 @@ def why_no_rule(name: str, host: Host | None, table: RatioTable | None) -> str:
     if host is None or not host.blocks:
         why = f", because {host.why_output}" if host else ""
         return f"Of {name} only the output is predicted{why}: magcache_thresh and ratios have no effect, set speedup."
-    missing = "magcache_thresh" if table else "ratios"
-    return f"The paper's rule lacks {missing} for this model: calibrate it and set magcache_thresh, or set speedup."
+    if table:
+        return f"The ratios of {table.name} are used once magcache_thresh is set."
+    return "The paper's rule has no ratios for this model: calibrate it, or set speedup."
 
 
 def follower_of(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:
