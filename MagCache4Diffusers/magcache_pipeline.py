@@ -1,6 +1,6 @@
 """Any diffusers pipeline with MagCache.
 
-python magcache_pipeline.py --model demo-video --compare --magcache_speedup 2.5
+python magcache_pipeline.py --model demo-video --compare --magcache_speedup 2
 python magcache_pipeline.py --model Qwen/Qwen-Image --prompt "A lighthouse." --num_inference_steps 50 --true_cfg_scale 4
 python magcache_pipeline.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A cat." --num_frames 81 --compare
 torchrun --nproc_per_node 4 magcache_pipeline.py --model MODEL --prompt_file prompts.txt

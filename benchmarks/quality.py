@@ -154,8 +154,8 @@ def references(subject, steps):
     return subject.drawn(steps, f"un-cached, {steps} steps", BATCH)[0]
 
 
-def all_rows(subject, file, calibration, guidances, all_steps, own_only):
-    """{(guidance, steps): its measured rows}"""
+def all_rows(subject, file, calibration, guidances, all_steps, own_only, only):
+    """{(guidance, steps): its measured rows}. only: beginnings of the names of rows that are wanted; (): all."""
     results, tables, uncached = {}, {}, {}
     stages = [own_rows] if own_only else [own_rows, diffusers_rows, cache_dit_rows]
     for stage, guidance, steps in itertools.product(stages, guidances, all_steps):
@@ -174,6 +174,8 @@ def all_rows(subject, file, calibration, guidances, all_steps, own_only):
 
         counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
         for row in stage(subject, tables[case], steps, counts, recall):
+            if only and not row.family.startswith(tuple(only)):
+                continue
             drawn = f"{row.steps} steps" if row.steps != steps else ""
             key = ", ".join(part for part in (row.family, row.setting, drawn, row.source) if part)
             results.setdefault(case, {})[key] = recall(key, lambda row=row: fresh(row))
@@ -360,6 +362,7 @@ def main():
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance; 1: none")
     parser.add_argument("--scheduler", choices=SAMPLER_NAMES, default="euler")
     parser.add_argument("--own_rows", action="store_true", help="without other projects")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only rows whose names begin so")
     parser.add_argument("--prompts", type=int, default=12, help="how many of the prompts are measured")
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
@@ -381,7 +384,7 @@ def main():
             subject.guide(args.guidance[0])
             sys.exit("\n".join(short(subject, load_table("demo"))) or None)
         file = file_of(args, subject, calibration)
-        by_case = all_rows(subject, file, calibration, args.guidance, args.steps, args.own_rows)
+        by_case = all_rows(subject, file, calibration, args.guidance, args.steps, args.own_rows, args.only)
     except MagCacheError as error:
         sys.exit(f"quality.py: {error}")
     text = page_text(args, subject, by_case)

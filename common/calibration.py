@@ -21,11 +21,11 @@ HIGHEST = 1.01  # a sampler that computes its levels in bfloat16 may begin a lit
 SAMPLE_BYTES = 2**28  # a branch, all steps together
 
 
-def branch_name(branch):
+def branch_name(branch: int) -> str:
     return BRANCHES[branch] if branch < len(BRANCHES) else f"branch{branch}"
 
 
-def compare_residuals(residual, previous):
+def compare_residuals(residual: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
     """(mean and standard deviation of |r_t| / |r_{t-1}| over tokens, mean of 1 - cos(r_t, r_{t-1})).
 
     residual, previous: (batch, tokens, width) of any dtype; norms in float32, a few thousand tokens at a time, so that
@@ -182,7 +182,7 @@ def by_branch(tables, index, first):
     }
 
 
-def fingerprint(model):
+def fingerprint(model: torch.nn.Module) -> str:
     """Twelve hex digits that tell one checkpoint from another: names, shapes and four rounded weights of each matrix.
 
     The same in float32 and bfloat16; other after a LoRA is loaded. Take it before weights are moved or quantised.

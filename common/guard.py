@@ -18,10 +18,10 @@ class Guard:
     ranks, so that they decide alike; ranks must then run the same steps, as in sequence or tensor parallelism.
     """
 
-    def __init__(self, factor):
+    def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def judge(self, step, made, predicted, expected):
+    def judge(self, step: int, made: torch.Tensor, predicted: torch.Tensor, expected: float) -> str:
         """Why nothing more is to be skipped, or "". made, predicted: (batch, tokens, width); expected: relative
         error."""
         sums = torch.zeros(2, device=made.device)

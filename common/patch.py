@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ def magcache_calibration(
     host: Host,
     timesteps: Callable[[], Sequence[float]],
     name: str,
-    path=None,
+    path: str | Path | None = None,
     description: dict | None = None,
     statistics: Statistics | None = None,
 ) -> Calibration:

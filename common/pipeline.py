@@ -226,7 +226,9 @@ def calibration_patch(pipe, group: Denoisers, announce) -> Patch | Undescribed:
     clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
     name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
     path = calibrations_folder() / f"{name}-{known}.json"
-    description = {"provenance": {"checkpoint": checkpoint, "fingerprint": known, "pipeline": type(pipe).__name__}}
+    description: dict[str, Any] = {
+        "provenance": {"checkpoint": checkpoint, "fingerprint": known, "pipeline": type(pipe).__name__}
+    }
     if group.boundary is not None:
         description["sampler"] = {"boundary": group.boundary}
     if announce:

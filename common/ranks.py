@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
-def is_writer():
+def is_writer() -> bool:
     """One process writes: rank 0 of torchrun, or the only one."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
@@ -15,7 +17,7 @@ def is_writer():
     return os.environ.get("RANK", "0") == "0"
 
 
-def told_by_writer(find):
+def told_by_writer(find: Callable[[], Any]) -> Any:
     """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not
     plan differently."""
     found, distributed = [find() if is_writer() else None], torch.distributed
@@ -28,7 +30,7 @@ def told_by_writer(find):
     return found[0]
 
 
-def summed_over_ranks(tensor, device):
+def summed_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The sum over all processes of the default group; the tensor itself where there is one process. device: this
     rank's, since not every host makes it the current one."""
     distributed = torch.distributed

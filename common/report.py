@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from math import isfinite
+from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,17 +16,19 @@ from .files import write_json
 from .gram import has_gram
 from .long_runs import error_by_gram
 from .planner import Target, nearest_by_the_rule, reused_share, speedup
-from .schedule import rule_of
+from .schedule import Schedule, Settings, rule_of
+from .steps import Call
+from .tables import RatioTable
 
 FORMAT = 1  # of the JSON
 COMPARED_STEPS = 60  # the other way to plan is worked out only where that takes no time worth noticing
 
 
-def memory_text(count):
+def memory_text(count: float) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-def settings_text(settings):
+def settings_text(settings: Settings | Target | None) -> str:
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in vars(settings).items()
@@ -45,12 +49,24 @@ class PlanLine(NamedTuple):
     text: str
 
 
-def plan_text(schedule, levels, table, bytes_a_branch=None, why_uncorrected=None) -> str:
+def plan_text(
+    schedule: Schedule,
+    levels: np.ndarray,
+    table: RatioTable | None,
+    bytes_a_branch: int | None = None,
+    why_uncorrected: str | None = None,
+) -> str:
     """The plan of a run as text, known before its first step."""
     return "\n".join(line.text for line in plan_lines(schedule, levels, table, bytes_a_branch, why_uncorrected))
 
 
-def plan_lines(schedule, levels, table, bytes_a_branch=None, why_uncorrected=None) -> list[PlanLine]:
+def plan_lines(
+    schedule: Schedule,
+    levels: np.ndarray,
+    table: RatioTable | None,
+    bytes_a_branch: int | None = None,
+    why_uncorrected: str | None = None,
+) -> list[PlanLine]:
     """The plan of a run. levels: its noise levels; table: the `RatioTable` that it was made from (None: from none);
     bytes_a_branch: what one residual of a branch takes (None: not known); why_uncorrected: why skipped steps are not
     made again ("": they are; None: not known)."""
@@ -81,10 +97,10 @@ def plan_lines(schedule, levels, table, bytes_a_branch=None, why_uncorrected=Non
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
     elif schedule.predictor == "line":
         lines.append(gain_line(schedule))
-    elif schedule.expected_error is None:
+    elif schedule.expected_error is None or not isinstance(schedule.settings, Target):
         lines += rule_lines(schedule, levels, table)
     else:
-        lines += target_lines(schedule, levels, table)
+        lines += target_lines(schedule, schedule.settings, levels, table)
     if why_uncorrected is not None and not schedule.why_none:
         how = "on: skipped steps are made again when the next one is computed"
         lines.append(
@@ -95,7 +111,7 @@ def plan_lines(schedule, levels, table, bytes_a_branch=None, why_uncorrected=Non
     return lines
 
 
-def rule_lines(schedule, levels, table) -> list[PlanLine]:
+def rule_lines(schedule: Schedule, levels: np.ndarray, table: RatioTable | None) -> list[PlanLine]:
     """What the paper's rule is expected to gain and to lose."""
     ceiling = schedule.fewest_computed
     lines = [
@@ -105,7 +121,7 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
             f"goes below {ceiling} ({schedule.steps / ceiling:.2f}x) with this magcache_K and retention_ratio",
         )
     ]
-    if has_gram(table) and table.fine_enough(levels):
+    if table is not None and has_gram(table) and table.fine_enough(levels):
         errors = error_by_gram(schedule, levels, table)
         lines.append(PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"))
         if schedule.steps <= COMPARED_STEPS:
@@ -120,15 +136,15 @@ def rule_lines(schedule, levels, table) -> list[PlanLine]:
     return lines
 
 
-def gain_line(schedule, more="") -> PlanLine:
+def gain_line(schedule: Schedule, more: str = "") -> PlanLine:
     """How many steps compute, and what that allows."""
     text = f"  computes {schedule.computed} of {schedule.steps}: at most {schedule.bound:.2f}x faster{more}"
     return PlanLine("gain", text)
 
 
-def target_lines(schedule, levels, table) -> list[PlanLine]:
+def target_lines(schedule: Schedule, asked: Target, levels: np.ndarray, table: RatioTable | None) -> list[PlanLine]:
     """What a planned run is expected to gain and to lose."""
-    asked, share = schedule.settings, reused_share(table, schedule.settings.payload)
+    share = reused_share(table, asked.payload)
     expected = speedup(schedule.steps, schedule.computed, share)
     more = ""
     if share:
@@ -144,9 +160,9 @@ def target_lines(schedule, levels, table) -> list[PlanLine]:
                 "step allow this",
             )
         )
-    errors = schedule.expected_error[schedule.reuse]
+    errors = np.asarray(schedule.expected_error)[schedule.reuse]
     lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"))
-    if schedule.steps <= COMPARED_STEPS:
+    if table is not None and schedule.steps <= COMPARED_STEPS:
         rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
         lines.append(
             PlanLine(
@@ -158,42 +174,43 @@ def target_lines(schedule, levels, table) -> list[PlanLine]:
     return lines
 
 
-def error_text(errors):
+def error_text(errors: np.ndarray) -> str:
     return f"{np.mean(errors):.4f} (at most {np.max(errors):.4f})" if len(errors) else "none"
 
 
-def rounded(values):
+def rounded(values: np.ndarray | None) -> list | None:
     return None if values is None else np.round(values, 6).tolist()
 
 
 class RunReport:
     """What one run did. Seconds are those of the transformer's forward alone."""
 
-    def __init__(self, schedule, levels):
-        self.schedule, self.levels, self.calls = schedule, levels, []
+    def __init__(self, schedule: Schedule, levels: Sequence[float] | np.ndarray) -> None:
+        self.schedule, self.levels = schedule, levels
+        self.calls: list[tuple[int, int, str, Callable[[], float], str]] = []
         self.peak_bytes, self.complete = 0, False
         self.verified = False  # residuals, put back on their own inputs, made the same output
         self.notes: list[str] = []  # what a user should know of this run beside the figures
 
-    def add(self, call, kind, seconds, why=""):
+    def add(self, call: Call, kind: str, seconds: Callable[[], float], why: str = "") -> None:
         """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not
         planned."""
         self.calls.append((call.step, call.branch, kind, seconds, why))
 
     @property
-    def computed(self):
+    def computed(self) -> int:
         return sum(kind == "computed" for _, _, kind, _, _ in self.calls)
 
     @property
-    def reused(self):
+    def reused(self) -> int:
         return len(self.calls) - self.computed
 
     @property
-    def unplanned(self):
+    def unplanned(self) -> dict[str, int]:
         """{reason: calls} that should have reused a residual and computed instead."""
         return dict(Counter(why for *_, why in self.calls if why))
 
-    def seconds(self):
+    def seconds(self) -> tuple[float, float]:
         """(spent, saved): the saving is what the reused calls would have cost at the median computed call.
 
         The first call of each kind warms up and compiles: it is left out of the median, and a reused one is counted as
@@ -203,22 +220,22 @@ class RunReport:
         warm = [median(reused[1:] or reused), *reused[1:]] if reused else []
         return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(warm)
 
-    def times(self, kind):
+    def times(self, kind: str) -> list[float]:
         return [seconds() for _, _, this, seconds, _ in self.calls if this == kind]
 
     @property
-    def typical_seconds(self):
+    def typical_seconds(self) -> float:
         """Of a computed call."""
         computed = self.times("computed")
         return median(computed[1:] or computed or [0.0])
 
     @property
-    def speedup(self):
+    def speedup(self) -> float:
         """Transformer time without reuse over transformer time with it."""
         spent, saved = self.seconds()
         return (spent + saved) / spent if spent else 1.0
 
-    def line(self):
+    def line(self) -> str:
         spent, saved = self.seconds()
         if not self.reused:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
@@ -233,7 +250,7 @@ class RunReport:
             text += f"; {calls} computed unplanned ({why})"
         return text
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         spent, saved = self.seconds()
         settings = self.schedule.settings
         return {
@@ -267,12 +284,12 @@ class RunReport:
         }
 
 
-def write_report(path, report, **about):
+def write_report(path: str | Path, report: RunReport, **about: Any) -> None:
     """Save one run's report as JSON; about: further entries (prompt, seed, model, quality, ...)."""
     write_json(path, finite({**about, **report.to_dict()}))
 
 
-def finite(content):
+def finite(content: Any) -> Any:
     """JSON has no infinity: the PSNR of equal pictures becomes null."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}

@@ -211,7 +211,7 @@ class CachedRun(Run):
         """Skip nothing more in this run if the guard says so."""
         predicted, missing = self.predicted(parts)
         error, step = self.schedule.expected_error, parts[0].call.step
-        if not missing and self.guard and error is not None:
+        if predicted is not None and not missing and self.guard and error is not None:
             self.stopped = self.guard.judge(step, made, predicted, error[step])
         self.drop_unneeded(parts)
 

@@ -6,7 +6,7 @@ another one. No counter: a run may start at any level, skip guidance for a while
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,23 +39,24 @@ class Part(NamedTuple):
 class StepTracker:
     """Follows one run through its noise levels."""
 
-    def __init__(self, levels, level, tolerance):
+    def __init__(self, levels: Sequence[float], level: float, tolerance: float) -> None:
         """levels: every noise level that the sampler will visit, high to low; level: that of the first call.
 
         A first level inside the list starts the run there (image-to-image, a second sampler).
         """
-        levels = np.asarray(levels, dtype=float)
-        self.levels = levels[self.locate(levels, level, tolerance) :]
-        self.step, self.branch, self.latent, self.level = 0, -1, None, level
+        every = np.asarray(levels, dtype=float)
+        self.levels = every[self.locate(every, level, tolerance) :]
+        self.step, self.branch, self.level = 0, -1, level
+        self.latent: torch.Tensor | None = None
         self.listed = True  # whether the last call was at one of these levels, not between two
 
     @staticmethod
-    def locate(levels, level, tolerance):
+    def locate(levels: np.ndarray, level: float, tolerance: float) -> int:
         nearest = int(np.abs(levels - level).argmin())
         # Not a listed level: an evaluation inside a step belongs to the step that it started from.
         return nearest if close(level, levels[nearest], tolerance) or levels[nearest] > level else max(0, nearest - 1)
 
-    def onward(self, level, tolerance):
+    def onward(self, level: float, tolerance: float) -> int | None:
         """The next step at this level, or None. Steps are passed over only where rounding hides which of them came
         last."""
         for step in range(self.step + 1, len(self.levels)):
@@ -65,7 +66,7 @@ class StepTracker:
                 return step
         return None
 
-    def observe(self, level, latent, tolerance):
+    def observe(self, level: float, latent: torch.Tensor, tolerance: float) -> Call | None:
         """The Call that this is, or None if no call of this run can come here, so that a new run has begun."""
         here, following = self.levels[self.step], self.levels[self.step + 1 : self.step + 2]
         onward = self.onward(level, tolerance)
@@ -85,11 +86,11 @@ class StepTracker:
         return Call(self.step, self.branch)
 
 
-def close(a, b, tolerance):
+def close(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * max(a, b)
 
 
-def same(latent, other):
+def same(latent: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two calls were given one latent: the same memory, or the same numbers."""
     if latent is other:
         return True

@@ -20,29 +20,29 @@ REPOSITORY = COMMON / "bundled" if (COMMON / "bundled").is_dir() else COMMON.par
 MANIFEST = ".magcache_installed.json"
 
 
-def folders():
+def folders() -> list[str]:
     """The drop-in folders of this repository."""
     return sorted(path.parent.name for path in REPOSITORY.glob("*/install.json"))
 
 
-def common_files():
+def common_files() -> dict[str, Path]:
     """{name in the checkout: path here} of the shared module."""
     paths = [path for kind in ("*.py", "hosts/*.py", "scripts/*.py", "presets/*.json") for path in COMMON.glob(kind)]
     return {f"common/{path.relative_to(COMMON).as_posix()}": path for path in sorted(paths)}
 
 
-def install(folder, target):
-    """Copy; returns the command to run in the target. Raises MagCacheError before the first file is copied if the
-    target is not the right checkout or a file in the way was not written by this function."""
-    source, target = REPOSITORY / Path(folder).name, Path(target)
+def install(folder: str, path: str | Path) -> str:
+    """Copy into the checkout at `path`; returns the command to run there. Raises MagCacheError before the first file is
+    copied if it is not the right checkout or a file in the way was not written by this function."""
+    source, checkout = REPOSITORY / Path(folder).name, Path(path)
     if not (source / "install.json").is_file():
         raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
-    if not target.is_dir():
-        raise MagCacheError(f"There is no folder {target}.")
-    facts = recognised(json.loads((source / "install.json").read_text()), target)
+    if not checkout.is_dir():
+        raise MagCacheError(f"There is no folder {checkout}.")
+    facts = recognised(json.loads((source / "install.json").read_text()), checkout)
 
     files = {**common_files(), **{name: source / name for name in facts["files"]}}
-    target = target / facts.get("into", "")
+    target = checkout / facts.get("into", "")
     manifest_path = target / MANIFEST
     try:
         written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
@@ -59,30 +59,29 @@ def install(folder, target):
             f"{target / foreign[0]} is in the way and was not written by this command, or was edited since; "
             "move it away first."
         )
-    for name, path in files.items():
+    for name, file in files.items():
         try:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (target / name).write_bytes(path.read_bytes())
+            (target / name).write_bytes(file.read_bytes())
         except OSError as error:
             raise MagCacheError(
                 f"{target / name} cannot be written ({error.strerror}); make the folder writable."
             ) from None
-    write_json(manifest_path, written | {name: digest(path) for name, path in files.items()})
+    write_json(manifest_path, written | {name: digest(file) for name, file in files.items()})
     return facts["run"]
 
 
-def recognised(known, target):
+def recognised(known: dict | list[dict], target: Path) -> dict:
     """The first of the known checkouts (or the only one) that the folder is. Raises MagCacheError if it is none."""
     known = known if isinstance(known, list) else [known]
     missing = [[name for name in facts["recognised_by"] if not (target / name).exists()] for facts in known]
     found = next((facts for facts, absent in zip(known, missing) if not absent), None)
     if found is None:
+        fewest: list[str] = min(missing, key=len)
         names = list(dict.fromkeys(facts["upstream"] for facts in known))
-        raise MagCacheError(
-            f"{target} is not a checkout of {' or '.join(names)}: it has no {', '.join(min(missing, key=len))}."
-        )
+        raise MagCacheError(f"{target} is not a checkout of {' or '.join(names)}: it has no {', '.join(fewest)}.")
     return found
 
 
-def digest(path):
+def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import fill, shorten
@@ -18,7 +19,7 @@ COLUMN = 192  # width of a column of an animated picture
 MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window
 
 
-def read_frames(path):
+def read_frames(path: str | Path) -> tuple[np.ndarray, float | None]:
     """An image or video file as uint8 array (frames, height, width, 3) and its frames a second (None: one picture)."""
     path = Path(path)
     if not path.is_file():
@@ -36,7 +37,7 @@ def read_frames(path):
         raise MagCacheError(f"{path} cannot be read as a picture or video ({reason}).") from None
 
 
-def quality(reference, result):
+def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None]:
     """{"psnr": dB, "ssim": .., "ms_ssim": ..} of uint8 arrays (frames, height, width, 3), averaged over the frames.
 
     psnr is inf where nothing differs; ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
@@ -82,16 +83,16 @@ def ssim(one, other):
     return (similar / ((mean**2 + other_mean**2 + 0.01**2) * (variances + 0.03**2))).mean()
 
 
-def frames_text(frames):
+def frames_text(frames: np.ndarray) -> str:
     return f"{len(frames)} frame{'s' * (len(frames) > 1)} of {frames.shape[2]}x{frames.shape[1]}"
 
 
-def quality_text(figures):
+def quality_text(figures: dict) -> str:
     ms_ssim = f", MS-SSIM {figures['ms_ssim']:.4f}" if figures["ms_ssim"] is not None else ""
     return f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}{ms_ssim}"
 
 
-def quality_table(rows):
+def quality_table(rows: dict[str, dict]) -> str:
     """rows: {label: figures}, figures as from `quality` plus "seconds"; a table as text."""
     tabulate = needs("tabulate", "tabulate").tabulate
     return tabulate(
@@ -112,7 +113,7 @@ def quality_table(rows):
     )
 
 
-def side_by_side(path, columns, fps=None):
+def side_by_side(path: str | Path, columns: Sequence[np.ndarray], fps: float | None = None) -> None:
     """Write pictures, or videos when fps is given, next to each other: columns is a list of (frames, height, width,
     3)."""
     tallest = max(frames.shape[1] for frames in columns)
@@ -121,7 +122,7 @@ def side_by_side(path, columns, fps=None):
     save_frames(path, joined, fps)
 
 
-def padded(frames, height, length):
+def padded(frames: np.ndarray, height: int, length: int) -> np.ndarray:
     wide = np.pad(
         frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255
     )
@@ -129,7 +130,7 @@ def padded(frames, height, length):
     return wide
 
 
-def save_frames(path, frames, fps=None):
+def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) -> None:
     """Write uint8 frames as a picture or video: under a temporary name, then renamed."""
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.part{path.suffix}")
@@ -151,12 +152,12 @@ def save_frames(path, frames, fps=None):
             part.unlink()
 
 
-def even(frames):
+def even(frames: np.ndarray) -> np.ndarray:
     """Video codecs want even sizes."""
     return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
 
-def magnified_difference(reference, result):
+def magnified_difference(reference: np.ndarray, result: np.ndarray) -> np.ndarray:
     """Where two uint8 pictures differ, on white, MAGNIFIED times as strong."""
     difference = np.abs(reference.astype(int) - result.astype(int))
     return (255 - np.minimum(255, MAGNIFIED * difference)).astype(np.uint8)
@@ -183,7 +184,7 @@ def contact_sheet(path, rows, titles, labels):
     save_figure(path, figure)
 
 
-def animation(path, columns, fps):
+def animation(path: str | Path, columns: dict[str, np.ndarray], fps: float) -> None:
     """Write videos next to each other as an animated picture: columns is {what is written above: uint8 frames (frames,
     height, width, 3)}, all of one size."""
     from PIL import Image, ImageDraw, ImageFont

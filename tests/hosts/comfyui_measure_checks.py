@@ -1,6 +1,7 @@
 """Calibration and compilation. Run by comfyui_worker.py."""
 
 import comfy.model_management
+import comfy.supported_models
 import nodes
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from comfyui_helpers import (
     tables,
     transformer,
 )
+from comfyui_model_checks import smooth_model
 from comfyui_models import build, latent, prompt
 
 
@@ -94,7 +96,7 @@ def interrupted_calibration_writes_nothing():
 
     before = set(tables.calibrations_folder().glob("*"))
     said = Said()
-    calibration = measuring.Calibration(said)
+    calibration = measuring.NodeCalibration(said)
     hook = transformer(patcher).final_layer.register_forward_pre_hook(interrupt)
     try:
         sample(calibration.on(patcher))
@@ -124,8 +126,9 @@ def interrupted_calibration_writes_nothing():
 
 
 def planned_speedup():
-    """Half of the steps compute, without a calibration; the corrector brings them closer at no further call."""
-    patcher = build("wan", seed=14)
+    """Half of the steps compute, without a calibration; the corrector brings them closer at no further call, where the
+    model's output changes smoothly."""
+    patcher, _ = smooth_model(comfy.supported_models.WAN21_T2V)
     plain, missed = sample(patcher, "wan"), []
     for corrector in (True, False):
         patched, said = cached(patcher, corrector=corrector, speedup=2.0, thresholds={})

@@ -108,8 +108,8 @@ def thresholds_without_blocks_or_ratios_are_answered():
     for family, options, why in (
         ("auraflow", {}, "Of MMDiT only the output is predicted, because it modulates its tokens"),
         ("ltxav", {}, "Of LTXAVModel only the output is predicted, because it denoises picture and sound in two"),
-        ("zimage", {"mag_ratios": ""}, "The paper's rule lacks ratios for this model: calibrate it"),
-        ("zimage", {"thresholds": {}}, "The paper's rule lacks magcache_thresh for this model"),
+        ("zimage", {"mag_ratios": ""}, "The paper's rule has no ratios for this model: calibrate it"),
+        ("zimage", {"thresholds": {}}, "The ratios of tiny are used once magcache_thresh is set"),
     ):
         if not known_here(family):
             continue

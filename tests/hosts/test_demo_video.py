@@ -101,11 +101,11 @@ def test_guidance_was_trained_with_dropped_prompts(pipe):
 
 @pytest.mark.parametrize(
     "settings, floor",
-    [(Settings(0.12, 4, 0.2), 47.0), (Target(15), 49.3)],
+    [(Settings(0.12, 4, 0.2), 47.2), (Target(15), 52.6)],
     ids=["the settings released for Wan", "half the steps"],
 )
 def test_cached_clips_are_close_to_uncached_ones(pipe, settings, floor):
-    """Floors: 1.5 dB below what was measured on 2026-11-25."""
+    """Floors: 1.5 dB below what was measured on 2026-11-26."""
     prompts = [clips.caption(*words) for words in list(SAID)[:4]]
     plain = draw(pipe, prompts, steps=30)
     with magcache_forward(

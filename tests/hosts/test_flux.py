@@ -211,8 +211,8 @@ def test_planned_run_computes_as_many_steps_as_asked(capsys):
     text = run(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["strip"].count("#") == report["computed"] == 10 and report["unplanned"] == {}
-    gap = max(map(len, report["strip"].split("#")))  # one held output, two anchors, two latents a skipped step
-    assert report["extra_bytes"] == (1 + 2 + 2 * gap) * 64 * 64 * 4
+    gap = max(map(len, report["strip"].split("#")))  # one held output, two anchors, three latents a skipped step
+    assert report["extra_bytes"] == (1 + 2 + 3 * gap) * 64 * 64 * 4
     _, cached, fewer = report["quality"].values()
     assert cached["psnr"] > fewer["psnr"] + 3
     assert "corrector on" in text and "no calibration needed" in text

@@ -32,7 +32,7 @@ TASKS = {
 CHECKPOINTS = {"t2v": "t2v-experts", "i2v": "i2v-experts", "ti2v-t2v": "ti2v", "ti2v-i2v": "ti2v"}
 CHECKPOINTS |= {"s2v": "s2v", "animate": "animate"}
 
-# What the release computes (#) and skips (.) at its published settings (unit/test_schedule.py has its rule).
+# What the release computes (#) and skips (.) at its published settings (unit/test_released_schedules.py has its rule).
 PUBLISHED = {
     "wan2.2-t2v-a14b": "##########..#..#..#..#..#.######.#.#.###",
     "wan2.2-i2v-a14b": "##################..#..#..#.#.#.#.######",

@@ -66,7 +66,7 @@ def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
 
 def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, demo):
     """With two kinds of this project's rows and the hooks of diffusers; cache-dit is not on every machine."""
-    measured, own_rows, done = quality_benchmark.measured, quality_benchmark.own_rows, []
+    measured, done = quality_benchmark.measured, []
 
     def run(*more, breaks_after=None):
         done.clear()
@@ -78,8 +78,9 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
             return measured(subject, row, *rest)
 
         monkeypatch.setattr(quality_benchmark, "measured", counted)
+        only = ["--only", "fewer steps", "no calibration", "diffusers"]
         argv = ["quality.py", "--guidance", "1", "3", "--steps", "6", "--prompts", "2", "--output", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", *more])
+        monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", *only, *more])
         quality_benchmark.main()
         return (tmp_path / "quality_table.md").read_text()
 
@@ -87,11 +88,6 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
     monkeypatch.setattr(quality_benchmark.Subject, "calibrated", lambda *_: demo[1])
     monkeypatch.setattr(quality_benchmark, "SHARES", (0.7, 0.5))
     monkeypatch.setattr(peers, "HALVINGS", 2)
-    monkeypatch.setattr(
-        quality_benchmark,
-        "own_rows",
-        lambda *of: (row for row in own_rows(*of) if row.family in ("fewer steps", "no calibration")),
-    )
     monkeypatch.setattr(quality_benchmark, "cache_dit_rows", lambda *_: ())
     monkeypatch.setattr(quality_benchmark.Subject, "peak_bytes", lambda *_: 0)  # looks through all objects: slow here
     with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from offloading import sequential, whole_model
+from ranks import two_ranks
 
 from common.blocks import Host
 from common.corrector import EULER, Folded, Replay, follower_of, why_uncorrected
@@ -328,6 +330,42 @@ def test_runs_with_and_without(name):
     with patched(sampler, Target(STEPS)):
         assert torch.equal(sampler.run(), plain)
     assert "step" not in sampler.scheduler.__dict__
+
+
+@pytest.mark.parametrize("offload", [sequential, whole_model])
+def test_an_offloaded_model_is_corrected_alike(offload):
+    sampler, offloaded = Sampler(Tiny(), "unipc"), Sampler(Tiny(), "unipc")
+    offload(offloaded.model)
+    with patched(sampler), patched(offloaded) as handle:
+        assert torch.equal(offloaded.run(), sampler.run())
+    assert handle.reports[0].computed == 6 and not handle.reports[0].unplanned
+
+
+class Divided(Tiny):
+    """As in sequence parallelism: a rank computes its share of the tokens, then all have all of them."""
+
+    def forward(self, hidden_states, timestep):
+        rank, shares = torch.distributed.get_rank(), hidden_states.chunk(2, dim=1)
+        own = super().forward(shares[rank].contiguous(), timestep)
+        gathered = [torch.empty_like(own) for _ in range(2)]
+        torch.distributed.all_gather(gathered, own)
+        return torch.cat(gathered, dim=1)
+
+
+def sampled_by_a_rank(rank, folder):
+    sampler = Sampler(Divided(), "unipc")
+    with patched(sampler) as handle:
+        torch.save((sampler.run(), handle.reports[0].computed), f"{folder}/{rank}.pt")
+
+
+def test_ranks_that_divide_the_tokens_are_corrected_alike(tmp_path):
+    sampler = Sampler(Tiny(), "unipc")
+    with patched(sampler):
+        alone = sampler.run()
+    two_ranks(sampled_by_a_rank, tmp_path)
+    (first, computed), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert computed == 6 and torch.equal(first, second)
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
