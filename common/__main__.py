@@ -130,8 +130,7 @@ def install_command(arguments: list[str]) -> None:
 
     command = install(args.folder, args.path)
     print("Installed. Run it there, in the environment of that checkout (torch 2.4 or newer):")
-    print(f"  cd {args.path}
-  {command}")
+    print(f"  cd {args.path}\n  {command}")
 
 
 def import_(arguments: list[str]) -> None:
