@@ -21,14 +21,14 @@ from .fingerprints import own_table
 from .models import NOT_POSSIBLE, published_table, require_class
 from .page import picture
 from .passes import BoundedRun, Pass
-from .wrappers import Patch
+from .wrappers import NodePatch
 
 SPEEDUP = 2.0  # of a model for which no settings were published
 LIMIT = 4.0  # GiB of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.0
 UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}  # what thresholds are filled up with
 
 
-class MagCache(Patch):
+class NodeCache(NodePatch):
     """Caching with the settings of one node."""
 
     def __init__(
@@ -68,13 +68,13 @@ class MagCache(Patch):
     def begin(self, about: Circumstances) -> Pass:
         schedule, table, notes = self.plan(about)
         payload = schedule.settings.payload if schedule.reuse.any() else "output"
-        follower = follower_of(about, schedule, self.corrector) if schedule.reuse.any() else None
+        follower = euler_follower(about, schedule, self.corrector) if schedule.reuse.any() else None
 
         def fall_back(run, told):
             """The facts of the class are wrong on this model: go on with its output."""
             made.payload = "output"
             run.schedule = run.report.schedule = self.planned(about)
-            run.follower = follower_of(about, run.schedule, self.corrector)
+            run.follower = euler_follower(about, run.schedule, self.corrector)
             self.show(about, run.schedule, None, [told])
 
         run = BoundedRun(about, schedule, Residuals(self.device), follower, self.limit, fall_back)
@@ -149,7 +149,7 @@ def why_no_rule(name: str, host: Host | None, table: RatioTable | None) -> str:
     return "The paper's rule has no ratios for this model: calibrate it, or set speedup."
 
 
-def follower_of(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:
+def euler_follower(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:
     """What predicts along the line where that was planned, and corrects Euler's steps."""
     if len(set(about.sigmas)) < len(about.sigmas):  # two steps at one noise level
         return None

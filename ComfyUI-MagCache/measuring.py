@@ -19,10 +19,10 @@ from .common.tables import RatioTable, calibrations_folder
 from .fingerprints import fingerprints
 from .models import published_table
 from .passes import MeasuringRun, Pass
-from .wrappers import Patch
+from .wrappers import NodePatch
 
 
-class Calibration(Patch):
+class NodeCalibration(NodePatch):
     """Measures a model in an ordinary un-cached run. `table` and `path` are those of the last complete run; `failure`
     says why there are none."""
 

@@ -13,9 +13,9 @@ from comfy_api.latest import ComfyExtension, io, ui
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from PIL import Image
 
-from .caching import LIMIT, MagCache
+from .caching import LIMIT, NodeCache
 from .common.scripts.plots import plot_schedule
-from .measuring import Calibration, ratios_text, schedule_of
+from .measuring import NodeCalibration, ratios_text, schedule_of
 from .models import MODEL_TYPES
 from .page import Speaker
 
@@ -191,7 +191,7 @@ class MagCacheNode(io.ComfyNode):
     ):
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
-        magcache = MagCache(
+        magcache = NodeCache(
             Speaker(cls.hidden),
             model_type,
             thresholds,
@@ -237,7 +237,7 @@ class MagCacheCalibrationNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, model_type="auto"):
-        calibration = Calibration(Speaker(cls.hidden))
+        calibration = NodeCalibration(Speaker(cls.hidden))
         return io.NodeOutput(calibration.on(model), calibration)
 
 

@@ -21,7 +21,7 @@ from .passes import Pass
 KEY = "magcache"
 
 
-class Patch:
+class NodePatch:
     """Wrappers of one node, put on a clone of a model. A second MagCache node in the same chain takes the first one's
     place."""
 

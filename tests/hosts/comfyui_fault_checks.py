@@ -71,7 +71,7 @@ def a_part_of_the_steps_is_noticed():
     """Both of two samplers that share the steps know that another one is beside them; image to image is none."""
     seen = []
 
-    class Spied(caching.MagCache):
+    class Spied(caching.NodeCache):
         def begin(self, about):
             seen.append(about.signs.midway)
             return super().begin(about)
@@ -122,7 +122,7 @@ def moving_windows_hoard_nothing():
     windowed = window(patcher, 4, 2, "standard_uniform", 2, False, "pyramid", 2, False).args[0]
     frames, most = torch.zeros(1, 16, 21, 8, 8), []
 
-    class Spied(caching.MagCache):
+    class Spied(caching.NodeCache):
         def begin(self, about):
             made = super().begin(about)
             computed = made.run.computed

@@ -47,7 +47,7 @@ class Said(list):
 def cached(patcher, **options):
     """(patched model, what it says, the runs that it makes)."""
     said = Said()
-    magcache = caching.MagCache(said, **{"thresholds": SETTINGS, "mag_ratios": table(), "corrector": False, **options})
+    magcache = caching.NodeCache(said, **{"thresholds": SETTINGS, "mag_ratios": table(), "corrector": False, **options})
     return magcache.on(patcher), said
 
 
@@ -208,5 +208,5 @@ def nodes_of(module):
 
 def calibrated(patcher, family="flux", **options):
     said = Said()
-    calibration = measuring.Calibration(said)
+    calibration = measuring.NodeCalibration(said)
     return calibration, sample(calibration.on(patcher), family, **options), said

@@ -96,7 +96,7 @@ def interrupted_calibration_writes_nothing():
 
     before = set(tables.calibrations_folder().glob("*"))
     said = Said()
-    calibration = measuring.Calibration(said)
+    calibration = measuring.NodeCalibration(said)
     hook = transformer(patcher).final_layer.register_forward_pre_hook(interrupt)
     try:
         sample(calibration.on(patcher))

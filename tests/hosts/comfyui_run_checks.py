@@ -195,7 +195,7 @@ def a_run_knows_nothing_of_the_one_before():
 def nothing_is_kept_after_a_run():
     made = []
 
-    class Spied(caching.MagCache):
+    class Spied(caching.NodeCache):
         def begin(self, circumstances):
             made.append(super().begin(circumstances))
             return made[-1]
@@ -355,5 +355,5 @@ def the_last_magcache_node_holds():
     off, _ = cached(patcher, thresholds={**SETTINGS, "magcache_thresh": 0.0})
     twice, said = cached(off)
     assert torch.equal(sample(twice), sample(cached(patcher)[0]))
-    calibration = measuring.Calibration(Said())
+    calibration = measuring.NodeCalibration(Said())
     assert torch.equal(sample(calibration.on(twice)), sample(patcher)) and calibration.failure is None
