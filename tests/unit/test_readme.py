@@ -63,6 +63,28 @@ def test_every_plan_can_be_printed(page, tmp_path, monkeypatch, capsys):
         assert "MagCache plan: " in capsys.readouterr().out
 
 
+def cells(line):
+    return [cell.strip().strip("*") for cell in line.strip("| ").split("|")]
+
+
+def test_the_summary_of_video_is_of_its_table():
+    """docs/video.md against what benchmarks/quality.py wrote: mean (worst) of each row, with guidance and without."""
+    measured, guidance = {}, None
+    for line in (REPOSITORY / "docs" / "video_table.md").read_text().splitlines():
+        guidance = line if line.startswith("Guidance ") else guidance
+        if line.startswith("| ") and "PSNR" not in line:
+            family, _, _, psnr, worst, *_ = cells(line)
+            measured.setdefault((family, guidance), []).append(f"{psnr.split()[0]} ({worst})")
+    page = (REPOSITORY / "docs" / "video.md").read_text()
+    rows = [cells(line) for line in page.split("![")[0].splitlines() if re.search(r"\d \(\d", line)]
+    for label, *shown in rows:
+        shown = [cell.strip("*") for cell in shown]
+        family = label.partition(":")[0]
+        with_guidance, without = (measured[family, f"Guidance {guidance}:"] for guidance in (5, 1))
+        assert [cell for cell in shown if cell] == with_guidance + without, label
+    assert len(rows) >= 14
+
+
 def test_ci_runs_the_first_commands():
     commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
     install, picture, tests = commands[:3]
