@@ -28,7 +28,7 @@ from common.tables import best, calibrations, calibrations_folder, load
 from common.tables import published as published_table
 
 
-class Job:
+class FramePackJob:
     """One press of "Start Generation": what is to be done, and the lines that the page shows below its controls.
 
     settings, table: of a run with MagCache, else None; calibrate: measure instead; handle: of the patch, while and
@@ -47,7 +47,7 @@ class Job:
         self.announced = True
 
 
-class Jobs:
+class FramePackJobs:
     """The jobs of a demo. Its `process`, `worker` and `sample_hunyuan` go through here; its transformer is patched
     while a job with MagCache or a calibration runs, and only then.
 
@@ -124,7 +124,7 @@ class Jobs:
     def process(self, *values):
         """The demo's `process`, given the values of the controls after its own inputs. Yields (its outputs or None, the
         lines of the job so far). Raises MagCacheError before it starts."""
-        inputs, job = list(values[: len(self.demo.ips)]), Job(Choice(*values[len(self.demo.ips) :]))
+        inputs, job = list(values[: len(self.demo.ips)]), FramePackJob(Choice(*values[len(self.demo.ips) :]))
         if job.calibrate:
             check_writable("The calibration", self.calibration_file)
         elif job.settings:

@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from magcache_framepack import Jobs
+from magcache_framepack import FramePackJobs
 
 from common.errors import MagCacheError, needs
 from common.scripts.checkout import checkouts_script, one_sentence
@@ -38,7 +38,7 @@ def main(*, page: str, settings: tuple, published: str, folder: Path):
     page: name of its script; settings: (magcache_thresh, magcache_K, retention_ratio) that the sliders start at;
     published: table of its checkpoint; folder: where the script and the demo lie.
     """
-    args = flags_taken(add_flags)
+    args = flags_taken(add_framepack_flags)
     check_page_flags(args)
     check_gradio(folder / "requirements.txt")
     with launch_held_back() as launches:
@@ -56,11 +56,11 @@ def main(*, page: str, settings: tuple, published: str, folder: Path):
             f"The page of this {page}.py has changed so that MagCache's controls do not fit ({why}); run {page}.py "
             "itself, or take a newer MagCache."
         )
-    add_controls(demo, click, Jobs(demo, args, settings, published), sys.modules["gradio"])
+    add_framepack_controls(demo, click, FramePackJobs(demo, args, settings, published), sys.modules["gradio"])
     demo.block.launch(*launches[0].args, **launches[0].options)
 
 
-def add_flags(parser):
+def add_framepack_flags(parser):
     group = parser.add_argument_group("MagCache")
     group.add_argument(
         "--magcache_calibration",
@@ -123,7 +123,7 @@ def click_of(demo):
         return next((event for event in demo.block.fns.values() if event.fn is demo.process), None)
 
 
-def add_controls(demo, click, jobs, gradio):
+def add_framepack_controls(demo, click, jobs, gradio):
     """Put MagCache's controls below "Use TeaCache", its values into the click that starts a job and the job's lines
     below the progress bar."""
     calibrating = jobs.args.magcache_calibration is not None

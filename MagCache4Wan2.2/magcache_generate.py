@@ -20,7 +20,7 @@ SETTINGS = {
     "t2v-A14B": (0.06, 2, 0.4),
     "i2v-A14B": (0.06, 2, 0.1),
     "ti2v-5B": (0.06, 2, 0.2),
-    # For these two nothing was published: they are calibrated first.
+    # For these two nothing was published or measured: TI2V-5B's settings, by which they run after a calibration.
     "s2v-14B": (0.06, 2, 0.2),
     "animate-14B": (0.06, 2, 0.2),
 }

@@ -129,7 +129,8 @@ def install_command(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
 
     command = install(args.folder, args.path)
-    print(f"Installed. Run it there:\n  cd {args.path}\n  {command}")
+    print("Installed. Run it there, in the environment of that checkout (torch 2.4 or newer):")
+    print(f"  cd {args.path}\n  {command}")
 
 
 def import_(arguments: list[str]) -> None:

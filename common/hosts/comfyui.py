@@ -1,4 +1,4 @@
-"""ComfyUI's own classes. Facts are proved on the model at hand too, at the first computed call of a run
+"""ComfyUI's own classes. Facts are proved on the model in use, too, at the first computed call of a run
 (`payloads.Residual`)."""
 
 from __future__ import annotations

@@ -159,7 +159,8 @@ if __name__ == "__main__":
     jobs = json.loads(Path(arguments[1]).read_text()) if arguments[0] == "--jobs" else None
     arguments = arguments[2:] if jobs is not None else arguments
     torch.set_num_threads(1)
-    hunyuan_page() if Path("hyvideo").is_dir() else wan_pages()
+    if not Path("toy_host.py").is_file():
+        hunyuan_page() if Path("hyvideo").is_dir() else wan_pages()
     import gradio
 
     launch = gradio.Blocks.launch

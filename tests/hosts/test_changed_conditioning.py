@@ -14,7 +14,7 @@ from tiny_pipelines import FAMILIES, TEXT, WIDTH, embeds, flux_controlnet, run
 
 from common.pipeline import enable
 
-STEPS = 12
+STEPS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -163,12 +163,15 @@ def test_a_control_nets_time_is_over():
     """At 0.42 of the run, in the middle of a gap: on both sides of it the picture follows the un-cached one."""
     pipe, arguments = flux_controlnet()
     call = {**arguments(1), "control_guidance_end": 0.42}
-    plain, always = run(pipe, call, STEPS), run(pipe, arguments(1), STEPS)
+    for steps in range(12, 24):  # as many as let it end in a gap
+        with enable(pipe, speedup=2.5, announce=None) as cache:
+            cached_always = run(pipe, arguments(1), steps)
+        if cache.reports[0].schedule.reuse[int(0.42 * steps)]:
+            break
     with enable(pipe, speedup=2.5, announce=None) as cache:
-        cached = run(pipe, call, STEPS)
-        cached_always = run(pipe, arguments(1), STEPS)
-    report = cache.reports[0]
-    effect, cached_effect = plain - always, cached - cached_always
-    ((why, calls),) = report.unplanned.items()
+        cached = run(pipe, call, steps)
+    ((why, calls),) = cache.reports[0].unplanned.items()
     assert calls == 1 and why.startswith("the conditioning changed (controlnet_block_samples, ")
+    plain, always = run(pipe, call, steps), run(pipe, arguments(1), steps)
+    effect, cached_effect = plain - always, cached - cached_always
     assert (cached_effect - effect).norm() < 0.5 * effect.norm()

@@ -1,4 +1,4 @@
-"""The ComfyUI nodes in real ComfyUI trees, the oldest and the newest at hand, in processes of their own."""
+"""The ComfyUI nodes in real ComfyUI trees, an old and a new one, in processes of their own."""
 
 import json
 import subprocess

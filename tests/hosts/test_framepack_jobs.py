@@ -19,7 +19,7 @@ import magcache_framepack_page as framepack_page
 import pytest
 import torch
 from framepack_helpers import sample
-from magcache_framepack import Jobs, sections
+from magcache_framepack import FramePackJobs, sections
 
 from common.errors import MagCacheError
 from common.scripts import controls
@@ -87,7 +87,7 @@ class Demo(types.ModuleType):
 
 def flags(**given):
     parser = argparse.ArgumentParser()
-    framepack_page.add_flags(parser)
+    framepack_page.add_framepack_flags(parser)
     return argparse.Namespace(**{**vars(parser.parse_args([])), **given})
 
 
@@ -98,7 +98,7 @@ def demo(package, transformer, tmp_path, monkeypatch):
 
 
 def jobs_of(demo, **given):
-    return Jobs(demo, flags(**given), (0.1, 3, 0.2), "framepack")
+    return FramePackJobs(demo, flags(**given), (0.1, 3, 0.2), "framepack")
 
 
 def plan(jobs, steps, seconds, window, values, teacache=False):
@@ -347,7 +347,8 @@ def test_the_page_is_held_back_by_a_gradio_that_the_demo_imports(monkeypatch, tm
     finders = [*sys.meta_path]
     with framepack_page.launch_held_back("toy_gradio") as launches:
         demo = importlib.import_module("toy_demo")
-    assert launches == [((7,), {"share": False})] and demo.toy_gradio.HF_HOME == "beside the demo"
+    assert [(launch.args, launch.options) for launch in launches] == [((7,), {"share": False})]
+    assert demo.toy_gradio.HF_HOME == "beside the demo"
     assert sys.meta_path == finders
     with pytest.raises(AssertionError, match="launched"):
         demo.block.launch()

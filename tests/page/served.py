@@ -19,16 +19,18 @@ HARNESS = Path(__file__).resolve().parents[1] / "hosts" / "page_cpu.py"
 
 @dataclass
 class Served:
-    """A copy of a checkout with a drop-in. packages: the folder with gradio; home: of the calibrations."""
+    """A copy of a checkout with a drop-in. scratch: takes logs and calibrations; packages: the folder with gradio;
+    more: further ones to import from."""
 
     checkout: Path
     scratch: Path
     packages: Path
+    more: tuple = ()
 
     def environment(self, **changes):
         return {
             **os.environ,
-            "PYTHONPATH": str(self.packages),
+            "PYTHONPATH": os.pathsep.join(map(str, (self.packages, *self.more))),
             "MAGCACHE_HOME": str(self.scratch / "home"),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
