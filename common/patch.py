@@ -63,8 +63,7 @@ def magcache_forward(
 
     def plan(levels, payload):
         switch_step = None if boundary is None else int((levels >= boundary).sum())
-        asked = settings if payload == settings.payload or isinstance(settings, Settings) else settings.of(payload)
-        return asked.plan(table, levels, switch_step, rule, interpolation)
+        return settings.of(payload).plan(table, levels, switch_step, rule, interpolation)
 
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 

@@ -25,8 +25,8 @@ class Settings:
     """The paper's rule. magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio:
     share kept at the start.
 
-    payload, magcache_guard: as a `planner.Target` has them, which may choose; the rule reuses the residual of the
-    blocks, and no guard watches it.
+    payload, magcache_guard, predictor: as a `planner.Target` has them, which may choose; the rule reuses the residual
+    of the blocks as it is, and no guard watches it.
     """
 
     magcache_thresh: float
@@ -34,6 +34,7 @@ class Settings:
     retention_ratio: float
     payload: ClassVar[str] = "residual"
     magcache_guard: ClassVar[float | None] = None
+    predictor: ClassVar[str] = "reuse"
 
     def __post_init__(self) -> None:
         if not self.magcache_thresh >= 0:
@@ -61,6 +62,10 @@ class Settings:
         ratios, uncovered = table.at(levels, interpolation), ~table.covered(levels)
         uncovered[1:] |= uncovered[:-1]  # a ratio relates two levels
         return magcache_schedule(ratios, self, rule or rule_of(table), switch_step, uncovered)
+
+    def of(self, payload: str) -> Settings:
+        """The same for another payload: the rule looks at ratios alone."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Schedule:
     @property
     def predictor(self) -> str:
         """How a skipped step is predicted: "reuse", "linear" or "line" (`planner.Target`)."""
-        return getattr(self.settings, "predictor", "reuse")
+        return (self.settings and self.settings.predictor) or "reuse"
 
     @property
     def longest_gap(self) -> int:

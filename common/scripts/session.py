@@ -437,7 +437,7 @@ class Session:
 
 
 def needs_no_table(settings):
-    return isinstance(settings, Target) and settings.predictor == "line"
+    return settings.predictor == "line"
 
 
 def check_family(name: str, family: str | tuple) -> None:
