@@ -18,6 +18,7 @@ from common.patch import magcache_calibration, magcache_forward  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, too
 def pytest_xdist_auto_num_workers(config):
     """Two processes for the whole suite; a file or a test that is named runs in this one."""
     return 2 if config.args_source is not config.ArgsSource.ARGS else 0

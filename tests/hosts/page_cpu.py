@@ -50,7 +50,8 @@ def wan_pages():
     wan = wan_cpu.import_wan()
     wan.configs.SIZE_CONFIGS |= {"720*1280": (80, 48), "1280*720": (48, 80)}
     wan.configs.MAX_AREA_CONFIGS |= {"720*1280": 80 * 48, "480*832": 96 * 64}
-    wan.modules.model.WanModel.forward = failing(wan.modules.model.WanModel.forward)
+    for model in (wan.modules.model.WanModel, sys.modules["wan.modules.vace_model"].VaceWanModel):
+        model.forward = failing(model.forward)
 
     class Expander:
         """What asks a service on the network, or loads a language model."""

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from common.scripts.install import install
 from common.scripts.quality import read_frames
@@ -74,3 +76,19 @@ def test_measured_then_planned(run):
     _, frames, report = run("magcache_sample_image2video.py", *SMALL, "--magcache_steps", "6")
     assert report["computed"] == 6 and report["calls"] == 12 and not report["unplanned"]
     assert report["i2v_image_path"] == "cat.png" and frames.shape == plain.shape and report["reused"] == 6
+
+
+def test_a_lora(run, tmp_path):
+    """The host adds it to the weights after they were patched."""
+    name, made = "Hunyuan_video_I2V_lora_double_blocks_0_img_mlp_fc1", torch.Generator().manual_seed(0)
+    low_rank = {"lora_up": (128, 4), "lora_down": (4, 64)}
+    weights = {f"{name}.{part}.weight": torch.randn(*shape, generator=made) for part, shape in low_rank.items()}
+    save_file(weights, tmp_path / "rain.safetensors")
+    flags = (*SMALL, "--use-lora", "--lora-path", str(tmp_path / "rain.safetensors"), "--lora-scale", "0.5")
+    _, without, _ = run("sample_image2video.py", *SMALL)
+    _, plain, _ = run("sample_image2video.py", *flags)
+    _, off, _ = run("magcache_sample_image2video.py", *flags, "--magcache_steps", "12")
+    assert np.array_equal(off, plain) and not np.array_equal(plain, without)
+    _, cached, report = run("magcache_sample_image2video.py", *flags, "--magcache_steps", "6")
+    assert report["task"] == "hunyuanvideo-i2v-token_replace-rain-0.5" and report["computed"] == 6
+    assert report["reused"] == 6 and not np.array_equal(cached, plain)
