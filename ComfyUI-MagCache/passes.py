@@ -10,13 +10,14 @@ import torch
 from .circumstances import Circumstances
 from .common.blocks import TokensChanged
 from .common.conditioning import CHANGED
-from .common.corrector import Folded, Trajectory
+from .common.corrector import Folded
 from .common.errors import MagCacheError
 from .common.expert import inner_module
 from .common.hosts import host_of
 from .common.payloads import Residual
 from .common.run import CachedRun, MeasuredRun, Run
-from .common.steps import Call, Part
+from .common.steps import Call, Part, same
+from .common.trajectory import Trajectory
 from .controls import Hints
 
 
@@ -139,7 +140,7 @@ class Pass:
         are others."""
         met = self.given.setdefault(name, [])
         for number, known in met:
-            if all(alike(one, other) for one, other in zip(known, inputs)):
+            if all(one.device == other.device and same(one, other) for one, other in zip(known, inputs)):
                 return number
         met.append((met[-1][0] + 1 if met else 0, [tensor.clone() for tensor in inputs]))
         del met[:-VERSIONS]
@@ -148,10 +149,6 @@ class Pass:
 
 VERSIONS = 8  # of a conditioning that are remembered: where it changes at each step, none comes again
 GIVEN = ("c_crossattn", "y", "guidance")  # prompt, pooled prompt and guidance among the arguments of apply_model
-
-
-def alike(one, other) -> bool:
-    return one.shape == other.shape and one.device == other.device and torch.equal(one, other)
 
 
 def hooks_of(model) -> tuple:

@@ -60,7 +60,7 @@ def on_page(sampler_class, jobs):
             def draw(steps):
                 return sampler_class.predict(self, *args, infer_steps=steps, **kwargs)
 
-            session = session_of(jobs, self, infer_steps, **kwargs)
+            session = session_of_job(jobs, self, infer_steps, **kwargs)
             if session is None:
                 return draw(infer_steps)
             scheduler = lambda: self.pipeline.scheduler  # noqa: E731  a new one in each rendering
@@ -79,7 +79,7 @@ def on_page(sampler_class, jobs):
     return OnPage
 
 
-def session_of(jobs, sampler, steps, *, prompt, width, height, video_length, flow_shift, **kwargs):
+def session_of_job(jobs, sampler, steps, *, prompt, width, height, video_length, flow_shift, **kwargs):
     """The session of a rendering that is about to begin, as `Jobs.session`."""
     about = {
         "prompt": prompt,

@@ -48,7 +48,10 @@ def put_on(wan, jobs, tasks):
     """Let the pipelines of the package do what a page's jobs want. tasks: collects those of the pipelines loaded."""
 
     def on_pages(pipeline_class):
-        class OnPage(wan_with_session(pipeline_class, lambda *args, **kwargs: session_of(jobs, wan, *args, **kwargs))):
+        def its_session(*args, **kwargs):
+            return session_of_rendering(jobs, wan, *args, **kwargs)
+
+        class OnPage(wan_with_session(pipeline_class, its_session)):
             def __init__(self, config, *args, **kwargs):
                 self.task = task_of(wan, config, pipeline_class)
                 tasks.append(self.task)
@@ -85,7 +88,7 @@ def task_of(wan, config, pipeline_class):
     return next(task for task, one in known if one is config and task.startswith("vace") is vace)
 
 
-def session_of(
+def session_of_rendering(
     jobs, wan, pipe, prompt, source=None, *args, sampling_steps, shift, seed, guide_scale, size=None, **kwargs
 ):
     """The session of a rendering that is about to begin, as `Jobs.session`. source: a picture, or videos."""

@@ -80,7 +80,7 @@ class Replay:
     @property
     def bytes(self) -> int:
         """What is kept besides the model's residuals or outputs."""
-        return size_of(
+        return bytes_of(
             [*self.trajectory.tensors, *(one for made in self.gap for one in (made.output, made.sample, made.after))]
         )
 
@@ -156,7 +156,7 @@ class Folded:
     def bytes(self) -> int:
         """What is kept besides the model's residuals or outputs."""
         branches = self.branches.values()
-        return size_of([one for kept, gap in branches for one in (*kept.tensors, *(made for _, made in gap))])
+        return bytes_of([one for kept, gap in branches for one in (*kept.tensors, *(made for _, made in gap))])
 
     def follow(self, call: Any, output: Any) -> Any:
         """After each call of the model (`run.ModelCall`): its output, predicted further or corrected."""
@@ -196,7 +196,7 @@ class Folded:
         return output
 
 
-def size_of(tensors: Sequence[torch.Tensor]) -> int:
+def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
     """Bytes."""
     return sum(one.numel() * one.element_size() for one in tensors)
 

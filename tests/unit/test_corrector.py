@@ -398,6 +398,16 @@ def test_computed_steps_are_spread_from_the_first_to_the_last(steps, computed, s
     assert (np.diff(gaps) >= -1).all() and gaps[0] <= gaps[-1]  # dense at the beginning, wide at the end
 
 
+@pytest.mark.parametrize(
+    "computed, strip",
+    [(14, "####.#..#.#..#.#..#..#.#.#.#"), (11, "##.#.#..#..#...#..#..#..#..#"), (7, "#.#...#....#.....#.....#...#")],
+)
+def test_computed_steps_lie_densest_at_the_beginning(computed, strip):
+    """As they did where docs/quality.md was measured."""
+    chosen = spread_steps(flow_sigmas(28, 3.0), computed)
+    assert "".join("#" if step in chosen else "." for step in range(28)) == strip
+
+
 def test_caps_and_experts_of_a_spread():
     levels = flow_sigmas(30, 5.0)
     assert max(np.diff(spread_steps(levels, 12, magcache_K=2))) <= 3
