@@ -369,7 +369,7 @@ def test_ranks_that_divide_the_tokens_are_corrected_alike(tmp_path):
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
-def test_a_corrected_run_that_breaks_off_leaves_nothing_behind(stop):
+def test_a_broken_off_run_leaves_no_corrector_behind(stop):
     sampler = SchedulerLoop(Tiny(), "unipc")
     with patched_loop(sampler):
         alone = sampler.run()
