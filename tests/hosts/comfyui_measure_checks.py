@@ -1,18 +1,25 @@
 """Calibration and compilation. Run by comfyui_worker.py."""
 
+import re
+import time
+
 import comfy.model_management
 import comfy.supported_models
 import nodes
 import numpy as np
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfyui_helpers import (
+    SETTINGS,
     STEPS,
     Said,
     Watched,
     cached_patcher,
+    caching,
     calibrated_patcher,
     fingerprints,
     measuring,
+    nodes_of,
     package_nodes,
     sample,
     sampler_levels,
@@ -251,6 +258,57 @@ def compiled(family, order, fullgraph):
         assert "5 of 12 model calls computed, 7 reused" in said[-1]
         if run:
             assert backend.graphs == graphs, "another graph was made"
+    torch._dynamo.reset()
+
+
+class SlowBackend(Backend):
+    def __call__(self, graph, inputs):
+        time.sleep(0.3)  # longer than all steps of a tiny model: counted as a call's own time it would be a loss
+        return super().__call__(graph, inputs)
+
+
+def compiled_runs_report_no_loss(node):
+    """Calls that wait for torch.compile are no loss of the cache. In a first run those that compiled are left out of
+    what is reported; where every call compiled, the node says so in place of a figure."""
+    execute = {
+        "CompileModel": lambda model: package_nodes.CompileModelNode.execute(
+            model, "default", SlowBackend(), False, False
+        ),
+        "TorchCompileModel": lambda model: nodes_of("nodes_torch_compile").TorchCompileModel.execute(
+            model, SlowBackend()
+        ),
+    }[node]
+    reports = []
+
+    class Spied(caching.NodeCache):
+        def begin(self, about):
+            made = super().begin(about)
+            reports.append(made.run.report)
+            return made
+
+    torch._dynamo.reset()
+    said = Said()
+    patched = Spied(said, thresholds=SETTINGS, mag_ratios=tiny_table()).on(execute(build("wan", seed=17)).args[0])
+    for _ in range(2):
+        sample(patched, "wan", cfg=1.0)
+    first, second = [[lap.compiled for _, _, _, lap, _ in report.calls] for report in reports]
+    assert first == [True] + [False] * 11 and not any(second), (first, second)
+    for line in (said[1], said[3]):
+        saved, speedup = re.search(r"7 reused; transformer [\d.]+ s, (\S+) s saved \((\S+)x\)", line).groups()
+        assert float(saved) >= 0 and float(speedup) >= 1, line
+    if node == "TorchCompileModel":
+        return
+    # A run whose only reused call, the last of five, compiles.
+    calls = iter(range(100))
+    anew, said = cached_patcher(patched, thresholds={**SETTINGS, "retention_ratio": 0.8})
+    anew.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL,
+        "anew",
+        lambda executor, *args, **kwargs: (next(calls) == 5 and torch._dynamo.reset()) or executor(*args, **kwargs),
+    )
+    sample(anew, "wan", cfg=1.0, steps=5)
+    assert "4 of 5 model calls computed, 1 reused" in said[1] and ", 0.00 s saved (1.00x)" in said[1], said
+    assert "no time was saved: torch.compile was at work in this run, and the next one tells what it gains" in said[1]
     torch._dynamo.reset()
 
 

@@ -208,6 +208,11 @@ def test_compiled_in_several_graphs(worker):
     worker.run("compiled", "flux", "cache first", False)
 
 
+@pytest.mark.parametrize("node", ["CompileModel", "TorchCompileModel"])
+def test_compiled_runs_report_no_loss(worker, node):
+    worker.run("compiled_runs_report_no_loss", node)
+
+
 @pytest.mark.parametrize("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])
 def test_compile_modes(worker, mode):
     worker.run("compile_options", mode)
