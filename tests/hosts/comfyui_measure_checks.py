@@ -24,6 +24,7 @@ from comfyui_helpers import (
     sample,
     sampler_levels,
     tables,
+    tiny_table,
     transformer_of,
 )
 from comfyui_model_checks import smooth_model
