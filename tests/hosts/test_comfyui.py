@@ -111,7 +111,7 @@ def test_other_sampler(worker, sampler):
         ("regions_and_schedules", "wan"),
         ("context_windows",),
         ("skip_layer_guidance",),
-        ("references",),
+        ("reference_pictures",),
         ("controls_count_once", "flux"),
         ("controls_count_once", "qwen"),
         ("replaced_first_block",),
@@ -288,4 +288,4 @@ def test_facts(worker, check):
 
 
 def test_recognition(worker):
-    worker.run("recognised")
+    worker.run("classes_are_recognised")
