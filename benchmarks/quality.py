@@ -118,7 +118,7 @@ def own_rows(subject, table, steps, counts, recall=None):
             yield Row(family, f"--magcache_steps {count}", cache, steps, source=source)
 
 
-def measured(subject, row, uncached, plain_bytes, steps):
+def measured_row(subject, row, uncached, plain_bytes, steps):
     """How close a row comes to the pictures `uncached`. plain_bytes: alive in an un-cached run; None: do not look."""
     began = time.perf_counter()
     with row.cache():
@@ -170,7 +170,7 @@ def all_rows(subject, file, calibration, guidances, all_steps, own_only, only):
         def fresh(row, case=case, steps=steps):
             if case not in uncached:
                 uncached[case] = references(subject, steps), subject.peak_bytes(nullcontext, steps)
-            return measured(subject, row, *uncached[case], steps)
+            return measured_row(subject, row, *uncached[case], steps)
 
         counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
         for row in stage(subject, tables[case], steps, counts, recall):
@@ -217,7 +217,7 @@ def table_text(results, steps):
     )
 
 
-def draw(by_case, path):
+def draw_quality(by_case, path):
     """by_case: `all_rows`."""
     figure = needs("matplotlib.figure", "matplotlib").Figure(
         figsize=(max(7, 6.5 * len(by_case)), 5.5), layout="constrained"
@@ -261,7 +261,7 @@ def machine_text(subject):
     return f"{device}, diffusers {diffusers.__version__}, torch {torch.__version__}"
 
 
-def file_of(args, subject, calibration):
+def row_file_of(args, subject, calibration):
     """The RowFile of this run."""
     ramp = np.tile(np.arange(192, dtype=np.uint8)[:, None, None], (1, 1, 192, 3))
     run = {
@@ -285,7 +285,7 @@ def short(subject, table):
     rows = [row for row in own_rows(subject, table, steps, [steps // 2]) if row.family in wanted]
     psnr = {}
     for row in rows:
-        one = measured(subject, row, reference, None, steps)
+        one = measured_row(subject, row, reference, None, steps)
         print(f"{one['family']}: {one['computed']:.1f} of {steps} computed, {one['psnr']:.1f} dB")
         psnr[one["family"]] = one["psnr"]
     return [
@@ -295,7 +295,7 @@ def short(subject, table):
     ]
 
 
-def load(args):
+def load_subject(args):
     """(Subject, jobs to calibrate on)"""
     if args.model == "demo":
         pipe, _ = load_demo()
@@ -379,11 +379,11 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     try:
-        subject, calibration = load(args)
+        subject, calibration = load_subject(args)
         if args.short:
             subject.guide(args.guidance[0])
             sys.exit("\n".join(short(subject, load_table("demo"))) or None)
-        file = file_of(args, subject, calibration)
+        file = row_file_of(args, subject, calibration)
         by_case = all_rows(subject, file, calibration, args.guidance, args.steps, args.own_rows, args.only)
     except MagCacheError as error:
         sys.exit(f"quality.py: {error}")
@@ -391,7 +391,7 @@ def main():
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}_table.md").write_text(text)
-    draw(by_case, args.output / f"{args.name}.png")
+    draw_quality(by_case, args.output / f"{args.name}.png")
 
 
 if __name__ == "__main__":

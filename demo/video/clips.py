@@ -95,7 +95,7 @@ def path(motion: str, rng: random.Random) -> dict[str, np.ndarray]:
     return {"x": x, "y": y, "size": size, "angle": angle}
 
 
-def draw(sprite: torch.Tensor, mirrored: bool, background: tuple[int, int, int], where: dict) -> torch.Tensor:
+def draw_clip(sprite: torch.Tensor, mirrored: bool, background: tuple[int, int, int], where: dict) -> torch.Tensor:
     """The frames of one clip, [3, FRAMES, SIZE, SIZE] in -1..1; drawn at twice the size and halved."""
     angle = torch.tensor(np.radians(where["angle"]), dtype=torch.float32)
     zoom = torch.tensor(SIZE / where["size"], dtype=torch.float32) * (SPRITE - 4) / SPRITE
@@ -118,7 +118,7 @@ def clip(sprites: dict, name: str, motion: str, background: str, rng: random.Ran
     mirrored = (name in LOOKS_LEFT and motion == "moves to the right") or (
         name in LOOKS_RIGHT and motion == "moves to the left"
     )
-    return draw(sprites[name], mirrored, BACKGROUNDS[background], path(motion, rng))
+    return draw_clip(sprites[name], mirrored, BACKGROUNDS[background], path(motion, rng))
 
 
 def sheet(clips: list[torch.Tensor], frames: tuple[int, ...] = (0, 4, 8, 12, 16), columns: int = 1, zoom: int = 1):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import two_ranks
 from test_pipeline_families import context_parallel
-from tiny_pipelines import FAMILIES, embeds, run
+from tiny_pipelines import FAMILIES, Stopped, denoiser, embeds, run_pipeline
 
 from common.calibration import Statistics
 from common.errors import MagCacheError
@@ -25,14 +25,8 @@ from common.tables import read
 
 STEPS = 8
 RULE, ERROR = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}, {"max_error": 0.15}
+pytestmark = pytest.mark.usefixtures("home")  # the folder of calibrations
 SAID = "MagCache measuring: this run computes every step; the next one is faster"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """The folder of calibrations."""
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def files(home):
@@ -48,30 +42,30 @@ MEASURABLE = [name for name in FAMILIES if name not in ("sdxl", "ltx2")]
 )
 def test_the_first_run_is_measured_and_the_next_is_cached(family, wish, home):
     pipe, arguments = FAMILIES[family]()
-    plain, other = run(pipe, arguments(1), STEPS), run(pipe, arguments(2), STEPS)
+    plain, other = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(pipe, arguments(2), STEPS)
     with pytest.raises(MagCacheError, match="measure them with enable.pipe, calibrate=True. around one run, or ask"):
         enable(pipe, **wish, calibrate=False)
     said = []
     with enable(pipe, **wish, announce=said.append) as cache:
-        assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
         assert [text for text in said if "plan" in text] == [] and said[0] == f"{SAID}."
         (path,) = files(home)
         assert cache.report == f"{SAID} (saved to {path})." and cache.reports[0].complete
         assert cache.reports[0].to_dict()["measuring"].startswith("this run computes every step")
-        cached = run(pipe, arguments(2), STEPS)
+        cached = run_pipeline(pipe, arguments(2), STEPS)
         assert "reused" in cache.report and said[1].startswith("MagCache plan: 8 steps, ratios of ")
     first, second = cache.reports
     assert first.verified and first.reused == 0 and len(first.calls) == len(second.calls)
     assert second.reused and not second.unplanned and 0 < (cached - other).norm() / other.norm() < 0.1
     measured = read(path)
     assert measured.statistics["runs"] == 1 and measured.steps == STEPS
-    assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
     with enable(pipe, **wish, calibrate=False, announce=None) as later:  # by the file
-        assert torch.equal(run(pipe, arguments(2), STEPS), cached)
+        assert torch.equal(run_pipeline(pipe, arguments(2), STEPS), cached)
     assert later.reports[0].schedule.strip == second.schedule.strip
     path.unlink()
     with enable(pipe, calibrate=True, announce=None):
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     asked = read(path)
     assert asked.mag_ratios == measured.mag_ratios and asked.sigmas == measured.sigmas
     assert asked.sampler == measured.sampler and asked.provenance == measured.provenance
@@ -81,21 +75,20 @@ LATER = """
 import sys
 sys.path[:0] = sys.argv[1:]
 import torch
-from tiny_pipelines import FAMILIES, run
+from tiny_pipelines import FAMILIES, run_pipeline
 from common.pipeline import enable
 pipe, arguments = FAMILIES["flux"]()
 with enable(pipe, thresh=5.0, K=1, retention_ratio=0.2, announce=None) as cache:
-    torch.save(run(pipe, arguments(2), 8), "later.pt")
+    torch.save(run_pipeline(pipe, arguments(2), 8), "later.pt")
 print(cache.report)
 """
 
 
-def test_a_new_process_finds_what_was_measured(tmp_path, monkeypatch):
+def test_a_new_process_finds_what_was_measured():
     pipe, arguments = FAMILIES["flux"]()
     with enable(pipe, **RULE, announce=None):
-        run(pipe, arguments(1), STEPS)
-        cached = run(pipe, arguments(2), STEPS)
-    monkeypatch.chdir(tmp_path)
+        run_pipeline(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(2), STEPS)
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", LATER, str(here), str(here.parents[1])], capture_output=True, text=True, timeout=120
@@ -104,16 +97,12 @@ def test_a_new_process_finds_what_was_measured(tmp_path, monkeypatch):
     assert torch.allclose(torch.load("later.pt"), cached, rtol=1e-5, atol=1e-5)
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("way", ["exception", "interrupt"])
 @pytest.mark.parametrize("family", ["flux", "wan22"])
 def test_a_run_that_breaks_off_saves_nothing(family, way, home):
     """At each step; after the last one there is a whole run."""
     pipe, arguments = FAMILIES[family]()
-    plain, said = run(pipe, arguments(1), STEPS), []
+    plain, said = run_pipeline(pipe, arguments(1), STEPS), []
     for at in range(STEPS):
 
         def stop(pipe, step, timestep, tensors, at=at):
@@ -124,7 +113,7 @@ def test_a_run_that_breaks_off_saves_nothing(family, way, home):
 
         with enable(pipe, **RULE, announce=said.append) as cache:
             try:
-                run(pipe, arguments(2), STEPS, callback_on_step_end=stop)
+                run_pipeline(pipe, arguments(2), STEPS, callback_on_step_end=stop)
             except Stopped:
                 assert way == "exception"
             if at == STEPS - 1:
@@ -133,8 +122,8 @@ def test_a_run_that_breaks_off_saves_nothing(family, way, home):
             assert files(home) == [] and said[-1] == cache.report
             assert cache.report.endswith("this run broke off, so nothing is saved and the next one measures again.")
             if at == 3:
-                assert torch.equal(run(pipe, arguments(1), STEPS), plain) and len(files(home)) == 1
-                run(pipe, arguments(1), STEPS)
+                assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain) and len(files(home)) == 1
+                run_pipeline(pipe, arguments(1), STEPS)
                 assert cache.reports[-1].reused
                 files(home)[0].unlink()
 
@@ -150,32 +139,32 @@ def test_a_first_run_that_begins_late(home):
     computes beyond it; for another the ratios are measured again, and kept beside it or in its place."""
     pipe, arguments = FAMILIES["flux"]()
     late, call = image_to_image(pipe, arguments, 0.7)
-    plain, said = run(late, call, 10), []
+    plain, said = run_pipeline(late, call, 10), []
     with enable(late, **RULE, announce=said.append) as cache:
-        assert torch.equal(run(late, call, 10), plain)
-        run(late, call, 10)
+        assert torch.equal(run_pipeline(late, call, 10), plain)
+        run_pipeline(late, call, 10)
     assert [bool(report.reused) for report in cache.reports] == [False, True] and len(files(home)) == 1
     with enable(pipe, **RULE, announce=said.append) as cache:
-        run(pipe, arguments(1), 10)
+        run_pipeline(pipe, arguments(1), 10)
     report = cache.reports[0]
     assert report.reused and "3 of the steps compute because they lie beyond" in said[-1]
     assert report.schedule.strip.startswith("####") and len(files(home)) == 1
     files(home)[0].unlink()
     late, call = image_to_image(pipe, arguments, 0.5)
     with enable(late, **RULE, announce=None):
-        run(late, {**call, "strength": 0.5}, 14)
+        run_pipeline(late, {**call, "strength": 0.5}, 14)
     with enable(pipe, **RULE, announce=None) as cache:
-        run(pipe, arguments(1), 28)
-        run(pipe, arguments(1), 28)
+        run_pipeline(pipe, arguments(1), 28)
+        run_pipeline(pipe, arguments(1), 28)
     assert [report.reused > 0 for report in cache.reports] == [True, True]  # shift 3: 0.75 is the middle of a run
     files(home)[0].unlink()
     late, call = image_to_image(pipe, arguments, 0.3)
     with enable(late, **RULE, announce=None):
-        run(late, call, 20)
+        run_pipeline(late, call, 20)
     assert len(files(home)) == 1 and read(files(home)[0]).steps == 6
     with enable(pipe, **RULE, announce=None) as cache:
-        run(pipe, arguments(1), STEPS)
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     assert [report.reused > 0 for report in cache.reports] == [False, True] and len(files(home)) in (1, 2)
 
 
@@ -192,35 +181,35 @@ def test_a_first_run_that_begins_late(home):
 )
 def test_what_could_skip_nothing_is_not_measured(wish, steps, why, home):
     pipe, arguments = FAMILIES["flux"]()
-    plain = run(pipe, arguments(1), steps)
+    plain = run_pipeline(pipe, arguments(1), steps)
     with enable(pipe, **wish, announce=None) as cache:
-        assert torch.equal(run(pipe, arguments(1), steps), plain)
+        assert torch.equal(run_pipeline(pipe, arguments(1), steps), plain)
     assert why in cache.report and files(home) == []
 
 
 def test_what_goes_wrong_loses_nothing(home, monkeypatch):
     pipe, arguments = FAMILIES["flux"]()
-    plain, said, finish = run(pipe, arguments(1), STEPS), [], Statistics.finish
+    plain, said, finish = run_pipeline(pipe, arguments(1), STEPS), [], Statistics.finish
 
     def fail(statistics, seconds):
         raise MagCacheError("It did not work.")
 
     with enable(pipe, **RULE, announce=said.append) as cache:
         monkeypatch.setattr(Statistics, "finish", fail)
-        assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
         assert cache.report == "MagCache measuring: it failed (It did not work), so the next run measures again."
         monkeypatch.setattr(Statistics, "finish", finish)
         home.write_text("in the way")
-        assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
         assert said[-1] == cache.report and f"{SAID}, in this process only (" in cache.report
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     assert cache.reports[-1].reused and home.read_text() == "in the way"
 
 
 @pytest.mark.parametrize("family, why", [("sdxl", "a U-Net has no stack"), ("ltx2", "it denoises picture and sound")])
 def test_a_model_without_one_stack_has_nothing_to_measure(family, why):
     pipe, _ = FAMILIES[family]()
-    model = getattr(pipe, "transformer", None) or pipe.unet
+    model = denoiser(pipe)
     for wish in (RULE, ERROR, {**RULE, "calibrate": False}):
         with pytest.raises(MagCacheError, match=f"Of {type(model).__name__} only the output .* because {why}"):
             enable(pipe, **wish)
@@ -230,12 +219,12 @@ def test_a_model_without_one_stack_has_nothing_to_measure(family, why):
 @pytest.mark.parametrize("wish", [RULE, ERROR], ids=["rule", "max_error"])
 def test_a_class_nobody_described_is_measured(wish, monkeypatch):
     pipe, arguments = FAMILIES["sd3"]()
-    plain = run(pipe, arguments(1), STEPS)
+    plain = run_pipeline(pipe, arguments(1), STEPS)
     monkeypatch.delitem(HOSTS, class_name(pipe.transformer))
     cache = enable(pipe, **wish, announce=None)
     for _ in range(2):  # the second time by what the first left
         with cache:
-            first, _ = run(pipe, arguments(1), STEPS), run(pipe, arguments(1), STEPS)
+            first, _ = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(pipe, arguments(1), STEPS)
         assert torch.equal(first, plain) == (len(cache.reports) == 2)
         assert cache.reports[-1].reused and "forward" not in pipe.transformer.__dict__
     assert [bool(report.reused) for report in cache.reports] == [False, True, True, True]
@@ -243,27 +232,27 @@ def test_a_class_nobody_described_is_measured(wish, monkeypatch):
 
 def test_facts_that_do_not_hold_are_not_measured(home, monkeypatch):
     pipe, arguments = FAMILIES["flux"]()
-    plain, name = run(pipe, arguments(1), STEPS), class_name(pipe.transformer)
+    plain, name = run_pipeline(pipe, arguments(1), STEPS), class_name(pipe.transformer)
     monkeypatch.setitem(HOSTS, name, replace(HOSTS[name], final_layer="x_embedder"))
     with pytest.raises(MagCacheError, match="so its residuals cannot be measured: ask for a speed-up"):
         with enable(pipe, **RULE, announce=None):
-            run(pipe, arguments(1), STEPS)
-    assert files(home) == [] and torch.equal(run(pipe, arguments(1), STEPS), plain)
+            run_pipeline(pipe, arguments(1), STEPS)
+    assert files(home) == [] and torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
 
 
 def test_published_ratios_need_no_measurement_and_an_error_does(home):
     pipe, arguments = FAMILIES["flux"]()
     pipe.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     with enable(pipe, thresh=0.24, announce=None) as cache:
-        run(pipe, arguments(1), 28)
+        run_pipeline(pipe, arguments(1), 28)
     assert cache.reports[0].schedule.computed == 9 and files(home) == []
     with enable(pipe, **ERROR, announce=None) as cache:
-        run(pipe, arguments(1), STEPS)
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     assert [bool(report.reused) for report in cache.reports] == [False, True]
     assert [path.name.partition("-")[0] for path in files(home)] == ["FLUX.1"]
     with enable(pipe, thresh=0.24, announce=None) as cache:  # by its own ratios; the other settings as published
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     settings = cache.reports[0].schedule.settings
     assert (settings.magcache_K, settings.retention_ratio) == (5, 0.1)
 
@@ -273,14 +262,14 @@ def test_two_pipelines_that_share_a_model_in_two_threads(home):
     pipe, arguments = FAMILIES["flux"]()
     other = diffusers.FluxPipeline.from_pipe(pipe)
     other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    plain, both = [run(pipe, arguments(seed), STEPS) for seed in (1, 2)], threading.Barrier(2, timeout=60)
+    plain, both = [run_pipeline(pipe, arguments(seed), STEPS) for seed in (1, 2)], threading.Barrier(2, timeout=60)
 
     def twice(pipe, seed):
         def meet(*_):
             both.wait()
             return {}
 
-        return [run(pipe, arguments(seed), STEPS, callback_on_step_end=meet) for _ in range(2)]
+        return [run_pipeline(pipe, arguments(seed), STEPS, callback_on_step_end=meet) for _ in range(2)]
 
     with enable(pipe, **RULE, announce=None) as first, enable(other, **ERROR, announce=None) as second:
         with ThreadPoolExecutor(2) as pool:
@@ -301,21 +290,21 @@ def measured_by_ranks(rank, divided, folder):
         return
     context_parallel(pipe.transformer)
     with enable(pipe, **RULE, announce=None) as cache:
-        runs = [run(pipe, arguments(1), STEPS) for _ in range(2)]
+        runs = [run_pipeline(pipe, arguments(1), STEPS) for _ in range(2)]
     torch.save((runs, [report.reused for report in cache.reports], cache.reports[0].line()), folder / f"{rank}.pt")
 
 
 def test_two_ranks_that_draw_together_measure_together(home, tmp_path):
     two_ranks(measured_by_ranks, True, tmp_path)
     pipe, arguments = FAMILIES["flux"]()
-    plain = run(pipe, arguments(1), STEPS)
+    plain = run_pipeline(pipe, arguments(1), STEPS)
     (first, counts, said), (second, counted, heard) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert counts == counted == [0, 4] and all(torch.equal(one, other) for one, other in zip(first, second))
     assert torch.allclose(first[0], plain, rtol=1e-4, atol=1e-4)
     (path,) = files(home)
     assert said == f"{SAID} (saved to {path})." and heard == f"{SAID}."
     with enable(pipe, **RULE, calibrate=False, announce=None):
-        assert torch.allclose(run(pipe, arguments(1), STEPS), first[1], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(run_pipeline(pipe, arguments(1), STEPS), first[1], rtol=1e-4, atol=1e-4)
 
 
 def test_ranks_that_draw_each_its_own_are_not_measured_unasked(home, tmp_path):
