@@ -60,8 +60,8 @@ class Expert:
         return any(forward is self.forward for forward in forwards(self.model))
 
     def stay_on(self) -> None:
-        """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows the
-        order of the layers) has put back the forward that it had found, without the patch: put it on again."""
+        """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
+        the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
         found = self.model.__dict__.get("forward")
         below = getattr(self.forward.original, "__wrapped__", None)
         while below is not None and below is not found:
