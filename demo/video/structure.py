@@ -15,6 +15,7 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 CHANNELS, TEXT_WIDTH, TEXT_LENGTH, SHIFT = 96, 64, 512, 3.0
 CELL, CHUNK = 16, 4  # pixels and frames of a latent
 BOUNDARY = 0.875  # noise level at which the high-noise expert hands over to the low-noise one, as in Wan2.2
+EXPERTS = {"high_noise": (BOUNDARY, 1.0), "low_noise": (0.0, BOUNDARY)}  # and the noise levels at which they work
 
 
 def build_vae() -> AutoencoderKLWan:

@@ -27,8 +27,8 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from latents import Latents, floats
 from optimizer import Optimizer
 from structure import (
-    BOUNDARY,
     CHUNK,
+    EXPERTS,
     SHIFT,
     TEXT_LENGTH,
     build_text_encoder,
@@ -40,7 +40,6 @@ from structure import (
 from tqdm import tqdm
 
 WORDS, DROPPED = 16, 0.12
-EXPERTS = {"high_noise": (BOUNDARY, 1.0), "low_noise": (0.0, BOUNDARY)}
 LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 HERE = Path(__file__).resolve().parent
 
