@@ -124,7 +124,7 @@ def own_rows(subject, table, steps, counts, recall=None):
 PROJECTS = {"magcache": own_rows, "diffusers": diffusers_rows, "cache-dit": cache_dit_rows}
 
 
-def measured(subject, row, uncached, plain_bytes, steps):
+def measured_row(subject, row, uncached, plain_bytes, steps):
     """How close a row comes to the pictures `uncached`. plain_bytes: alive in an un-cached run; None: do not look."""
     began = time.perf_counter()
     with row.cache():
@@ -177,7 +177,7 @@ def all_rows(subject, file, calibration, guidances, all_steps, projects, only):
         def fresh(row, case=case, steps=steps):
             if case not in uncached:
                 uncached[case] = references(subject, steps), subject.peak_bytes(nullcontext, steps)
-            return measured(subject, row, *uncached[case], steps)
+            return measured_row(subject, row, *uncached[case], steps)
 
         counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
         for row in stage(subject, tables[case], steps, counts, recall):
@@ -224,7 +224,7 @@ def table_text(results, steps):
     )
 
 
-def draw(by_case, path):
+def draw_quality(by_case, path):
     """by_case: `all_rows`."""
     figure = needs("matplotlib.figure", "matplotlib").Figure(
         figsize=(max(7, 6.5 * len(by_case)), 5.5), layout="constrained"
@@ -268,7 +268,7 @@ def machine_text(subject):
     return f"{device}, diffusers {diffusers.__version__}, torch {torch.__version__}"
 
 
-def file_of(args, subject, calibration):
+def row_file_of(args, subject, calibration):
     """The RowFile of this run."""
     ramp = np.tile(np.arange(192, dtype=np.uint8)[:, None, None], (1, 1, 192, 3))
     run = {
@@ -292,7 +292,7 @@ def short(subject, table):
     rows = [row for row in own_rows(subject, table, steps, [steps // 2]) if row.family in wanted]
     psnr = {}
     for row in rows:
-        one = measured(subject, row, reference, None, steps)
+        one = measured_row(subject, row, reference, None, steps)
         print(f"{one['family']}: {one['computed']:.1f} of {steps} computed, {one['psnr']:.1f} dB")
         psnr[one["family"]] = one["psnr"]
     return [
@@ -314,7 +314,7 @@ def load_demo_video(experts):
     return load_experts()
 
 
-def load(args):
+def load_subject(args):
     """(Subject, jobs to calibrate on)"""
     if args.model == "demo":
         pipe, _ = load_demo()
@@ -403,11 +403,11 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     try:
-        subject, calibration = load(args)
+        subject, calibration = load_subject(args)
         if args.short:
             subject.guide(args.guidance[0])
             sys.exit("\n".join(short(subject, load_table("demo"))) or None)
-        file = file_of(args, subject, calibration)
+        file = row_file_of(args, subject, calibration)
         projects = args.projects if subject.boundary is None else ["magcache"]  # others' rows are of one transformer
         by_case = all_rows(subject, file, calibration, args.guidance, args.steps, projects, args.only)
     except MagCacheError as error:
@@ -416,7 +416,7 @@ def main():
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}_table.md").write_text(text)
-    draw(by_case, args.output / f"{args.name}.png")
+    draw_quality(by_case, args.output / f"{args.name}.png")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def path(motion: str, rng: random.Random) -> dict[str, np.ndarray]:
     return {"x": x, "y": y, "size": size, "angle": angle}
 
 
-def drawn(rows: list[tuple[str, str, str]], sprites: dict[str, torch.Tensor], rng: random.Random) -> torch.Tensor:
+def rendered_clips(
+    rows: list[tuple[str, str, str]], sprites: dict[str, torch.Tensor], rng: random.Random
+) -> torch.Tensor:
     """A clip of each (object, motion, background), at a random place, size and pace: [clips, 3, FRAMES, SIZE, SIZE] in
     -1..1, on the device of the sprites; drawn at twice the size and halved."""
     paths = [path(motion, rng) for _, motion, _ in rows]

@@ -61,11 +61,13 @@ def render_pool(
     ]
     pool = torch.empty(len(rows), 3, clips.FRAMES, clips.SIZE, clips.SIZE, dtype=torch.uint8, device=device)
     for first in tqdm(range(0, len(rows), 64), desc="render", mininterval=5):
-        pool[first : first + 64] = ((clips.drawn(rows[first : first + 64], sprites, rng) + 1) * 127.5).round().byte()
+        pool[first : first + 64] = (
+            ((clips.rendered_clips(rows[first : first + 64], sprites, rng) + 1) * 127.5).round().byte()
+        )
     return pool, rows
 
 
-class Clock:
+class TrainingTime:
     """Seconds of training, over stops."""
 
     def __init__(self, spent: float, minutes: float):
@@ -112,7 +114,7 @@ def train_vae(
             layer.to(memory_format=torch.channels_last)
     named = [(n, p) for n, p in vae.named_parameters() if n.startswith(("decoder.", "post_quant_conv."))]
     optimizer = Optimizer(named, lambda name, p: p.ndim >= 4 and p.numel() > p.shape[1] and len(p) > 1, decay=0.99)
-    clock, errors, kept = Clock(0.0, minutes), [], folder / "vae.pt"
+    clock, errors, kept = TrainingTime(0.0, minutes), [], folder / "vae.pt"
     if kept.exists():
         state = torch.load(kept, weights_only=False, map_location=device)
         optimizer.load(state["optimizer"])
@@ -229,7 +231,7 @@ class Velocity(torch.nn.Module):
             return self.transformer(noisy, timesteps, text, return_dict=False)[0]
 
 
-class Flow:
+class FlowMatching:
     """Rectified flow matching: batches of the clips, at noise levels from low to high."""
 
     def __init__(self, latents, prompts: Prompts, batch: int, rng: random.Random, low: float = 0.0, high: float = 1.0):
@@ -253,20 +255,20 @@ class Flow:
         return (noisy.to(kind), sigma * 1000, text.to(kind), bias), noise - clean
 
 
-def quick(model: Velocity, flow: Flow, kind: torch.dtype) -> Velocity:
+def quick(model: Velocity, flow: FlowMatching, kind: torch.dtype) -> Velocity:
     """The model as CUDA graphs where there is a GPU: so small a one only waits for launches otherwise."""
     if flow.latents.device.type == "cuda":
         return torch.cuda.make_graphed_callables(model, flow.inputs(kind)[0])
     return model
 
 
-def train_transformer(flow: Flow, minutes: float, folder: Path, save) -> dict:
+def train_transformer(flow: FlowMatching, minutes: float, folder: Path, save) -> dict:
     """Keeps its state in folder/transformer.pt every three minutes, from which it goes on; `save` gets the model."""
     device = flow.latents.device
     model = build_transformer().to(device, torch.bfloat16)
     model.set_attn_processor(Attention())
     optimizer = Optimizer(list(model.named_parameters()), lambda name, p: name.startswith("blocks.") and p.ndim == 2)
-    clock, losses, kept = Clock(0.0, minutes), [], folder / "transformer.pt"
+    clock, losses, kept = TrainingTime(0.0, minutes), [], folder / "transformer.pt"
     if kept.exists():
         state = torch.load(kept, weights_only=False, map_location=device)
         optimizer.load(state["optimizer"])
@@ -308,7 +310,7 @@ def train_transformer(flow: Flow, minutes: float, folder: Path, save) -> dict:
     }
 
 
-def train_expert(name: str, trained: WanTransformer3DModel, flow: Flow, minutes: float, folder: Path) -> dict:
+def train_expert(name: str, trained: WanTransformer3DModel, flow: FlowMatching, minutes: float, folder: Path) -> dict:
     """A LoRA of the trained model for the noise levels of `flow`, in diffusers' format: folder/name.safetensors."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -322,7 +324,7 @@ def train_expert(name: str, trained: WanTransformer3DModel, flow: Flow, minutes:
     velocity = Velocity(model)
     velocity = quick(velocity, flow, torch.float32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    clock, losses = Clock(0.0, minutes), []
+    clock, losses = TrainingTime(0.0, minutes), []
     while (share := clock.share()) < 1:
         inputs, target = flow.inputs(torch.float32)
         loss = F.mse_loss(velocity(*inputs).float(), target)
@@ -364,7 +366,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = build_vae()
     drawn = train_vae(vae, pool, latents, args.vae_minutes, max(8, args.batch // 8), args.work)
-    flow = Flow(latents, prompts, args.batch, random.Random(args.seed))
+    flow = FlowMatching(latents, prompts, args.batch, random.Random(args.seed))
     full, trained = train_transformer(
         flow, args.minutes, args.work, lambda transformer: save_model(args.output, transformer, vae, encoder)
     )
@@ -372,7 +374,7 @@ def main() -> None:
     card = {"device": device, "clips": len(pool), "vae": drawn, "transformer": trained}
     if args.expert_minutes:
         for name, (low, high) in EXPERTS.items():
-            part = Flow(latents, prompts, args.batch, random.Random(args.seed), low, high)
+            part = FlowMatching(latents, prompts, args.batch, random.Random(args.seed), low, high)
             card[name] = train_expert(name, full, part, args.expert_minutes, args.experts)
     card |= {"minutes": round((time.time() - started) / 60, 1), "date": time.strftime("%Y-%m-%d")}
     (args.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -30,7 +30,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run_i2v(tmp_path_factory):
     """Run a script in a copy of the checkout with the drop-in; (what it said, frames of its video, its report)."""
     folder = tmp_path_factory.mktemp("hunyuan_i2v")
     shutil.copytree(Path(CHECKOUT) / "hyvideo", folder / "hyvideo")
@@ -60,35 +60,35 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("condition", ["token_replace", "latent_concat"])
-def test_the_transformer_reuses_what_an_independent_recomputation_gives(run, condition):
-    said, *_ = run(HERE / "hunyuan_subjects.py", condition)
+def test_hunyuan_i2v_reuses_what_an_independent_recomputation_gives(run_i2v, condition):
+    said, *_ = run_i2v(HERE / "hunyuan_subjects.py", condition)
     assert "passed" in said.splitlines()
 
 
-def test_measured_then_planned(run):
-    said, *_ = run("magcache_sample_image2video.py", *SMALL, fails=True)
+def test_measured_then_planned(run_i2v):
+    said, *_ = run_i2v("magcache_sample_image2video.py", *SMALL, fails=True)
     assert "No magnitude ratios are known for hunyuanvideo-i2v-token_replace" in said
-    _, plain, _ = run("sample_image2video.py", *SMALL)
-    _, measured, _ = run("magcache_sample_image2video.py", *SMALL, "--magcache_calibration")
+    _, plain, _ = run_i2v("sample_image2video.py", *SMALL)
+    _, measured, _ = run_i2v("magcache_sample_image2video.py", *SMALL, "--magcache_calibration")
     assert np.array_equal(measured, plain)
-    _, off, report = run("magcache_sample_image2video.py", *SMALL, "--magcache_thresh", "0")
+    _, off, report = run_i2v("magcache_sample_image2video.py", *SMALL, "--magcache_thresh", "0")
     assert np.array_equal(off, plain) and report["reused"] == 0
-    _, frames, report = run("magcache_sample_image2video.py", *SMALL, "--magcache_steps", "6")
+    _, frames, report = run_i2v("magcache_sample_image2video.py", *SMALL, "--magcache_steps", "6")
     assert report["computed"] == 6 and report["calls"] == 12 and not report["unplanned"]
     assert report["i2v_image_path"] == "cat.png" and frames.shape == plain.shape and report["reused"] == 6
 
 
-def test_a_lora(run, tmp_path):
+def test_a_lora_of_hunyuan(run_i2v, tmp_path):
     """The host adds it to the weights after they were patched."""
     name, made = "Hunyuan_video_I2V_lora_double_blocks_0_img_mlp_fc1", torch.Generator().manual_seed(0)
     low_rank = {"lora_up": (128, 4), "lora_down": (4, 64)}
     weights = {f"{name}.{part}.weight": torch.randn(*shape, generator=made) for part, shape in low_rank.items()}
     save_file(weights, tmp_path / "rain.safetensors")
     flags = (*SMALL, "--use-lora", "--lora-path", str(tmp_path / "rain.safetensors"), "--lora-scale", "0.5")
-    _, without, _ = run("sample_image2video.py", *SMALL)
-    _, plain, _ = run("sample_image2video.py", *flags)
-    _, off, _ = run("magcache_sample_image2video.py", *flags, "--magcache_steps", "12")
+    _, without, _ = run_i2v("sample_image2video.py", *SMALL)
+    _, plain, _ = run_i2v("sample_image2video.py", *flags)
+    _, off, _ = run_i2v("magcache_sample_image2video.py", *flags, "--magcache_steps", "12")
     assert np.array_equal(off, plain) and not np.array_equal(plain, without)
-    _, cached, report = run("magcache_sample_image2video.py", *flags, "--magcache_steps", "6")
+    _, cached, report = run_i2v("magcache_sample_image2video.py", *flags, "--magcache_steps", "6")
     assert report["task"] == "hunyuanvideo-i2v-token_replace-rain-0.5" and report["computed"] == 6
     assert report["reused"] == 6 and not np.array_equal(cached, plain)

@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import ltx2, model
+from tiny_pipelines import ltx2, random_model
 
 from common.__main__ import main as command
 
@@ -130,11 +130,11 @@ def test_heads_that_ranks_cannot_share(script):
     assert "has 5 attention heads, which 2 processes cannot share evenly" in ended
 
 
-def picture(path):
+def read_picture(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_a_lora(tmp_path, script):
+def test_a_lora_of_a_pipeline(tmp_path, script):
     pipe = diffusers.DiffusionPipeline.from_pretrained(REPOSITORY / "demo" / "image" / "model")
     torch.manual_seed(0)
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -144,8 +144,8 @@ def test_a_lora(tmp_path, script):
         assert (ended is None) == (name != "other")
     assert "nowhere cannot be loaded" in ended
     assert script("--output", "cached.png", "--lora", "lora", "--magcache_steps", "4", *SMALL)[0] is None
-    lora, cached = picture("lora.png"), picture("cached.png")
-    assert np.abs(lora - picture("plain.png")).mean() > 2 * np.abs(lora - cached).mean() > 0
+    lora, cached = read_picture("lora.png"), read_picture("cached.png")
+    assert np.abs(lora - read_picture("plain.png")).mean() > 2 * np.abs(lora - cached).mean() > 0
 
 
 def test_compiled_and_offloaded(tmp_path, script, monkeypatch):
@@ -157,7 +157,7 @@ def test_compiled_and_offloaded(tmp_path, script, monkeypatch):
     offloaded = {"accelerator": lambda: "cpu:0"}
     assert script("--output", "offloaded.png", "--offload", "model", *SMALL, instead=offloaded)[0] is None
     for name in ("compiled", "offloaded"):
-        assert np.abs(picture("plain.png") - picture(f"{name}.png")).max() <= 1
+        assert np.abs(read_picture("plain.png") - read_picture(f"{name}.png")).max() <= 1
 
 
 def test_several_pictures_of_a_prompt_are_all_saved(tmp_path, script):
@@ -171,7 +171,7 @@ def test_several_pictures_of_a_prompt_are_all_saved(tmp_path, script):
 
 def test_a_sound(tmp_path, script):
     """DanceDiffusion takes no prompt; its rate is its own."""
-    unet = model(
+    unet = random_model(
         "UNet1DModel", sample_size=512, sample_rate=16000, in_channels=2, out_channels=2, extra_in_channels=64,
         block_out_channels=(32, 32, 32), down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
         up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"), mid_block_type="UNetMidBlock1D",
@@ -236,7 +236,7 @@ def test_torchrun_with_two_processes(tmp_path, script):
     names = {"mine_1.png", "mine_2.png", "mine_3.png", "shared.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == names
     assert done.stdout.count("computes 3 of 6") == 4, "three prompts, and one plan for the shared picture"
-    assert np.abs(picture("shared.png") - picture("mine_1.png")).max() <= 1
+    assert np.abs(read_picture("shared.png") - read_picture("mine_1.png")).max() <= 1
 
 
 def test_describe_prints_the_facts_of_a_model(capsys):
