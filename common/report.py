@@ -194,6 +194,7 @@ class RunReport:
         self.peak_bytes, self.complete = 0, False
         self.verified = False  # residuals, put back on their own inputs, made the same output
         self.notes: list[str] = []  # what a user should know of this run beside the figures
+        self.measuring = ""  # what to say of a run that was measured so that the next one can be cached
 
     def add(self, call: Call, kind: str, lap: Lap, why: str = "") -> None:
         """kind: "computed" or "reused"; lap: its seconds, read late; why: reason of a compute that was not planned."""
@@ -234,6 +235,8 @@ class RunReport:
         return (spent + saved) / spent if spent else 1.0
 
     def line(self) -> str:
+        if self.measuring:
+            return f"MagCache measuring: {self.measuring}."
         spent, saved = self.seconds()
         if not self.reused:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
@@ -263,6 +266,7 @@ class RunReport:
             "planned_computed": self.schedule.computed,
             "bound": round(self.schedule.bound, 4),
             "why_none": self.schedule.why_none,
+            "measuring": self.measuring,
             "complete": self.complete,
             "facts_verified": self.verified,
             "notes": self.notes,

@@ -253,11 +253,11 @@ def compute_all(steps: int, why: str = "MagCache is off") -> Schedule:
     return Schedule(~computes, computes, np.zeros(steps), why_none=why, fewest_computed=steps)
 
 
-def why_nothing_skips(steps: int, settings: Settings, rule: Rule) -> str:
-    if settings.magcache_thresh == 0:
-        return "magcache_thresh is 0, which turns MagCache off"
-    if settings.magcache_K == 0:
-        return "magcache_K is 0, which turns MagCache off"
+def why_nothing_skips(steps: int, settings: Settings | Target, rule: Rule) -> str:
+    """Why no table could make a run skip anything, or ""."""
+    for name in ("magcache_thresh", "magcache_max_error", "magcache_K"):
+        if getattr(settings, name, None) == 0:
+            return f"{name} is 0, which turns MagCache off"
     if steps < rule.min_steps:
         return f"a run of {steps} steps has nothing to gain (MagCache starts at {rule.min_steps})"
     return ""

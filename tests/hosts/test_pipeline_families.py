@@ -16,8 +16,9 @@ import torch
 from ranks import two_ranks
 from tiny_pipelines import FAMILIES, Stopped, denoiser, embeds, flux_controlnet, run_pipeline
 
+from common.errors import MagCacheError
 from common.hosts import HOSTS, class_name
-from common.pipeline import enable
+from common.pipeline import disable, enable
 
 STEPS, CPU = 6, torch.device("cpu")
 ALL = pytest.mark.parametrize("family", FAMILIES)
@@ -197,20 +198,45 @@ def test_layerwise_casting(family):
 
 @ALL
 def test_two_pipelines_and_two_threads(family):
-    """Two pipelines share a denoiser, and one is enabled: one after the other and at once, each draws what it would
-    alone."""
+    """Two pipelines share a denoiser: one after the other and at once each draws what it would alone, whether one of
+    them is enabled or both, and however they are turned off."""
     pipe, arguments = FAMILIES[family]()
     other = copy.copy(pipe)
     other.scheduler = copy.deepcopy(pipe.scheduler)
-    plain = run_pipeline(other, arguments(2), STEPS)
-    with enable(pipe, speedup=2, announce=None) as cache:
-        alone = run_pipeline(pipe, arguments(1), STEPS)
-        assert torch.equal(run_pipeline(other, arguments(2), STEPS), plain)
+    plain, others_plain = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(other, arguments(2), STEPS)
+    keys, attributes = set(denoiser(pipe).__dict__), set(vars(pipe))
+    with enable(other, steps=4, announce=None):
+        others_alone = run_pipeline(other, arguments(2), STEPS)
+
+    def at_once():
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(run_pipeline, pipe, arguments(1), STEPS)
-            second = pool.submit(run_pipeline, other, arguments(2), STEPS)
-        assert torch.equal(first.result(), alone) and torch.equal(second.result(), plain)
-    assert len(cache.reports) == 2 and cache.reports[-1].complete
+            return [
+                future.result()
+                for future in (
+                    pool.submit(run_pipeline, pipe, arguments(1), STEPS),
+                    pool.submit(run_pipeline, other, arguments(2), STEPS),
+                )
+            ]
+
+    first = enable(pipe, speedup=2, announce=None)
+    alone = run_pipeline(pipe, arguments(1), STEPS)
+    assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_plain)
+    drawn = at_once()
+    assert torch.equal(drawn[0], alone) and torch.equal(drawn[1], others_plain)
+    second = enable(other, steps=4, announce=None)
+    for _ in range(2):
+        drawn = at_once()
+        assert torch.equal(drawn[0], alone) and torch.equal(drawn[1], others_alone)
+        assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_alone)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+    assert len(first.reports) == 6 and len(second.reports) == 4
+    assert all(report.complete and not report.unplanned for report in (*first.reports, *second.reports))
+    first.disable()  # which lies beneath the second
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
+    assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_alone)
+    second.disable()
+    assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_plain)
+    assert set(denoiser(pipe).__dict__) == keys and set(vars(pipe)) == attributes == set(vars(other))
 
 
 IMAGE_TO_IMAGE = {
@@ -328,3 +354,87 @@ def test_context_parallel_over_two_ranks(family, by_output, tmp_path):
     """diffusers divides the tokens of Wan and Qwen-Image in a hook of their first block, which a reused step does not
     run: the proof finds that, and the output is predicted."""
     two_ranks_draw_what_one_does(family, context_parallel, by_output, tmp_path)
+
+
+def test_image_to_image_after_text_to_image_with_one_transformer():
+    """As a user has it from `from_pipe`: one scheduler for both. Each has its own wish, and is turned off alone."""
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    assert edit.transformer is pipe.transformer and edit.scheduler is pipe.scheduler
+    call = {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.6}
+    plain, edited_plain = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(edit, call, 10)
+    with enable(pipe, speedup=2, announce=None):
+        alone = run_pipeline(pipe, arguments(1), STEPS)
+    with enable(edit, steps=4, announce=None):
+        edited_alone = run_pipeline(edit, call, 10)
+    with enable(pipe, speedup=2, announce=None) as drawing, enable(edit, steps=4, announce=None) as editing:
+        with pytest.raises(MagCacheError, match="patched already"):
+            enable(pipe, speedup=3)
+        for _ in range(2):
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+            assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+        disable(pipe)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
+        with pytest.raises(MagCacheError, match="not enabled on this FluxPipeline"):
+            disable(pipe)
+        with enable(pipe, speedup=2, announce=None):  # above the other now
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+        assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+    assert torch.equal(run_pipeline(edit, call, 10), edited_plain) and "forward" not in pipe.transformer.__dict__
+    assert (len(drawing.reports), len(editing.reports)) == (2, 3)
+
+
+def test_a_loop_of_ones_own_beside_two_pipelines_is_neithers():
+    """With one pipeline enabled a call of no pipeline is its; with two nobody could say whose."""
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    caught, model = [], pipe.transformer
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: caught.append(kwargs), with_kwargs=True)
+    run_pipeline(pipe, arguments(1), STEPS)
+    hook.remove()
+    with torch.no_grad():
+        plain = [model(**kwargs)[0] for kwargs in caught]
+        with enable(pipe, speedup=2, announce=None) as first, enable(edit, speedup=2, announce=None) as second:
+            assert all(torch.equal(model(**kwargs)[0], made) for kwargs, made in zip(caught, plain))
+            run_pipeline(pipe, arguments(1), STEPS)
+            run_pipeline(edit, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.9}, STEPS)
+    assert len(first.reports) == 1 == len(second.reports)
+
+
+@pytest.mark.parametrize("offload", [model_offload, sequential_offload], ids=["model", "sequential"])
+def test_two_pipelines_with_one_offloaded_model(offload):
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    call = {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.6}
+    with enable(pipe, speedup=2, announce=None):
+        alone = run_pipeline(pipe, arguments(1), STEPS)
+    with enable(edit, steps=4, announce=None):
+        edited_alone = run_pipeline(edit, call, 10)
+    first = enable(pipe, speedup=2, announce=None)
+    offload(pipe)
+    second = enable(edit, steps=4, announce=None)
+    for _ in range(2):
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+        assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+    first.disable()
+    assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+    second.disable()
+    with enable(pipe, speedup=2, announce=None):
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+
+
+def test_a_class_nobody_described_is_for_one_pipeline(monkeypatch):
+    """Until its first run has shown its facts."""
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    monkeypatch.delitem(HOSTS, class_name(pipe.transformer))
+    with enable(pipe, **RULE, announce=None):
+        with pytest.raises(MagCacheError, match="patched already"):
+            enable(edit, speedup=2)
+        run_pipeline(pipe, arguments(1), STEPS)
+        with enable(edit, speedup=2, announce=None):
+            run_pipeline(pipe, arguments(1), STEPS)
+    with enable(edit, speedup=2, announce=None):
+        with pytest.raises(MagCacheError, match="patched already"):
+            enable(pipe, **RULE)
+        run_pipeline(edit, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.9}, STEPS)

@@ -72,7 +72,7 @@ def test_calibrated_and_by_the_papers_rule(family):
             enable(pipe, calibrate=True)
         return
     with pytest.raises(MagCacheError, match="measure them with enable.pipe, calibrate=True"):
-        enable(pipe, thresh=0.5)
+        enable(pipe, thresh=0.5, K=1, retention_ratio=0.2, calibrate=False)
     with pytest.raises(MagCacheError, match="calibrate=True computes everything"):
         enable(pipe, speedup=2, calibrate=True)
     with enable(pipe, calibrate=True, announce=None):
