@@ -10,7 +10,7 @@ from pathlib import Path
 HARNESS = Path(__file__).with_name("hunyuan_cpu.py")
 
 
-def run_script(arguments, folder, ranks=1, fails=False, **environment):
+def run_hunyuan(arguments, folder, ranks=1, fails=False, **environment):
     """What each process said of a script run in a folder, whose results end there. fails: whether it has to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hunyuan_runs import run_script
+from hunyuan_runs import run_hunyuan
 from PIL import Image
 from readme_commands import of_script, readme
 from safetensors.torch import save_file
@@ -32,7 +32,7 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run_i2v(tmp_path_factory):
     """Run a script in a copy of the checkout with the drop-in; (what rank 0 said, frames of its video, its report)."""
     folder = tmp_path_factory.mktemp("hunyuan_i2v")
     for name in ("hyvideo", "assets"):
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
     def start(*arguments, ranks=1, fails=False):
         shutil.rmtree(folder / "results", ignore_errors=True)
-        said = run_script(arguments, folder, ranks, fails, MAGCACHE_HOME=str(folder / "home"))[0]
+        said = run_hunyuan(arguments, folder, ranks, fails, MAGCACHE_HOME=str(folder / "home"))[0]
         videos = sorted(folder.glob("results/*.mp4"))
         reports = [json.loads(path.read_text()) for path in folder.glob("results/*.magcache.json")]
         frames = read_frames(videos[0])[0].astype(int) if videos else None
@@ -53,39 +53,39 @@ def run(tmp_path_factory):
     return start
 
 
-def test_every_command_of_the_readme(run):
+def test_every_command_of_i2v(run_i2v):
     """Word for word, in their order, at pictures of an eighth of the size (hunyuan_cpu.py)."""
     measuring, speedup = COMMANDS
-    said, measured, report = run(SCRIPT, *measuring)
+    said, measured, report = run_i2v(SCRIPT, *measuring)
     assert "Measured in an un-cached run" in said and len(measured) == 129 and report is None
-    said, frames, report = run(SCRIPT, *speedup)
+    said, frames, report = run_i2v(SCRIPT, *speedup)
     assert report["calls"] == 50 and report["computed"] == 25 and not report["unplanned"] and report["complete"]
     assert frames.shape == measured.shape and report["i2v_image_path"] == "./assets/demo/i2v/imgs/0.jpg"
-    said, _, report = run(SCRIPT, *speedup[:-2])  # the paper's rule, by what was measured
+    said, _, report = run_i2v(SCRIPT, *speedup[:-2])  # the paper's rule, by what was measured
     assert report["mag_ratios_of"].startswith("hunyuanvideo-i2v-token_replace-1280x720x129") and report["complete"]
 
 
 @pytest.mark.parametrize("condition", ["token_replace", "latent_concat"])
-def test_the_transformer_reuses_what_an_independent_recomputation_gives(run, condition):
-    said, *_ = run(HERE / "hunyuan_subjects.py", condition)
+def test_hunyuan_i2v_reuses_what_an_independent_recomputation_gives(run_i2v, condition):
+    said, *_ = run_i2v(HERE / "hunyuan_subjects.py", condition)
     assert "passed" in said.splitlines()
 
 
-def test_measured_then_planned(run):
-    said, *_ = run(SCRIPT, *SMALL, fails=True)
+def test_measured_then_planned(run_i2v):
+    said, *_ = run_i2v(SCRIPT, *SMALL, fails=True)
     assert "No magnitude ratios are known for hunyuanvideo-i2v-token_replace" in said
-    _, plain, _ = run("sample_image2video.py", *SMALL)
-    _, measured, _ = run(SCRIPT, *SMALL, "--magcache_calibration")
+    _, plain, _ = run_i2v("sample_image2video.py", *SMALL)
+    _, measured, _ = run_i2v(SCRIPT, *SMALL, "--magcache_calibration")
     assert np.array_equal(measured, plain)
-    _, off, report = run(SCRIPT, *SMALL, "--magcache_thresh", "0")
+    _, off, report = run_i2v(SCRIPT, *SMALL, "--magcache_thresh", "0")
     assert np.array_equal(off, plain) and report["reused"] == 0
-    _, frames, report = run(SCRIPT, *SMALL, "--magcache_steps", "6")
+    _, frames, report = run_i2v(SCRIPT, *SMALL, "--magcache_steps", "6")
     assert report["computed"] == 6 and report["calls"] == 12 and not report["unplanned"]
     assert report["i2v_image_path"] == "cat.png" and frames.shape == plain.shape and report["reused"] == 6
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_lora(run, tmp_path, ranks):
+def test_a_lora_of_hunyuan(run_i2v, tmp_path, ranks):
     """The host adds it to the weights after they were patched, and on several GPUs before it parallelizes them."""
     name, made = "Hunyuan_video_I2V_lora_double_blocks_0_img_mlp_fc1", torch.Generator().manual_seed(0)
     low_rank = {"lora_up": (128, 4), "lora_down": (4, 64)}
@@ -93,12 +93,12 @@ def test_a_lora(run, tmp_path, ranks):
     save_file(weights, tmp_path / "rain.safetensors")
     parallel = ("--ulysses-degree", ranks)
     flags = (*SMALL, "--use-lora", "--lora-path", tmp_path / "rain.safetensors", "--lora-scale", "0.5")
-    _, without, _ = run("sample_image2video.py", *SMALL, *parallel, ranks=ranks)
-    _, plain, _ = run("sample_image2video.py", *flags, *parallel, ranks=ranks)
-    _, off, _ = run(SCRIPT, *flags, *parallel, "--magcache_steps", "12", ranks=ranks)
+    _, without, _ = run_i2v("sample_image2video.py", *SMALL, *parallel, ranks=ranks)
+    _, plain, _ = run_i2v("sample_image2video.py", *flags, *parallel, ranks=ranks)
+    _, off, _ = run_i2v(SCRIPT, *flags, *parallel, "--magcache_steps", "12", ranks=ranks)
     assert np.array_equal(off, plain) and not np.array_equal(plain, without)
-    said, cached, report = run(SCRIPT, *flags, *parallel, "--magcache_steps", "6", ranks=ranks)
+    said, cached, report = run_i2v(SCRIPT, *flags, *parallel, "--magcache_steps", "6", ranks=ranks)
     assert report["task"] == "hunyuanvideo-i2v-token_replace-rain-0.5" and report["computed"] == 6
     assert report["reused"] == 6 and not report["unplanned"] and not np.array_equal(cached, plain)
-    _, alone, _ = run(SCRIPT, *flags, "--magcache_steps", "6")
+    _, alone, _ = run_i2v(SCRIPT, *flags, "--magcache_steps", "6")
     assert np.abs(cached - alone).mean() < np.abs(cached - plain).mean() / 20

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hunyuan_checks import (  # noqa: F401
     test_a_calibration_plans_the_next_run,
-    test_a_residual_of_the_same_step_gives_full_computation,
-    test_off_is_the_untouched_model,
-    test_reused_steps_equal_the_oracle,
+    test_hunyuans_residual_of_the_same_step_gives_full_computation,
+    test_hunyuans_reused_steps_equal_the_oracle,
+    test_off_is_the_untouched_hunyuan,
 )
-from hunyuan_helpers import STRIPS, Subject, reports, videos
-from hunyuan_runs import run_script
+from hunyuan_helpers import STRIPS, HunyuanSubject, reports, videos
+from hunyuan_runs import run_hunyuan
 from readme_commands import changed, of_script, readme
 
 from common.scripts.install import install
@@ -31,7 +31,7 @@ SMALL = (
 ).split()
 
 
-class Upstream(Subject):
+class Upstream(HunyuanSubject):
     """HYVideoDiffusionTransformer, rotary embedding and text mask included. It mixes float32 in, so no float64."""
 
     exact = torch.float32, 1e-4
@@ -65,30 +65,30 @@ def subject(monkeypatch):
 
     monkeypatch.setattr(attenion, "flash_attn_varlen_func", hunyuan_cpu.flash_attn_varlen_func)
     monkeypatch.setattr(models, "get_cu_seqlens", hunyuan_cpu.get_cu_seqlens)
-    return Upstream(hunyuan_cpu.tiny_model(), channels=16, text_width=4096, pooled_width=768)
+    return Upstream(hunyuan_cpu.tiny_hunyuan(), channels=16, text_width=4096, pooled_width=768)
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def installed_checkout(tmp_path_factory):
     """A copy of the checkout's code with the drop-in installed, and tiny weights."""
     folder = tmp_path_factory.mktemp("hunyuan")
     shutil.copytree(Path(CHECKOUT) / "hyvideo", folder / "hyvideo")
     shutil.copy(Path(CHECKOUT) / "sample_video.py", folder)
     install("MagCache4HunyuanVideo", folder)
-    run_script(["--checkpoint"], folder)
+    run_hunyuan(["--checkpoint"], folder)
     return folder
 
 
 @pytest.fixture
-def run(installed, tmp_path, monkeypatch):
+def run_upstream(installed_checkout, tmp_path, monkeypatch):
     """Runs a script with flags, in several processes if asked for; results lie under the working directory."""
-    monkeypatch.chdir(installed)
+    monkeypatch.chdir(installed_checkout)
 
     def start(*arguments, ranks=1, late=False, fails=False):
         for folder in Path().glob("*results*"):
             shutil.rmtree(folder)
         environment = {"HUNYUAN_LATE": "1"} if late else {}
-        return run_script(arguments, installed, ranks, fails, MAGCACHE_HOME=str(tmp_path / "home"), **environment)
+        return run_hunyuan(arguments, installed_checkout, ranks, fails, MAGCACHE_HOME=str(tmp_path / "home"), **environment)
 
     return start
 
@@ -103,7 +103,7 @@ def far(one, other):
 
 
 @pytest.mark.parametrize("torchrun, command", COMMANDS, ids=map(str, range(len(COMMANDS))))
-def test_every_command_of_the_readme(run, torchrun, command, tmp_path):
+def test_every_command_of_hunyuan(run_upstream, torchrun, command, tmp_path):
     """Word for word, with two processes for eight, in a folder whose ckpts/ has tiny weights; "${DIT_CKPT_PATH}" is
     their file in FP8. Sizes are an eighth of those asked for (hunyuan_cpu.py)."""
     ranks = 2 if torchrun else 1
@@ -111,7 +111,7 @@ def test_every_command_of_the_readme(run, torchrun, command, tmp_path):
     if torchrun:
         assert torchrun == ("--nproc_per_node=8",)
         command = changed(command, ulysses_degree=ranks)
-    said = run("magcache_sample_video.py", *command, ranks=ranks)
+    said = run_upstream("magcache_sample_video.py", *command, ranks=ranks)
     height, width = command[command.index("--video-size") + 1 :][:2]
     folder = Path(command[command.index("--save-path") + 1] if "--save-path" in command else "results")
     (video,) = videos(folder).values()
@@ -130,12 +130,12 @@ def test_every_command_of_the_readme(run, torchrun, command, tmp_path):
     assert ranks == 1 or "MagCache plan" not in said[1]
 
 
-def test_ranks_render_what_one_process_renders(run):
+def test_ranks_render_what_one_process_renders(run_upstream):
     results = {}
     for flags in ((), ("--no-magcache",)):
-        run("magcache_sample_video.py", *SMALL, *flags)
+        run_upstream("magcache_sample_video.py", *SMALL, *flags)
         results[flags, 1] = frames()
-        run("magcache_sample_video.py", *SMALL, *flags, "--ulysses-degree", 2, ranks=2)
+        run_upstream("magcache_sample_video.py", *SMALL, *flags, "--ulysses-degree", 2, ranks=2)
         results[flags, 2] = frames()
     apart = far(results[(), 1], results[("--no-magcache",), 1])
     assert apart > 0
@@ -143,25 +143,25 @@ def test_ranks_render_what_one_process_renders(run):
         assert far(results[flags, 1], results[flags, 2]) < apart / 20
 
 
-def test_the_wrong_order_is_an_error(run):
-    said = run("magcache_sample_video.py", *SMALL, "--ulysses-degree", 2, ranks=2, late=True, fails=True)
+def test_the_wrong_order_is_an_error(run_upstream):
+    said = run_upstream("magcache_sample_video.py", *SMALL, "--ulysses-degree", 2, ranks=2, late=True, fails=True)
     assert all("can only concatenate" in text for text in said) and not list(Path("results").glob("*"))
 
 
 @pytest.mark.parametrize(
     "flags", [[], ["--use-cpu-offload"], ["--use-fp8", "--dit-weight", FP8_WEIGHTS]], ids=["plain", "offload", "fp8"]
 )
-def test_off_saves_what_sample_video_saves(run, flags):
-    run("sample_video.py", *SMALL, *flags)
+def test_off_saves_what_sample_video_saves(run_upstream, flags):
+    run_upstream("sample_video.py", *SMALL, *flags)
     plain = frames()
-    run("magcache_sample_video.py", *SMALL, *flags, "--magcache_thresh", 0)
+    run_upstream("magcache_sample_video.py", *SMALL, *flags, "--magcache_thresh", 0)
     assert np.array_equal(frames(), plain) and reports()[0]["reused"] == 0
-    run("magcache_sample_video.py", *SMALL, *flags)
+    run_upstream("magcache_sample_video.py", *SMALL, *flags)
     assert not np.array_equal(frames(), plain) and reports()[0]["reused"] > 0
 
 
-def test_several_videos_at_other_settings(run):
-    (said,) = run(
+def test_several_videos_at_other_settings(run_upstream):
+    (said,) = run_upstream(
         "magcache_sample_video.py",
         *SMALL,
         "--num-videos",
@@ -179,18 +179,18 @@ def test_several_videos_at_other_settings(run):
         assert report["calls"] == 20 and list(report["quality"])[0] == "un-cached, 20 steps" and not report["unplanned"]
 
 
-def test_calibration_on_one_and_on_two_ranks(run, tmp_path):
-    run("sample_video.py", *SMALL)
+def test_calibration_on_one_and_on_two_ranks(run_upstream, tmp_path):
+    run_upstream("sample_video.py", *SMALL)
     plain = frames()
-    run("magcache_sample_video.py", *SMALL, "--magcache_calibration", tmp_path / "one.json")
+    run_upstream("magcache_sample_video.py", *SMALL, "--magcache_calibration", tmp_path / "one.json")
     assert np.array_equal(frames(), plain)
-    run("magcache_sample_video.py", *SMALL, "--magcache_calibration", "--ulysses-degree", 2, ranks=2)
+    run_upstream("magcache_sample_video.py", *SMALL, "--magcache_calibration", "--ulysses-degree", 2, ranks=2)
     (path,) = (tmp_path / "home").glob("hunyuanvideo-t2v-768x512x9-*.json")
     one, two = read(tmp_path / "one.json"), read(path)
     assert one.steps == 20 and two.mag_ratios["cond"] == pytest.approx(one.mag_ratios["cond"], abs=2e-4)
     planned = {}
     for payload, ranks in (("residual", 1), ("output", 1), ("output", 2)):
-        run(
+        run_upstream(
             "magcache_sample_video.py",
             *SMALL,
             "--magcache_steps",

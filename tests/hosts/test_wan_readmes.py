@@ -74,7 +74,7 @@ def checkout(request, tmp_path, tmp_path_factory, monkeypatch):
     runs.close()
 
 
-def run(runs, argv, count=1):
+def run_line(runs, argv, count=1):
     """(what was said, the video, its report or None) of one command, in the checkout."""
     before = set(runs.folder.iterdir())
     argv = (runs.folder / "magcache_generate.py", *argv)
@@ -85,7 +85,7 @@ def run(runs, argv, count=1):
     return group[0].output, video, json.loads(report.read_text()) if report.exists() else None
 
 
-def test_every_command(checkout):
+def test_every_command_of_wan(checkout):
     """And, of those that measure, the same with --use_magcache after it."""
     runs, folder = checkout
     commands = of_script(readme(folder), "magcache_generate.py")
@@ -97,11 +97,11 @@ def test_every_command(checkout):
             argv = changed(argv, ulysses_size=count)
         name, measured = argv[argv.index("--ckpt_dir") + 1].removeprefix("./"), ""
         if "--magcache_calibration" in argv:
-            said, video, report = run(runs, argv, count)
+            said, video, report = run_line(runs, argv, count)
             measured = re.search(r"Measured in .*, saved as \S+/([\w.-]+?)(-[0-9a-f]{12})+\.json", said)[1]
             assert report is None and not video.name.startswith("magcache_")
             argv = [*argv[:-1], "--use_magcache"]
-        said, video, report = run(runs, argv, count)
+        said, video, report = run_line(runs, argv, count)
         assert report["unplanned"] == {} and report["complete"] and video.name.startswith("magcache_")
         assert report["prompt"] in ("...", "anything") or "--prompt" not in argv
         frames, _ = read_frames(video)

@@ -103,7 +103,7 @@ class WanRuns:
         )
 
     def checkpoint(self, kind):
-        """The folder of a tiny checkpoint (`wan_cpu.write_checkpoint`), written at first use."""
+        """The folder of a tiny checkpoint (`wan_cpu.write_wan`), written at first use."""
         folder = self.checkpoints / kind
         if not folder.is_dir():
             written = self.run("--checkpoint", kind, folder, cwd=self.folder)
