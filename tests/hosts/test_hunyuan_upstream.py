@@ -87,8 +87,8 @@ def run_upstream(installed_checkout, tmp_path, monkeypatch):
     def start(*arguments, ranks=1, late=False, fails=False):
         for folder in Path().glob("*results*"):
             shutil.rmtree(folder)
-        environment = {"HUNYUAN_LATE": "1"} if late else {}
-        return run_hunyuan(arguments, installed_checkout, ranks, fails, MAGCACHE_HOME=str(tmp_path / "home"), **environment)
+        environment = {"MAGCACHE_HOME": str(tmp_path / "home"), **({"HUNYUAN_LATE": "1"} if late else {})}
+        return run_hunyuan(arguments, installed_checkout, ranks, fails, **environment)
 
     return start
 
