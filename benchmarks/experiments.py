@@ -50,7 +50,7 @@ CLIPS = zip(
         "red balloon",
         "fox",
         "red car",
-        "apple",
+        "turtle",
     ),
     cycle(
         (

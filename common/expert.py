@@ -70,6 +70,17 @@ class Expert:
         """Whether the model's forward comes here, as far as wrappers tell what they wrap."""
         return any(forward is self.forward for forward in forwards(self.model))
 
+    def stay_on(self) -> None:
+        """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
+        the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
+        found = self.model.__dict__.get("forward")
+        below = getattr(self.forward.original, "__wrapped__", None)
+        while below is not None and below is not found:
+            below = getattr(below, "__wrapped__", None)
+        if found is not None and below is found:
+            self.forward = PatchedForward(self, found, own=True)
+            self.model.forward = self.forward
+
     def refuse_other_caches(self) -> None:
         """Raises MagCacheError if another cache skips parts of this model: each would reuse what the other made."""
         if getattr(self.model, "is_cache_enabled", False):
@@ -103,19 +114,21 @@ class PatchedForward:
         with patch.lock:  # stand-ins are on the model while a call is under way: another thread's waits
             caching = patch.active and expert.forward is self
             call = patch.begin_call(expert, args, kwargs) if caching else None
-            if call is None:
-                return self.original(*args, **kwargs)
             try:
+                if call is None:
+                    return self.original(*args, **kwargs)
                 try:
                     output = self.original(*args, **kwargs) if call.output is None else call.output
                 except TokensChanged as changed:
                     call = patch.compute_instead(call, str(changed))
                     output = self.original(*args, **kwargs)
-                output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
+                return patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
             except BaseException:
-                patch.cancel_call(call)
+                if call is not None:
+                    patch.cancel_call(call)
                 raise
-            return output
+            finally:
+                expert.stay_on()
 
     def __get__(self, model: Any, model_class: Any = None) -> PatchedForward:
         """Bound already: cache-dit binds the forward that it found to the model that it had it from."""

@@ -258,6 +258,7 @@ class Patch:
         """A run is over, whole or not: what a user should hear of it."""
 
     def complete(self, sampling):
+        sampling.tracker.let_go()
         sampling.conditionings = Conditionings(sampling.expert.model, self.host)  # lets go of the prompt's tensors
         self.complete_run(sampling.run)
         self.ended(sampling.run)

@@ -16,7 +16,7 @@ PROMPTS = [
     clips.caption(name, clips.MOTIONS[index % len(clips.MOTIONS)], list(clips.BACKGROUNDS)[index % 4])
     for index, name in enumerate(clips.OBJECTS)
 ]
-COLUMNS, ZOOM = 4, 2
+COLUMNS, ZOOM = 6, 2
 
 
 def draw_samples(prompts: list[str], seed: int = 3) -> list[torch.Tensor]:

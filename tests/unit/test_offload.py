@@ -6,8 +6,14 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
-from diffusers.hooks.group_offloading import GroupOffloadingType, ModuleGroup
 from offloading import CPU, sequential, whole_model
+
+pytest.importorskip("diffusers", "0.35")
+from diffusers.hooks.group_offloading import (  # noqa: E402
+    GroupOffloadingType,
+    LazyPrefetchGroupOffloadingHook,
+    ModuleGroup,
+)
 
 ORDERS = pytest.mark.parametrize("order", ["offload first", "patch first"])
 STRIP = "##..#..#..#."
@@ -93,6 +99,26 @@ def test_no_block_is_entered_or_fetched_on_a_reused_step(
     assert torch.equal(sampler.run(cfg=True), guided) and handle.reports[-1].reused == 14
     handle.remove()
     assert torch.equal(sampler.run(), plain)
+
+
+@ORDERS
+def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, executed, expected, order):
+    """With streams, group offloading watches the first call and then takes its watching hook off."""
+    (result, guided), (plain, _) = expected
+
+    def prefetched(model):
+        groups_of(1)(model)
+        model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading")
+
+    sampler, blocks = euler(model), executed(model)
+    handle = both(model, sampler, prefetched, cached, order)
+    for _ in range(2):
+        assert torch.equal(sampler.run(), result) and blocks.strip == STRIP
+        blocks.calls.clear()
+    assert [report.reused for report in handle.reports] == [7, 7]
+    assert torch.equal(sampler.run(cfg=True), guided)
+    handle.remove()
+    assert torch.equal(sampler.run(), plain) and "magcache" not in dir(model.forward)
 
 
 @pytest.mark.parametrize("offload", [sequential, whole_model])
