@@ -14,7 +14,16 @@ import peft
 import pytest
 import torch
 from ranks import two_ranks
-from tiny_pipelines import FAMILIES, Stopped, denoiser, embeds, flux_controlnet, run_pipeline
+from tiny_pipelines import (
+    CONTROL_NETS,
+    FAMILIES,
+    Stopped,
+    denoiser,
+    of_the_parts_of,
+    picture_for,
+    run_pipeline,
+    with_control_net,
+)
 
 from common.errors import MagCacheError
 from common.hosts import HOSTS, class_name
@@ -240,12 +249,13 @@ def test_two_pipelines_and_two_threads(family):
 
 
 IMAGE_TO_IMAGE = {
-    "flux": diffusers.FluxImg2ImgPipeline,
-    "sdxl": diffusers.StableDiffusionXLImg2ImgPipeline,
-    "sd3": diffusers.StableDiffusion3Img2ImgPipeline,
-    "qwen_image": diffusers.QwenImageImg2ImgPipeline,
-    "z_image": diffusers.ZImageImg2ImgPipeline,
-    "wan": diffusers.WanVideoToVideoPipeline,
+    "flux": "FluxImg2ImgPipeline",
+    "sdxl": "StableDiffusionXLImg2ImgPipeline",
+    "sd3": "StableDiffusion3Img2ImgPipeline",
+    "qwen_image": "QwenImageImg2ImgPipeline",
+    "z_image": "ZImageImg2ImgPipeline",
+    "wan": "WanVideoToVideoPipeline",
+    "cogvideox": "CogVideoXVideoToVideoPipeline",
 }
 
 
@@ -254,13 +264,10 @@ IMAGE_TO_IMAGE = {
 def test_image_to_image(family, strength):
     """A run begins in the middle, where its strength says, and is planned for the steps that it has."""
     pipe, arguments = FAMILIES[family]()
-    kind = IMAGE_TO_IMAGE[family]
-    names = inspect.signature(kind.__init__).parameters
-    pipe = kind(**{name: part for name, part in pipe.components.items() if name in names})
-    picture = embeds(3, 1, 3, arguments(1)["height"], arguments(1)["width"]).clamp(0, 1)
-    call = {**arguments(1), "strength": strength}
-    call |= {"video": [picture[0].permute(1, 2, 0).numpy()] * 5} if family == "wan" else {"image": picture}
-    known = inspect.signature(kind.__call__).parameters
+    pipe, picture = of_the_parts_of(pipe, IMAGE_TO_IMAGE[family]), picture_for(arguments(1))
+    frames = [picture[0].permute(1, 2, 0).numpy()] * arguments(1).get("num_frames", 0)
+    call = {**arguments(1), "strength": strength, **({"video": frames} if frames else {"image": picture})}
+    known = inspect.signature(type(pipe).__call__).parameters
     call = {name: value for name, value in call.items() if name in known}
     plain = run_pipeline(pipe, call, 10)
     with enable(pipe, speedup=2, announce=None) as cache:
@@ -284,14 +291,24 @@ def test_guidance_with_a_third_call():
     assert (cached - plain).norm() < 0.5 * (plain - without).norm()
 
 
-def test_a_control_net():
-    pipe, arguments = flux_controlnet()
+@pytest.mark.parametrize("family", CONTROL_NETS)
+def test_a_control_net(family):
+    """With predicted outputs, and by the paper's rule from the second run on."""
+    pipe, arguments = with_control_net(family)
     plain = run_pipeline(pipe, arguments(1), STEPS)
+    assert not torch.equal(plain, run_pipeline(pipe, {**arguments(1), "controlnet_conditioning_scale": 0.0}, STEPS))
     with enable(pipe, speedup=2, announce=None) as cache:
         cached = run_pipeline(pipe, arguments(1), STEPS)
         assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), cached)
     assert not cache.reports[0].unplanned and 0 < (cached - plain).norm() / plain.norm() < 0.1
     assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
+    if HOSTS[class_name(denoiser(pipe))].blocks:
+        with enable(pipe, **RULE, announce=None) as cache:
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
+            cached = run_pipeline(pipe, arguments(1), STEPS)
+        report = cache.reports[1]
+        assert report.reused and report.verified and not report.unplanned and not report.notes
+        assert 0 < (cached - plain).norm() / plain.norm() < 0.1
 
 
 RULE = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}
@@ -361,7 +378,7 @@ def test_image_to_image_after_text_to_image_with_one_transformer():
     pipe, arguments = FAMILIES["flux"]()
     edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
     assert edit.transformer is pipe.transformer and edit.scheduler is pipe.scheduler
-    call = {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.6}
+    call = {**arguments(1), "image": picture_for(arguments(1)), "strength": 0.6}
     plain, edited_plain = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(edit, call, 10)
     with enable(pipe, speedup=2, announce=None):
         alone = run_pipeline(pipe, arguments(1), STEPS)
@@ -397,7 +414,7 @@ def test_a_loop_of_ones_own_beside_two_pipelines_is_neithers():
         with enable(pipe, speedup=2, announce=None) as first, enable(edit, speedup=2, announce=None) as second:
             assert all(torch.equal(model(**kwargs)[0], made) for kwargs, made in zip(caught, plain))
             run_pipeline(pipe, arguments(1), STEPS)
-            run_pipeline(edit, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.9}, STEPS)
+            run_pipeline(edit, {**arguments(1), "image": picture_for(arguments(1)), "strength": 0.9}, STEPS)
     assert len(first.reports) == 1 == len(second.reports)
 
 
@@ -405,7 +422,7 @@ def test_a_loop_of_ones_own_beside_two_pipelines_is_neithers():
 def test_two_pipelines_with_one_offloaded_model(offload):
     pipe, arguments = FAMILIES["flux"]()
     edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
-    call = {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.6}
+    call = {**arguments(1), "image": picture_for(arguments(1)), "strength": 0.6}
     with enable(pipe, speedup=2, announce=None):
         alone = run_pipeline(pipe, arguments(1), STEPS)
     with enable(edit, steps=4, announce=None):
@@ -437,4 +454,4 @@ def test_a_class_nobody_described_is_for_one_pipeline(monkeypatch):
     with enable(edit, speedup=2, announce=None):
         with pytest.raises(MagCacheError, match="patched already"):
             enable(pipe, **RULE)
-        run_pipeline(edit, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.9}, STEPS)
+        run_pipeline(edit, {**arguments(1), "image": picture_for(arguments(1)), "strength": 0.9}, STEPS)
