@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 PATCHED_ALREADY = "This model is patched already; remove the first patch (handle.remove()) before the second."
 
-# A graph that torch.compile made of a whole model is checked against the model's class, by which stand-ins for its
-# blocks are told. Before torch 2.5 it is not, and such a model runs uncompiled; blocks compiled one by one do not.
-GRAPHS_KNOW_THE_CLASS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 5)
+
+@functools.cache
+def graphs_know_the_class() -> bool:
+    """Whether a graph that torch.compile made of a whole model is checked against the model's class, by which it is
+    told from one with stand-ins: since torch 2.5. Before, such a model runs uncompiled; blocks compiled alone do not.
+    """
+    return torch.torch_version.TorchVersion(torch.__version__) >= (2, 5)
 
 
 class Expert:
@@ -121,7 +125,7 @@ class PatchedForward:
             try:
                 if call is None:
                     return self.original(*args, **kwargs)
-                original = self.original if GRAPHS_KNOW_THE_CLASS else torch.compiler.disable(self.original)
+                original = self.original if graphs_know_the_class() else torch.compiler.disable(self.original)
                 try:
                     output = original(*args, **kwargs) if call.output is None else call.output
                 except TokensChanged as changed:

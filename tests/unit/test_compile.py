@@ -38,7 +38,7 @@ def from_scratch():
 
 
 GRAPHS = pytest.mark.skipif(
-    not expert.GRAPHS_KNOW_THE_CLASS, reason="before torch 2.5 a model compiled as a whole runs uncompiled"
+    not expert.graphs_know_the_class(), reason="before torch 2.5 a model compiled as a whole runs uncompiled"
 )
 
 
@@ -139,7 +139,7 @@ def test_cached_and_un_cached_runs_take_turns(model, euler, cached, calibrating)
 @pytest.mark.parametrize("compiled", [compile_module, compile_wrapped])
 def test_where_graphs_do_not_know_the_class_the_model_runs_uncompiled(model, euler, cached, compiled, monkeypatch):
     """torch 2.4 gave a graph of the un-cached model to calls with stand-ins, and a wrong latent without a word."""
-    monkeypatch.setattr(expert, "GRAPHS_KNOW_THE_CLASS", False)
+    monkeypatch.setattr(expert, "graphs_know_the_class", lambda: False)
     eager = euler(copy.deepcopy(model))
     plain = eager.run()
     with cached(eager):
