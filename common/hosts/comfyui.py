@@ -67,7 +67,12 @@ COMFYUI: dict[str, Host] = {
     "comfy.LTXAVModel": TWO_STREAMS,
     "comfy.LTXVModel": Host(blocks=("transformer_blocks",), final_layer="norm_out", image_tokens=0, in_place=True),
     "comfy.LensTransformer2DModel": replace(QWEN_IMAGE, noise_tokens=None),
-    "comfy.MMDiT": output_only("it modulates its tokens between its blocks and its final layer"),  # AuraFlow
+    "comfy.MMDiT": Host(  # AuraFlow, which modulates its tokens between its blocks and its final layer
+        blocks=("double_layers", "single_layers"),
+        image_tokens=1,
+        block_returns=lambda args, tokens: (args[0], tokens),  # text and image
+        output_tokens=lambda model, forward: pictures_own_tokens(forward),
+    ),
     "comfy.MageFlowTransformer2DModel": QWEN_IMAGE,
     "comfy.MiniTrainDIT": BLOCKS,  # Cosmos-Predict2
     "comfy.NextDiT": LAYERS,  # Z-Image, Lumina 2

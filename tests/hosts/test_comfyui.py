@@ -246,6 +246,7 @@ def test_output(worker, family):
     "family",
     ["sd3", "zimage", "ltxv", "cosmos2", "anima", "hidream", "omnigen2", "boogu", "ernie", "krea2", "lens", "mageflow"]
     + [
+        "auraflow",
         "pixart",
         "joyimage",
         "kandinsky5",
