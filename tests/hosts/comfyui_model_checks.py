@@ -109,7 +109,7 @@ def thresholds_without_blocks_or_ratios_are_answered():
     for family, options, why in (
         ("sd15", {}, "Of UNetModel only the output is predicted, because a U-Net has no stack of blocks"),
         ("ltxav", {}, "Of LTXAVModel only the output is predicted, because it denoises picture and sound in two"),
-        ("zimage", {"mag_ratios": ""}, "The paper's rule has no ratios for this model: calibrate it"),
+        ("zimage", {"mag_ratios": "", "measure": "off"}, "The paper's rule has no ratios for this model"),
         ("zimage", {"thresholds": {}}, "The ratios of tiny are used once magcache_thresh is set"),
     ):
         if not known_here(family):

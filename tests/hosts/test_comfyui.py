@@ -165,6 +165,26 @@ def test_calibration(worker, check):
 @pytest.mark.parametrize(
     "check",
     [
+        ("first_run_is_measured", "flux", 3.0),
+        ("first_run_is_measured", "zimage", 1.0),
+        ("first_run_is_measured", "wan", 3.0),
+        ("the_switch_holds",),
+        ("a_model_with_published_ratios_is_not_measured",),
+        ("interrupted_first_run_writes_nothing",),
+        ("a_partial_first_run_stands_for_no_fuller_one",),
+        ("first_runs_of_loras_are_their_own",),
+        ("both_of_two_samplers_are_measured",),
+        ("what_cannot_be_measured_is_cached_all_the_same",),
+    ],
+    ids=lambda check: "-".join(map(str, check)),
+)
+def test_first_run(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
         ("wan22_is_told_from_wan21",),
         ("a_part_of_the_steps_is_noticed",),
         ("no_table_is_borrowed",),
