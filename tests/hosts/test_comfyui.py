@@ -267,6 +267,10 @@ def test_output(worker, family):
     ["sd3", "zimage", "ltxv", "cosmos2", "anima", "hidream", "omnigen2", "boogu", "ernie", "krea2", "lens", "mageflow"]
     + [
         "auraflow",
+        "mochi",
+        "hunyuandit",
+        "acestep",
+        "ideogram4",
         "pixart",
         "joyimage",
         "kandinsky5",
@@ -295,9 +299,13 @@ def test_output_with_a_sampler(worker, sampler):
     worker.run("output_with_a_sampler", sampler)
 
 
+def test_models(worker):
+    worker.run("models_are_as_the_table_says")
+
+
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
-@pytest.mark.parametrize("check", ["models_are_as_the_table_says", "settings_are_as_the_readme_says"])
-def test_models(worker, check):
+@pytest.mark.parametrize("check", ["settings_are_as_the_readme_says", "every_described_class_is_tried"])
+def test_settings(worker, check):
     worker.run(check)
 
 
