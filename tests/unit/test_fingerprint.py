@@ -77,4 +77,5 @@ def test_weights_without_values_stop_nothing():
     with torch.device("meta"):
         model = layers()
     assert len(fingerprint(model)) == 12 and fingerprint(model) != fingerprint(layers())
-    assert few_values(torch.zeros(0, 3)) == few_values(torch.eye(4).to_sparse()) == b""
+    assert few_values(torch.zeros(0, 3)) == b""
+    assert few_values(torch.eye(4).to_sparse()) == few_values(torch.eye(4))
