@@ -303,7 +303,7 @@ def main():
                 left_out.append(f"{name}: no time left ({call:.1f} s a call)")
             else:
                 rows += rows_of(name, sampler, steps, repeats)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             left_out.append(f"{name}: does not fit into the memory")
         sampler = None
         gc.collect()

@@ -145,7 +145,7 @@ def wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable
             stack.restore()
             raise
         residual = stack.finish()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except MISFITS as error:
         return f"{type(error).__name__}: {error}"

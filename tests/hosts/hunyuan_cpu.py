@@ -46,10 +46,11 @@ class HostTorch(CpuTorch):
         return torch.autocast("cpu", **options)
 
 
-class HunyuanVae:
+class HunyuanVae(torch.nn.Module):
     """Latents of 4 frames and 8x8 pixels each, blown up."""
 
     config = types.SimpleNamespace(block_out_channels=(1, 2, 3, 4), scaling_factor=1.0, shift_factor=None)
+    dtype, device = torch.float32, torch.device("cpu")
 
     def enable_tiling(self):
         pass
@@ -167,6 +168,7 @@ def import_hyvideo():
         sys.modules.update(hunyuan_sequence_parallelism())
         init_process_group = dist.init_process_group
         dist.init_process_group = lambda backend: init_process_group("gloo")
+        torch.cuda.set_device = lambda device: None
     plain_sum = torch.Tensor.sum
     torch.Tensor.sum = lambda self, *args, **kwargs: plain_sum(
         self.float() if self.dtype == torch.float8_e4m3fn else self, *args, **kwargs

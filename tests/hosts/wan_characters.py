@@ -96,8 +96,6 @@ def source(self, src_pose_path, src_face_path, src_ref_path):
 
 def replace(wan):
     """Put the stand-ins in, where the package has these pipelines."""
-    from wan.configs import WAN_CONFIGS
-
     speech, animate = sys.modules["wan.speech2video"], sys.modules["wan.animate"]
     speech.torch = animate.torch = Float32CpuTorch("torch")
     speech.AudioEncoder = AudioEncoder
@@ -105,8 +103,6 @@ def replace(wan):
     sys.modules["wan.modules.animate.model_animate"].Generator = MotionEncoder
     sys.modules["wan.modules.animate.face_blocks"].flash_attn_func = wan_cpu.padded_attention
     wan.WanAnimate.prepare_source = source
-    for task in ("s2v-14B", "animate-14B"):
-        WAN_CONFIGS[task].param_dtype = torch.float32
 
 
 def tiny(kind):

@@ -7,6 +7,7 @@ the VAE, CLIP, the attention kernel and the packages that they import and a test
 Under WORLD_SIZE > 1 the process group is gloo's.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -44,6 +45,9 @@ ABSENT = (
     "loguru",
     "matplotlib",
 )
+
+
+WIDTHS = {"dim": 48, "ffn_dim": 64, "num_heads": 2}
 
 
 class EasyDict(dict):
@@ -219,6 +223,7 @@ def import_wan():
     dist.init_process_group = lambda *args, **kwargs: init_process_group(**{**kwargs, "backend": "gloo"})
     import wan
     import wan.modules.attention
+    from wan.modules.model import WanModel
 
     pipelines = [
         module for name, module in sys.modules.items() if name.startswith("wan.") and hasattr(module, "T5EncoderModel")
@@ -244,11 +249,15 @@ def import_wan():
             module.shard_model = lambda model, plain=plain, **kwargs: plain(
                 model, device_id=torch.device("cpu"), param_dtype=torch.float32, sync_module_states=False
             )
-    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
+    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, WAN_CONFIGS
 
-    SIZE_CONFIGS["832*480"] = SIZE_CONFIGS["1280*704"] = (96, 64)
+    for size in {"832*480", "1280*720", "1280*704", "1024*704"} & SIZE_CONFIGS.keys():
+        SIZE_CONFIGS[size], MAX_AREA_CONFIGS[size] = (96, 64), 96 * 64
     SIZE_CONFIGS["480*832"] = (48, 80)  # 15 tokens a latent frame: two processes have to fill up
-    MAX_AREA_CONFIGS["832*480"] = MAX_AREA_CONFIGS["1280*704"] = 96 * 64
+    for config in WAN_CONFIGS.values():  # of --convert_model_dtype
+        config.param_dtype = torch.float32
+    for model in {WanModel, getattr(sys.modules.get("wan.modules.vace_model"), "VaceWanModel", WanModel)}:
+        model.__init__ = tiny_for_published(model.__init__)
     if hasattr(wan, "WanVace"):
         wan.WanVace.prepare_source = small_source
     if hasattr(wan, "WanS2V"):
@@ -258,6 +267,16 @@ def import_wan():
     return wan
 
 
+def tiny_for_published(init):
+    """A transformer's __init__ that makes a tiny one of the config.json of a published checkpoint."""
+
+    @functools.wraps(init)
+    def tiny_init(self, *args, **config):
+        init(self, *args, **{**config, **(WIDTHS if config.get("dim", 0) > 1000 else {})})
+
+    return tiny_init
+
+
 def tiny_wan(kind, seed=0):
     """A WanModel (or VaceWanModel) with random weights, none of them zero. Few text tokens where the class does not
     insist."""
@@ -265,7 +284,7 @@ def tiny_wan(kind, seed=0):
 
     torch.manual_seed(seed)
     text_len = 512 if kind in ("i2v", "flf2v") and not hasattr(wan, "WanTI2V") else 16
-    sizes = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 4, "text_len": text_len}
+    sizes = {**WIDTHS, "num_layers": 4, "text_len": text_len}
     if kind == "vace":
         from wan.modules.vace_model import VaceWanModel
 

@@ -109,3 +109,10 @@ class WanRuns:
             written = self.run("--checkpoint", kind, folder, cwd=self.folder)
             assert written.code == 0, written.output
         return folder
+
+    def published(self, kind, width, folder):
+        """A copy of a tiny checkpoint with the width of a published one in its config.json, by which the scripts know
+        it (`wan_cpu.tiny_for_published` reads it all the same)."""
+        shutil.copytree(self.checkpoint(kind), folder)
+        for path in folder.rglob("config.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), "dim": width}))

@@ -40,7 +40,7 @@ class Measured(Tokens):
 
     def rows(self, branch):
         rows = [(1.0, 0.0, 0.0)]
-        for old, new in itertools.pairwise(self.residuals[branch]):
+        for old, new in zip(self.residuals[branch], self.residuals[branch][1:]):
             ratio = (new.pow(2).sum(-1).sqrt() / old.pow(2).sum(-1).sqrt()).flatten()
             cosine = (new * old).sum(-1) / (new.pow(2).sum(-1) * old.pow(2).sum(-1)).sqrt()
             rows.append((ratio.mean().item(), ratio.std().item(), 1 - cosine.mean().item()))

