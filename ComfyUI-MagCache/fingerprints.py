@@ -65,7 +65,7 @@ def fingerprints(patcher, model: torch.nn.Module) -> tuple[str, str]:
     MagCacheError where an adapter keeps its tensors in a way that cannot be read."""
     if model not in PLAIN:
         PLAIN[model] = fingerprint_of(loaded_weights(patcher, model))
-    added = [*patches_of(patcher), *injected(patcher)]
+    added = [*weight_patches(patcher), *injected(patcher)]
     return PLAIN[model], fingerprint_of([(PLAIN[model], torch.zeros(1)), *added]) if added else PLAIN[model]
 
 
@@ -77,7 +77,7 @@ def loaded_weights(patcher, model):
         yield name, weight if kept is None else kept.weight
 
 
-def patches_of(patcher):
+def weight_patches(patcher):
     """(name, tensor) of the tensors that weights are patched with."""
     for name, patches in patcher.patches.items():
         for index, (strength, patch, *_) in enumerate(patches):

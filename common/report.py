@@ -28,7 +28,7 @@ def memory_text(count: float) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-def settings_text(settings: Settings | Target | None) -> str:
+def settings_text(settings: Settings | Target) -> str:
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in vars(settings).items()
@@ -95,12 +95,12 @@ def plan_lines(
         lines.append(PlanLine("notes", f"  {table.notes}"))
     if schedule.why_none:
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
-    elif schedule.predictor == "line":
-        lines.append(gain_line(schedule))
-    elif schedule.expected_error is None or not isinstance(schedule.settings, Target):
+    elif schedule.accumulated_error is not None:
         lines += rule_lines(schedule, levels, table)
+    elif schedule.expected_error is not None:
+        lines += target_lines(schedule, schedule.expected_error, levels, table)
     else:
-        lines += target_lines(schedule, schedule.settings, levels, table)
+        lines.append(gain_line(schedule))
     if why_uncorrected is not None and not schedule.why_none:
         how = "on: skipped steps are made again when the next one is computed"
         lines.append(
@@ -142,8 +142,11 @@ def gain_line(schedule: Schedule, more: str = "") -> PlanLine:
     return PlanLine("gain", text)
 
 
-def target_lines(schedule: Schedule, asked: Target, levels: np.ndarray, table: RatioTable | None) -> list[PlanLine]:
+def target_lines(
+    schedule: Schedule, expected_error: np.ndarray, levels: np.ndarray, table: RatioTable | None
+) -> list[PlanLine]:
     """What a planned run is expected to gain and to lose."""
+    asked = schedule.settings
     share = reused_share(table, asked.payload)
     expected = speedup(schedule.steps, schedule.computed, share)
     more = ""
@@ -160,8 +163,8 @@ def target_lines(schedule: Schedule, asked: Target, levels: np.ndarray, table: R
                 "step allow this",
             )
         )
-    errors = np.asarray(schedule.expected_error)[schedule.reuse]
-    lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"))
+    error = error_text(expected_error[schedule.reuse])
+    lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error}"))
     if table is not None and schedule.steps <= COMPARED_STEPS:
         rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
         lines.append(
@@ -191,6 +194,7 @@ class RunReport:
         self.peak_bytes, self.complete = 0, False
         self.verified = False  # residuals, put back on their own inputs, made the same output
         self.notes: list[str] = []  # what a user should know of this run beside the figures
+        self.measuring = ""  # what to say of a run that was measured so that the next one can be cached
 
     def add(self, call: Call, kind: str, lap: Lap, why: str = "") -> None:
         """kind: "computed" or "reused"; lap: its seconds, read late; why: reason of a compute that was not planned."""
@@ -231,6 +235,8 @@ class RunReport:
         return (spent + saved) / spent if spent else 1.0
 
     def line(self) -> str:
+        if self.measuring:
+            return f"MagCache measuring: {self.measuring}."
         spent, saved = self.seconds()
         if not self.reused:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
@@ -251,16 +257,16 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         spent, saved = self.seconds()
-        settings = self.schedule.settings
         return {
             "format": FORMAT,
             "magcache_version": __version__,
-            "settings": vars(settings) if settings else None,
+            "settings": vars(self.schedule.settings),
             "strip": self.schedule.strip,
             "steps": self.schedule.steps,
             "planned_computed": self.schedule.computed,
             "bound": round(self.schedule.bound, 4),
             "why_none": self.schedule.why_none,
+            "measuring": self.measuring,
             "complete": self.complete,
             "facts_verified": self.verified,
             "notes": self.notes,

@@ -1,4 +1,4 @@
-"""Seconds of work on a GPU or CPU."""
+"""Seconds of work on a GPU or CPU. What reports and plans take of it needs no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Stopwatch:
     def mark(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
+        import torch  # here, for reports are read without it
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

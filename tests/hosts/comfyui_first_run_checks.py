@@ -8,14 +8,14 @@ from comfyui_helpers import (
     SETTINGS,
     STEPS,
     Watched,
-    cached,
-    calibrated,
+    cached_patcher,
+    calibrated_patcher,
     fingerprints,
     hosts,
     lora_of,
     sample,
     tables,
-    transformer,
+    transformer_of,
 )
 from comfyui_model_checks import known_here
 from comfyui_models import build, latent, prompt
@@ -25,7 +25,7 @@ MEASURING = "MagCache: measuring; next queue is faster."
 
 def node(patcher, **options):
     """(patched model, what it says) of a node without ratios."""
-    return cached(patcher, **{"mag_ratios": "", **options})
+    return cached_patcher(patcher, **{"mag_ratios": "", **options})
 
 
 def written():
@@ -54,11 +54,11 @@ def first_run_is_measured(family, cfg):
     second = sample(patched, family, cfg=cfg)
     assert f"ratios of {path.stem} (measured)" in said[3] and " reused; transformer" in said[4], said
     assert not torch.equal(second, plain)
-    explicit, _ = cached(patcher, mag_ratios=str(path))
+    explicit, _ = cached_patcher(patcher, mag_ratios=str(path))
     assert torch.equal(second, sample(explicit, family, cfg=cfg))
     table = tables.read(path)
     path.unlink()
-    calibration, _, _ = calibrated(patcher, family, cfg=cfg)
+    calibration, _, _ = calibrated_patcher(patcher, family, cfg=cfg)
     assert calibration.path == path and table.mag_ratios == calibration.table.mag_ratios
     assert table.sigmas == calibration.table.sigmas and table.provenance == calibration.table.provenance
     assert table.statistics.keys() == calibration.table.statistics.keys()
@@ -118,7 +118,7 @@ def interrupted_first_run_writes_nothing():
         if next(calls) == STEPS - 1:
             raise comfy.model_management.InterruptProcessingException
 
-    hook = transformer(patcher).final_layer.register_forward_pre_hook(interrupt)
+    hook = transformer_of(patcher).final_layer.register_forward_pre_hook(interrupt)
     try:
         sample(patched)
         raise AssertionError("was to be interrupted")
@@ -179,7 +179,7 @@ def first_runs_of_loras_are_their_own():
     for model in (with_lora, patcher):
         patched, said = node(model)
         sample(patched)
-        _, own = fingerprints.fingerprints(model, transformer(model))
+        _, own = fingerprints.fingerprints(model, transformer_of(model))
         (path,) = [path for path in files if own in path.name]
         assert f"ratios of {path.stem} (measured)" in said[0], said
     unlinked(before)

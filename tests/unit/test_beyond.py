@@ -20,7 +20,7 @@ from common.tables import read
 
 
 @pytest.fixture
-def table(model, euler, calibrating):
+def measured_table(model, euler, calibrating):
     sampler = euler(copy.deepcopy(model))
     with calibrating(sampler) as handle:
         sampler.run(cfg=True, prompt=7)
@@ -28,12 +28,12 @@ def table(model, euler, calibrating):
 
 
 @pytest.fixture
-def planned(table, host):
+def planned_run(measured_table, host):
     """`magcache_forward` with a target, calibrated on another prompt."""
 
     def patch(sampler, target, announce=None, **options):
         return magcache_forward(
-            sampler.model, host, table, target, lambda: sampler.timesteps, announce=announce, **options
+            sampler.model, host, measured_table, target, lambda: sampler.timesteps, announce=announce, **options
         )
 
     return patch
@@ -58,11 +58,11 @@ class Outputs:
 
 
 @pytest.mark.parametrize("run", [{}, {"cfg": True}, {"batch": 2, "cfg": True}], ids=["one branch", "cfg", "batch"])
-def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, executed, run):
+def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned_run, executed, run):
     sampler, oracle = euler(copy.deepcopy(model)), euler(model)
     entered = []
     sampler.model.x_embedder.register_forward_hook(lambda *_: entered.append(None))
-    with planned(sampler, Target(5, predictor="linear", payload="output")) as handle:
+    with planned_run(sampler, Target(5, predictor="linear", payload="output")) as handle:
         result = sampler.run(**run)
     report = handle.reports[0]
     branches = 2 if run.get("cfg") else 1
@@ -72,11 +72,11 @@ def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, exe
     assert report.peak_bytes == 2 * branches * 64 * 16 * 4 * run.get("batch", 1) and handle.residuals.bytes == 0
 
 
-def test_plan_states_the_memory_of_the_payload(model, euler, planned, host):
+def test_plan_states_the_memory_of_the_payload(model, euler, planned_run, host):
     plans = []
     for payload, width in (("residual", 32), ("output", 16)):
         sampler = euler(copy.deepcopy(model))
-        with planned(sampler, Target(5, predictor="linear", payload=payload), plans.append):
+        with planned_run(sampler, Target(5, predictor="linear", payload=payload), plans.append):
             sampler.run()
         assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
 
@@ -104,6 +104,11 @@ def test_outputs_of_any_form(form):
     assert kept.abs().sum() > 0
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "guidance that calls the model with two rows, then with one (LTX-2, SD3's skip-layer guidance)",
+    "each call uses its own output",
+)
 def test_outputs_of_calls_that_take_turns():
     """Guidance that calls the model with two rows and then with one, tiles that lie and stand."""
     payload, outputs = ModelOutput(), {"both": torch.randn(2, 3, 4), "tile": torch.randn(1, 4, 6)}
@@ -152,18 +157,18 @@ def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
 # The guard
 
 
-def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned):
+def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned_run):
     plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
-    with planned(plain, Target(6, predictor="linear")):
+    with planned_run(plain, Target(6, predictor="linear")):
         result = plain.run(cfg=True, prompt=7)
-    with planned(guarded, Target(6, magcache_guard=3)) as handle:
+    with planned_run(guarded, Target(6, magcache_guard=3)) as handle:
         assert torch.equal(guarded.run(cfg=True, prompt=7), result)
     assert handle.reports[0].reused == 12 and not handle.reports[0].unplanned
 
 
 @pytest.mark.parametrize("payload", ["residual", "output"])
 @pytest.mark.parametrize("cfg", [False, True])
-def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, euler, planned, cfg, payload):
+def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, euler, planned_run, cfg, payload):
     """From step 5 on the model is another one: the next computed step shows it, and everything after it computes."""
     sampler, weights, expected = euler(model), copy.deepcopy(model.state_dict()), euler(copy.deepcopy(model))
 
@@ -173,7 +178,7 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
                 block.proj_out.weight.mul_(-5)
         return {}
 
-    with planned(sampler, Target(7, magcache_guard=3, payload=payload)) as handle:
+    with planned_run(sampler, Target(7, magcache_guard=3, payload=payload)) as handle:
         result = sampler.run(cfg=cfg, extra=disturb)
         model.load_state_dict(weights)
         again = sampler.run(cfg=cfg)
@@ -190,7 +195,7 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
         why.startswith(f"the guard saw step {seen} predicted ") and calls == branches * int(reuse[seen + 1 :].sum()) > 0
     )
     assert f"{calls} computed unplanned (the guard saw" in report.line()
-    with planned(expected, Target(7, magcache_guard=3, payload=payload)):
+    with planned_run(expected, Target(7, magcache_guard=3, payload=payload)):
         assert torch.equal(again, expected.run(cfg=cfg))  # the next run starts anew
 
 

@@ -160,6 +160,11 @@ class ReferencesStay(Model):
         return self.head(tokens)[:, self.references :] + self.references
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "reference images come or go, and no argument says so",
+    "the call computes",
+)
 @pytest.mark.parametrize("references", [3, 1])
 def test_a_residual_is_never_fitted_to_another_number_of_tokens(references):
     """More, or fewer, in the middle of a run: the call computes, with its reason, and all that follows is as before."""

@@ -40,7 +40,7 @@ class Measured(Tokens):
 
     def rows(self, branch):
         rows = [(1.0, 0.0, 0.0)]
-        for old, new in itertools.pairwise(self.residuals[branch]):
+        for old, new in zip(self.residuals[branch], self.residuals[branch][1:]):
             ratio = (new.pow(2).sum(-1).sqrt() / old.pow(2).sum(-1).sqrt()).flatten()
             cosine = (new * old).sum(-1) / (new.pow(2).sum(-1) * old.pow(2).sum(-1)).sqrt()
             rows.append((ratio.mean().item(), ratio.std().item(), 1 - cosine.mean().item()))
@@ -194,7 +194,7 @@ def test_calibration_of_one_step_is_refused(model, euler, calibrating):
         euler(model).run(steps=1)
 
 
-class Toy(torch.nn.Module):
+class TwoRankModel(torch.nn.Module):
     """Small enough for two processes."""
 
     def __init__(self):
@@ -209,7 +209,11 @@ class Toy(torch.nn.Module):
 
 def calibrate_toy(rank, folder):
     torch.manual_seed(0)
-    model, timesteps, latents = Toy().requires_grad_(False), torch.tensor([1000.0, 500.0]), torch.randn(1, 3, 4)
+    model, timesteps, latents = (
+        TwoRankModel().requires_grad_(False),
+        torch.tensor([1000.0, 500.0]),
+        torch.randn(1, 3, 4),
+    )
     host = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
     with magcache_calibration(model, host, lambda: timesteps, "toy", f"{folder}/rank{rank}.json") as handle:
         for timestep in timesteps:
