@@ -31,6 +31,7 @@ INPUTS = [
     "mag_ratios",
     "corrector",
     "cache_limit",
+    "measure_first_run",
 ]
 
 
@@ -95,13 +96,13 @@ BUILD = """([nodes, links]) => {
 }"""
 
 
-def build_workflow(page, between, seed):
+def build_workflow(page, between, seed, family="flux"):
     """A text-to-image workflow of the tests' own nodes. between: [type, position, values], the node on the model's
     way."""
     load_workflow(page, EMPTY)
     name, position, values = between
     nodes = [
-        ["model", "TinyModel", [20, 60], {"family": "flux"}, [240, 60]],
+        ["model", "TinyModel", [20, 60], {"family": family}, [240, 60]],
         ["positive", "TinyPrompt", [20, 180], {"seed": 0, "control_after_generate": "fixed"}, [240, 60]],
         ["negative", "TinyPrompt", [20, 300], {"seed": 1, "control_after_generate": "fixed"}, [240, 60]],
         ["size", "EmptySD3LatentImage", [20, 420], {"width": 64, "height": 64}, [240, 100]],
@@ -195,6 +196,22 @@ def test_a_run_shows_its_plan_and_what_it_saved(page, nodes):
         assert page.get_by_text("Show advanced inputs").count() == 1
         assert page.get_by_text("magcache_thresh").count() == 0  # folded away
         screenshot(page, "node.png")
+    assert not page.mistakes
+
+
+def test_a_first_run_is_measured_and_the_next_is_faster(page):
+    """The node says so while it happens, and after it; the second queue takes what was measured."""
+    build_workflow(page, ["MagCache", [310, 60], {"magcache_thresh": 1}], seed=5, family="zimage")
+    press_run(page, "calls: measuring; next queue is faster.")
+    shown = page.evaluate(SHOWN)
+    assert shown["text"].startswith("MagCache: measuring; next queue is faster."), shown
+    assert (shown["boxes"], shown["open"]) == (12, 0) and "written; this node takes it" in shown["text"], shown
+    page.evaluate("""() => app.graph.nodes.find((node) => node.type === "KSampler").widgets
+      .find((widget) => widget.name === "seed").value += 1""")
+    press_run(page, " reused; transformer")
+    again = page.evaluate(SHOWN)
+    assert "(measured), magcache_thresh 1" in again["text"] and "measuring" not in again["text"], again
+    assert again["open"] > 0
     assert not page.mistakes
 
 
@@ -300,7 +317,7 @@ def test_released_workflows_open(page):
         assert not [name for name in opened["unknown"] if name.startswith(("MagCache", "Compile"))], (path, opened)
         assert len(opened["values"]) == len(saved)
         for values, node in zip(opened["values"], saved):
-            defaults = [values["model_type"], -1, -1, -1, 0, -1, 0, "gpu", "", True, 4]
+            defaults = [values["model_type"], -1, -1, -1, 0, -1, 0, "gpu", "", True, 4, "auto"]
             expected = [*node["widgets_values"], *defaults[len(node["widgets_values"]) :]]
             assert [values[name] for name in INPUTS] == pytest.approx(expected), path
 
