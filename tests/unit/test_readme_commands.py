@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from magcache_framepack_page import add_framepack_flags
 from readme_commands import REPOSITORY, commands, readme
 
 from common.__main__ import main
@@ -18,12 +19,6 @@ from common.scripts import page
 from common.scripts.flags import add_magcache_flags, add_opt_in_flags, flags_and_rest
 
 FOLDERS = sorted(path.parent.name for path in REPOSITORY.glob("MagCache4*/README.md"))
-
-
-def add_framepack_flags(parser):
-    from magcache_framepack_page import add_framepack_flags
-
-    add_framepack_flags(parser)
 
 
 # Which flags of ours each script of a checkout takes.
