@@ -399,8 +399,8 @@ def test_fsdp_over_two_ranks(family, fsdp_runs):
 
 
 # Of the classes whose tokens diffusers can divide (LTX's on a GPU only: un-cached its attention fails here). It divides
-# those of Wan and Qwen-Image in a hook of their first block, which a reused step does not run: the proof finds that, and
-# the output is predicted.
+# those of Wan and Qwen-Image in a hook of their first block, which a reused step does not run: the proof finds that,
+# and the output is predicted.
 DIVIDED = {"flux": False, "wan": True, "wan22": True, "qwen_image": True}
 
 
