@@ -65,6 +65,7 @@ def magcache_forward(
         switch_step = None if boundary is None else int((levels >= boundary).sum())
         return settings.of(payload).plan(table, levels, switch_step, rule, interpolation)
 
+    payload = (settings.suited(table) if isinstance(settings, Target) else settings).payload
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
     def residuals():
@@ -78,7 +79,7 @@ def magcache_forward(
         residuals,
         announce,
         table,
-        PAYLOADS[settings.payload or "residual"],
+        PAYLOADS[payload or "residual"],
         guard,
         scheduler,
         corrector,
