@@ -101,7 +101,7 @@ def trials():
     yield "as it is", nullcontext, True
     for share, power in ((0.75, 1), (0.5, 0.8), (0.5, 0.7), (0.75, 0.7), (1, 1)):
         name = f"spread in {share:g} of the index, power {power:g}"
-        yield name, lambda share=share, power=power: mock.patch.multiple(spread, INDEX_SHARE=share, EARLY=power), True
+        yield name, lambda share=share, power=power: mock.patch.object(spread, "MEASURE", (share, power)), True
     yield "newest output held", lambda: followed(0.0), True
     yield "line followed to its end", lambda: followed(1.0), True
     yield "corrected through two outputs", of_two, True

@@ -47,6 +47,7 @@ def enable(
     retention_ratio: float | None = None,
     calibrate: bool = False,
     announce: Callable[[str], None] | None = tqdm.write,
+    measure: tuple[float, float] | None = None,
 ) -> PipelineCache:
     """Let a diffusers pipeline skip model calls from now on, until `disable(pipe)` or the end of a `with` block.
 
@@ -57,6 +58,7 @@ def enable(
         `enable` after it finds the file. Only max_error, and the paper's rule where no ratios are published, need it;
         nothing is measured unasked.
     announce: gets the plan as text at the start of each run; None: nobody.
+    measure: in which the computed steps of a speed-up are spread (`planner.Target`).
     Raises MagCacheError for what cannot work, in one sentence.
     """
     pipe = getattr(pipe, "decoder_pipe", pipe)  # of two pipelines in one, the one that draws
@@ -84,7 +86,7 @@ def enable(
             table = find(checkpoint_of(pipe, group), fingerprint(group.models[0]))
             if targets or not rule:
                 settings: Target | Settings = Target(
-                    **targets or {"magcache_speedup": DEFAULT_SPEEDUP}, **rule, payload="output"
+                    **targets or {"magcache_speedup": DEFAULT_SPEEDUP}, **rule, payload="output", measure=measure
                 )
             else:
                 settings = paper_rule(rule, table, type(group.models[0]).__name__)
@@ -172,7 +174,7 @@ def denoisers(pipe) -> list[Denoisers]:
 
 def checkpoint_of(pipe, group: Denoisers) -> str:
     """Hub id or folder."""
-    return pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", "")
+    return str(pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", ""))
 
 
 def paper_rule(given: dict, table: RatioTable | None, name: str) -> Settings:

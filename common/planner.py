@@ -17,7 +17,7 @@ import numpy as np
 from .errors import MagCacheError
 from .gram import PREDICTORS, Forecast, along, has_gram, plan_steps, table_grams, unpredicted
 from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
-from .spread import EARLY, EARLY_WEIGHED, fewest_computed, spread_steps
+from .spread import MEASURE, MEASURE_WEIGHED, fewest_computed, refined_measure, spread_steps
 
 if TYPE_CHECKING:
     from .tables import RatioTable
@@ -40,6 +40,8 @@ class Target:
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
     first on, that compute (None: the first).
     magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
+    measure: in which computed steps are spread evenly (`spread`; None: the one that was found best for the table's
+        checkpoint, else MEASURE, or MEASURE_WEIGHED where the two newest are weighed).
     """
 
     magcache_steps: int | None = None
@@ -50,6 +52,7 @@ class Target:
     magcache_max_error: float | None = None
     payload: str | None = None
     magcache_guard: float | None = None
+    measure: tuple[float, float] | None = None
 
     def __post_init__(self):
         asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
@@ -102,6 +105,7 @@ class Target:
         Raises MagCacheError if the table lacks what the target needs."""
         target, ratios = self.suited(table), None if table is None else table.at(levels, interpolation)
         if target.predictor == "line":
+            target = replace(target, measure=target.measure or refined_measure(table))
             schedule = target.spread(levels, switch_step)
         elif table is None or not has_gram(table):
             has = "There is no calibration" if table is None else f"{table.name} has magnitude ratios only"
@@ -113,7 +117,7 @@ class Target:
             schedule = target.weighed(table, levels, switch_step)
         else:
             schedule = target.within(target.magcache_max_error, table, levels, switch_step)
-        if target is not self and table is not None:
+        if target.predictor != self.predictor and table is not None:
             how = "outputs are predicted without them" if target.predictor == "line" else "the newest is taken as it is"
             told = f"{table.name} was calibrated with guidance, which multiplies what its weights miss: {how}"
             schedule = replace(schedule, told=told)
@@ -136,7 +140,7 @@ class Target:
             return compute_all(steps, f"a run of {steps} steps has nothing to gain (MagCache starts at {few})")
         kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step) or steps
         reuse = np.ones(steps, dtype=bool)
-        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step)] = False
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, measure=self.measure)] = False
         return Schedule(
             reuse,
             np.arange(steps) < kept,
@@ -154,8 +158,8 @@ class Target:
         if computed is None:
             computed = self.computed_of(steps, reused_share(table, self.payload), switch_step, beyond) or steps
         reuse = np.ones(steps, dtype=bool)
-        early = EARLY if len(grams) > 1 else EARLY_WEIGHED
-        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, beyond, early)] = False
+        measure = self.measure or (MEASURE if len(grams) > 1 else MEASURE_WEIGHED)
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, beyond, measure)] = False
         error, weights = along(grams, reuse, self.predictor or "linear", switch_step, ~table.covered(levels))
         return Schedule(
             reuse,

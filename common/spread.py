@@ -1,12 +1,23 @@
-"""Where computed steps lie: spread evenly over the run in a measure of step index and noise level. numpy only."""
+"""Where computed steps lie: spread evenly over the run in a measure of step index and noise level. numpy only.
+
+A measure is (share of the step's index, the rest being the noise level; its power): below 1 more of them lie at the
+beginning, where guidance decides what is drawn.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-INDEX_SHARE = 0.5  # of the step's index in the measure that computed steps are spread in; the rest: noise level
-EARLY = 0.6  # its power: below 1, more of them lie at the beginning, where guidance decides what is drawn
-EARLY_WEIGHED = 0.8  # the same where a calibration weighs the two newest outputs, which it does without guidance
+from .errors import MagCacheError
+
+if TYPE_CHECKING:
+    from .tables import RatioTable
+
+MEASURE = (0.5, 0.6)
+MEASURE_WEIGHED = (0.5, 0.8)  # where a calibration weighs the two newest outputs, which it does without guidance
+REFINED = "refined"  # of a calibration's statistics: the measure that came closest on a few prompts (`refine`)
 
 
 def spread_steps(
@@ -16,13 +27,13 @@ def spread_steps(
     kept: int = 1,
     switch_step: int | None = None,
     beyond: np.ndarray | None = None,
-    early: float | None = None,
+    measure: tuple[float, float] | None = None,
 ) -> list[int]:
     """Indices of `computed` steps, spread evenly in `places`. The first and the last compute, since only what lies
     between two is corrected; so do the first and the last of each expert where there are enough. magcache_K: most
     between two; kept: how many compute from the first on; beyond: mask (steps,) of others that compute, at the
-    beginning and at the end (`gram.unpredicted`); early: of `places` (None: EARLY)."""
-    place, steps = places(levels, EARLY if early is None else early), len(levels)
+    beginning and at the end (`gram.unpredicted`); measure: None, MEASURE."""
+    place, steps = places(levels, measure or MEASURE), len(levels)
     forced = np.arange(steps) < kept
     if beyond is not None:
         forced |= beyond
@@ -40,12 +51,26 @@ def spread_steps(
     ]
 
 
-def places(levels: np.ndarray, early: float) -> np.ndarray:
-    """Where each step lies in a run, from 0 to 1: INDEX_SHARE of its index and the rest of how far the noise level has
-    fallen, to the power `early`."""
-    levels = np.asarray(levels, dtype=float)
+def places(levels: np.ndarray, measure: tuple[float, float]) -> np.ndarray:
+    """Where each step lies in a run, from 0 to 1: the share of its index and the rest of how far the noise level has
+    fallen, to the power of the measure."""
+    (share, power), levels = measure, np.asarray(levels, dtype=float)
     fallen = (levels[0] - levels) / max(levels[0] - levels[-1], 1e-9)
-    return (INDEX_SHARE * np.linspace(0, 1, len(levels)) + (1 - INDEX_SHARE) * fallen) ** early
+    return (share * np.linspace(0, 1, len(levels)) + (1 - share) * fallen) ** power
+
+
+def refined_measure(table: RatioTable | None) -> tuple[float, float] | None:
+    """The measure that was found best for the checkpoint of a table; None: none was looked for."""
+    found = table.statistics.get(REFINED) if table is not None else None
+    if not found:
+        return None
+    try:
+        share, power = found["measure"]
+        if 0 <= share <= 1 and 0 < power < np.inf:
+            return float(share), float(power)
+    except (TypeError, KeyError, ValueError):
+        pass
+    raise MagCacheError(f"{table.name if table else ''}: its refined measure cannot be read; refine again.")
 
 
 def spread_evenly(place: np.ndarray, computed: int, magcache_K: int | None, forced: np.ndarray) -> list[int]:

@@ -24,10 +24,11 @@ from common.gram import (
 )
 from common.planner import Target, nearest_by_the_rule, speedup
 from common.ratios import flow_sigmas
+from common.refine import MEASURES, closeness_of, refined
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
-from common.spread import EARLY_WEIGHED, spread_steps
-from common.tables import load
+from common.spread import MEASURE, MEASURE_WEIGHED, spread_steps
+from common.tables import load, read, write
 
 
 def forecast_of(rows, predictor="linear"):
@@ -114,7 +115,7 @@ def test_a_calibration_spreads_the_steps_and_weighs_the_newest_two():
         rows = residuals(28, seed=seed)
         schedule = Target(11, predictor="linear").plan(table(levels, cond=rows), levels)
         anchors = np.flatnonzero(~schedule.reuse).tolist()
-        assert anchors == spread_steps(levels, 11, early=EARLY_WEIGHED) and anchors[-1] == 27
+        assert anchors == spread_steps(levels, 11, measure=MEASURE_WEIGHED) and anchors[-1] == 27
         errors = schedule.expected_error[schedule.reuse]
         np.testing.assert_allclose(errors**2, error_of(rows, anchors, "linear"), rtol=2e-2)
         strips.add(schedule.strip)
@@ -387,3 +388,43 @@ def test_a_thousand_steps_are_planned_in_bounded_memory():
             assert schedule.expected_error[schedule.reuse].max() <= 0.1 < 0.2
     assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
     tracemalloc.stop()
+
+
+# The measure in which steps are spread
+
+
+def found(table_, levels, closeness, computed=14):
+    schedule = Target(computed).plan(None, levels)
+    return refined(table_, closeness, schedule, 4)
+
+
+@pytest.mark.parametrize("gain, measure", [(0.9, MEASURE), (1.1, (0.5, 0.8))])
+def test_a_refined_calibration_spreads_the_steps_of_any_later_speedup(tmp_path, gain, measure):
+    levels = flow_sigmas(28, 3.0)
+    closeness = dict.fromkeys(MEASURES, 40.0) | {(0.5, 0.8): 40.0 + gain}
+    write(tmp_path / "mine.json", found(table(levels, cond=residuals(28)), levels, closeness))
+    mine = read(tmp_path / "mine.json")
+    for target, steps in ((Target(14), 28), (Target(magcache_speedup=3), 50)):
+        schedule = target.plan(mine, flow_sigmas(steps, 3.0))
+        wanted = spread_steps(flow_sigmas(steps, 3.0), schedule.computed, measure=measure)
+        assert np.flatnonzero(~schedule.reuse).tolist() == wanted
+        assert (wanted == spread_steps(flow_sigmas(steps, 3.0), schedule.computed)) == (measure == MEASURE)
+        assert f"measure {measure}" in plan_text(schedule, flow_sigmas(steps, 3.0), mine)
+    own = Target(14, measure=(1.0, 1.0)).plan(mine, levels)  # a measure that is asked for wins
+    assert np.flatnonzero(~own.reuse).tolist() == spread_steps(levels, 14, measure=(1.0, 1.0))
+
+
+def test_every_measure_draws_once_and_equal_pictures_do_not_outweigh_the_rest():
+    asked = []
+    closeness = closeness_of(lambda measure: asked.append(measure) or [40.0, np.inf])
+    assert asked == list(MEASURES) and set(closeness.values()) == {(40 + 99) / 2}
+
+
+@pytest.mark.parametrize("content", [{"measure": [0.5]}, {"measure": "x"}, {"measure": [2, 1]}, {"measure": [0, 0]}, 3])
+def test_a_measure_that_cannot_be_read_gets_one_sentence(content):
+    levels = flow_sigmas(28, 3.0)
+    broken = table(levels, {"refined": content}, cond=residuals(28))
+    with pytest.raises(MagCacheError, match="its refined measure cannot be read; refine again"):
+        Target(14).plan(broken, levels)
+    with pytest.raises(MagCacheError, match="There is nothing to refine: a run of 4 steps"):
+        refined(broken, dict.fromkeys(MEASURES, 40.0), Target(2).plan(None, flow_sigmas(4)), 1)
