@@ -153,7 +153,7 @@ def euler_follower(about: Circumstances, schedule: Schedule, corrector: bool) ->
     """What predicts along the line where that was planned, and corrects Euler's steps."""
     if len(set(about.sigmas)) < len(about.sigmas):  # two steps at one noise level
         return None
-    predicts = getattr(schedule.settings, "predictor", None) == "line"
+    predicts = schedule.predictor == "line"
     corrects, (*sigmas, last) = corrector and about.euler, about.sigmas
     return Folded(sigmas, predicts, corrects, last) if predicts or corrects else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from itertools import pairwise
 
 import numpy as np
 
@@ -45,7 +44,7 @@ def picture(schedule: Schedule, levels: np.ndarray) -> str:
     points = [((step + 0.5) * wide, 4 + (1 - level) * (top - 8)) for step, level in enumerate(levels)]
     lines = [
         f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{next_x:.1f}" y2="{next_y:.1f}" stroke="#e09f3e" stroke-width="1.5"/>'
-        for (x, y), (next_x, next_y) in pairwise(points)
+        for (x, y), (next_x, next_y) in zip(points, points[1:])
     ]
     title = f"{schedule.computed} of {steps} steps compute (filled); the line is the noise level"
     return (

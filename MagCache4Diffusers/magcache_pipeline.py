@@ -27,8 +27,9 @@ sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from common.denoisers import denoisers  # noqa: E402
 from common.errors import MagCacheError, needs  # noqa: E402
-from common.pipeline import DEFAULT_SPEEDUP, denoisers, enable  # noqa: E402
+from common.pipeline import DEFAULT_SPEEDUP, enable  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
 from common.report import write_report  # noqa: E402
 from common.scripts.checkout import one_sentence  # noqa: E402
@@ -95,10 +96,16 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     group.add_argument("--magcache_steps", type=int, metavar="N", help="or: how many steps compute")
     group.add_argument(
-        "--magcache_max_error", type=float, metavar="ERROR", help="or: the largest expected error of a skipped step"
+        "--magcache_max_error",
+        type=float,
+        metavar="ERROR",
+        help="or: the largest expected error of a skipped step; the first run of a checkpoint measures it",
     )
     group.add_argument(
-        "--magcache_thresh", type=float, metavar="ERROR", help="or the paper's rule: bound on the accumulated error"
+        "--magcache_thresh",
+        type=float,
+        metavar="ERROR",
+        help="or the paper's rule: bound on the accumulated error; the first run measures ratios nobody published",
     )
     group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most skipped steps in a row")
     group.add_argument(
@@ -279,12 +286,19 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
             print(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
         return
     asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
-    with enable(pipe, **asked, calibrate=args.magcache_calibration, announce=say) as cache:
+    uncached = None
+    with enable(pipe, **asked, calibrate=args.magcache_calibration or None, announce=say) as cache:
         output, seconds = draw(pipe, args, call, "calibrating" if args.magcache_calibration else "MagCache")
-    say(cache.report)
+        say(cache.report)
+        if args.compare and cache.reports[-1].measuring:  # an un-cached run, which the next one is compared with
+            uncached = output, seconds
+            output, seconds = draw(pipe, args, call, "MagCache")
+            say(cache.report)
+    if cache.reports[-1].measuring and count == 1:
+        say("Run the same command again to use what was measured, or ask for --magcache_speedup, which needs none.")
     if args.context_parallel and not is_writer():
         if args.compare:  # every rank has to take part
-            compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
+            compared(pipe, args, call, cache.reports[-1].schedule, output, seconds, uncached)
         return
     paths, frames = save(pipe, output, args, number, count)
     path = paths[0]
@@ -292,7 +306,7 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
     about = {"model": args.model, "seed": args.seed, "device": device, "files": [one.name for one in paths]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
     if args.compare and frames is not None:
-        rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds)
+        rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds, uncached)
         print(quality_table(rows))
         about["quality"], ours = rows, files_of(path)
         sheet = own_place(beside(path, f"_compare{path.suffix}"), ours)
@@ -321,9 +335,12 @@ def draw(pipe, args, call: dict, title: str):
     return output, time.perf_counter() - began
 
 
-def compared(pipe, args, call: dict, schedule, output, seconds: float) -> tuple[dict, dict[str, np.ndarray]]:
-    """(figures, frames) of un-cached, cached, and the plain sampler with as many steps, by title."""
-    uncached, uncached_seconds = draw(pipe, args, call, "un-cached")
+def compared(
+    pipe, args, call: dict, schedule, output, seconds: float, uncached: tuple | None = None
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """(figures, frames) of un-cached, cached, and the plain sampler with as many steps, by title. uncached: (output,
+    seconds) where it is drawn already."""
+    uncached, uncached_seconds = uncached or draw(pipe, args, call, "un-cached")
     fewer, fewer_seconds = draw(pipe, args, {**call, "num_inference_steps": schedule.computed}, "fewer steps")
     pictures = {"un-cached": frames_of(uncached), "MagCache": frames_of(output), "fewer steps": frames_of(fewer)}
     spent = {"un-cached": uncached_seconds, "MagCache": seconds, "fewer steps": fewer_seconds}

@@ -80,7 +80,7 @@ def render(pipe, prompt, steps, seed):
     return (image * 255).round().astype(np.uint8), time.perf_counter() - begin
 
 
-def patched(pipe, table, settings, rule):
+def patched_demo(pipe, table, settings, rule):
     return magcache_forward(
         pipe.transformer, FLUX, table, settings, lambda: pipe.scheduler.timesteps, rule, announce=None
     )

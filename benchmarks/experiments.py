@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from quality import SHARES, load, references  # noqa: E402
+from quality import SHARES, load_subject, references  # noqa: E402
 from subject import SAMPLER_NAMES  # noqa: E402
 
 from common import spread  # noqa: E402
@@ -50,7 +50,7 @@ CLIPS = zip(
         "red balloon",
         "fox",
         "red car",
-        "apple",
+        "turtle",
     ),
     cycle(
         (
@@ -109,7 +109,7 @@ def trials():
     yield "corrector off", nullcontext, False
 
 
-def measure(subject, steps, computed, reference, corrector=True):
+def measure_closeness(subject, steps, computed, reference, corrector=True):
     with magcache_forward(
         subject.pipe.transformer,
         subject.host,
@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--scheduler", choices=SAMPLER_NAMES, default="euler")
     args = parser.parse_args()
-    subject, _ = load(SimpleNamespace(**vars(args), prompts=2, seeds=1))
+    subject, _ = load_subject(SimpleNamespace(**vars(args), prompts=2, seeds=1))
     subject.jobs = [(prompt, seed) for seed, prompt in enumerate(PROMPTS[args.model], 200)]
     subject.guide(args.guidance)
     tabulate = needs("tabulate", "tabulate").tabulate
@@ -150,7 +150,9 @@ def main():
         ]
         for name, context, corrector in tqdm(list(trials()), leave=False):
             with context():
-                rows.append([name, *(measure(subject, steps, count, reference, corrector) for count in counts)])
+                rows.append(
+                    [name, *(measure_closeness(subject, steps, count, reference, corrector) for count in counts)]
+                )
         headers = ["no calibration", *(f"{count} of {steps}" for count in counts)]
         print(tabulate(rows, tablefmt="github", disable_numparse=True, headers=headers), "\n", flush=True)
     sampler = f"{SAMPLER_NAMES[args.scheduler]}, guidance {args.guidance:g}"

@@ -37,13 +37,13 @@ def studio_table(size, ratios):
     )
 
 
-def computed(ratios):
+def computed_steps(ratios):
     return magcache_schedule(ratios, Settings(**PUBLISHED.settings), rule_of(PUBLISHED)).computed
 
 
-def compared(prediction, measured):
+def error_and_computed(prediction, measured):
     """(error, computed steps) of a prediction."""
-    return f"{np.abs(np.log(prediction[1:] / measured[1:])).mean():.4f}", computed(prediction)
+    return f"{np.abs(np.log(prediction[1:] / measured[1:])).mean():.4f}", computed_steps(prediction)
 
 
 def main():
@@ -62,9 +62,9 @@ def main():
             measured = ratios[size, other_steps]
             levels = tables[size, other_steps].sigmas
             by_index, along_sigma = (
-                compared(tables[size, steps].at(levels, way)[0], measured) for way in ("nearest", "sigma")
+                error_and_computed(tables[size, steps].at(levels, way)[0], measured) for way in ("nearest", "sigma")
             )
-            rows.append([size, steps, other_steps, computed(measured), *by_index, *along_sigma])
+            rows.append([size, steps, other_steps, computed_steps(measured), *by_index, *along_sigma])
     print(
         tabulate(
             rows,
@@ -88,14 +88,19 @@ def main():
         [
             f"{small} px, {steps} steps",
             f"{large} px",
-            computed(ratios[large, steps]),
-            *compared(ratios[small, steps], ratios[large, steps]),
+            computed_steps(ratios[large, steps]),
+            *error_and_computed(ratios[small, steps], ratios[large, steps]),
         ]
         for steps in studio[small]
     ]
     published = PUBLISHED.at(PUBLISHED.sigmas)[0]
     rows += [
-        ["published, 25 steps", f"{size} px", computed(ratios[size, "25"]), *compared(published, ratios[size, "25"])]
+        [
+            "published, 25 steps",
+            f"{size} px",
+            computed_steps(ratios[size, "25"]),
+            *error_and_computed(published, ratios[size, "25"]),
+        ]
         for size in studio
     ]
     print(

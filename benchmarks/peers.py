@@ -136,17 +136,17 @@ def searched(subject: Subject, steps: int, count: int, cached: Callable) -> floa
     known, low, high = {}, LEAST, MOST
     for _ in tqdm(range(HALVINGS), desc=f"searching a threshold for {count} steps", leave=False):
         middle = (low * high) ** 0.5
-        known[middle] = computed(subject, steps, cached(middle))
+        known[middle] = computed_a_picture(subject, steps, cached(middle))
         low, high = (middle, high) if known[middle] > count else (low, middle)
     return min(known, key=lambda threshold: abs(known[threshold] - count))
 
 
 def nearest(subject: Subject, steps: int, count: int, candidates: Iterable, cached: Callable):
     """The candidate that computes as nearly as possible `count` steps on the trial jobs."""
-    return min(candidates, key=lambda one: abs(computed(subject, steps, cached(one)) - count))
+    return min(candidates, key=lambda one: abs(computed_a_picture(subject, steps, cached(one)) - count))
 
 
-def computed(subject: Subject, steps: int, cache: Callable) -> float:
+def computed_a_picture(subject: Subject, steps: int, cache: Callable) -> float:
     """Computed steps a picture of the trial jobs."""
     with cache():
         return subject.calls(subject.trial_jobs, steps) / subject.branches

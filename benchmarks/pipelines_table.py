@@ -23,10 +23,10 @@ sys.path.insert(1, str(REPOSITORY))
 import torch  # noqa: E402
 
 from common.blocks import Host  # noqa: E402
+from common.denoisers import DENOISERS  # noqa: E402
 from common.discover import discover, wrong  # noqa: E402
 from common.errors import MagCacheError  # noqa: E402
 from common.hosts import HOSTS, class_name, output_host  # noqa: E402
-from common.pipeline import DENOISERS  # noqa: E402
 from common.tables import PRESETS  # noqa: E402
 
 OUTPUT = REPOSITORY / "docs" / "pipelines.md"
@@ -54,7 +54,7 @@ with the tiny models of diffusers' own tests, and with the test suite.
   model's output can be reused. MagCache repeats the proof on your model at its first computed call, and goes over to
   the output, with a sentence, where it fails.
 * **Ratios** are for the paper's rule alone: the tables that come with MagCache for checkpoints of this class; elsewhere
-  `enable(pipe, calibrate=True)` measures them in one ordinary run.
+  the first run, an ordinary one, measures them for those after it.
 
 {families}
 ## Every pipeline
@@ -64,15 +64,17 @@ with the tiny models of diffusers' own tests, and with the test suite.
 """
 FAMILIES_HEAD = """## Families, tried whole
 
-Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py` and
-`tests/hosts/test_pipeline_families.py`. ✓: tried, and right on every run of the suite. Empty: not tried, most often
-since diffusers has no such pipeline (image to image, control nets) or no plan to divide the class (context parallel).
+Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py`,
+`tests/hosts/test_pipeline_families.py` and `tests/hosts/test_first_run.py`. ✓: tried, and right on every run of the
+suite. Empty: not tried, most often since diffusers has no such pipeline (image to image, control nets) or no plan to
+divide the class (context parallel).
 
 """
 TRIED = {  # tests: a column of that table
     "test_a_plain_speedup": "speed-up",
     "test_all_steps_computed_is_bit_equal": "all steps computed is bit-equal",
     "test_calibrated_and_by_the_papers_rule": "calibrated, paper's rule",
+    "test_the_first_run_is_measured_and_the_next_is_cached": "measured in its first run",
     "test_another_run_in_between_changes_nothing": "run A leaves nothing for B",
     "test_stopped_at_each_step": "stopped at each step",
     "test_image_to_image": "image to image",
@@ -150,7 +152,7 @@ def tables_of(model_name: str) -> str:
     """The ratio tables that come with MagCache for a class, or what to do instead."""
     names = [path.stem for path in sorted(PRESETS.glob("*.json")) if not path.stem.endswith("comfyui")]
     found = [name for name in names if name.startswith(PUBLISHED.get(model_name, ()))]
-    return "published: " + ", ".join(found) if found else "calibrate"
+    return "published: " + ", ".join(found) if found else "first run"
 
 
 def state_of(model_name: str, proofs: dict[str, str]) -> str:
@@ -211,7 +213,8 @@ def families_table() -> str:
     from tiny_pipelines import FAMILIES
 
     outcomes = Outcomes(FAMILIES)
-    files = (REPOSITORY / "tests" / "hosts" / name for name in ("test_pipelines.py", "test_pipeline_families.py"))
+    names = ("test_pipelines.py", "test_pipeline_families.py", "test_first_run.py")
+    files = (REPOSITORY / "tests" / "hosts" / name for name in names)
     pytest.main(["-n", "0", *map(str, files)], plugins=[outcomes])
     marks = {True: "✓", False: "fails", None: ""}
     rows = [[family, *(marks[outcomes.passed.get((test, family))] for test in TRIED)] for family in FAMILIES]

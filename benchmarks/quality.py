@@ -1,7 +1,7 @@
 """Closeness to the un-cached picture at equal numbers of computed steps: this project, other caches, the plain sampler.
 
     python benchmarks/quality.py             # the demo model; about 15 minutes of one core
-    python benchmarks/quality.py --guidance 5 --scheduler unipc --own_rows
+    python benchmarks/quality.py --guidance 5 --scheduler unipc --projects magcache
     python benchmarks/quality.py --model demo-video --guidance 5 1 --scheduler unipc --steps 30     # 25 minutes
     python benchmarks/quality.py --short     # exit status 1 if a margin is missed (CI)
     python benchmarks/quality.py --model black-forest-labs/FLUX.1-dev --prompt_file prompts.txt --steps 28
@@ -59,6 +59,7 @@ DEMO_VIDEO = REPOSITORY / "demo" / "video"
 SCRIPTS = REPOSITORY / "common" / "scripts"  # what command lines share: draws nothing
 FREE = "no calibration"
 RELEASED = {"Flux": "flux-dev", "Wan": "wan2.1-t2v-1.3b"}  # of the transformer's class: the preset
+RELEASED_EXPERTS = {"Wan": "wan2.2-t2v-a14b"}
 # dB above another row at half the steps. Measured by --short on 2026-11-25, less 1.5: 4.0, 11.3 and 14.5.
 MARGINS = {
     "paper's rule": ("fewer steps", 2.5),
@@ -73,13 +74,14 @@ def own_rows(subject, table, steps, counts, recall=None):
 
     def patched(table, settings, corrector=True, rule=None):
         return lambda: magcache_forward(
-            subject.pipe.transformer,
+            subject.models,
             subject.host,
             table,
             settings,
             subject.timesteps,
             rule or Rule(),
             announce=None,
+            boundary=subject.boundary,
             scheduler=lambda: subject.pipe.scheduler,
             corrector=corrector,
         )
@@ -98,7 +100,8 @@ def own_rows(subject, table, steps, counts, recall=None):
         for corrector in (True, False):
             family = "paper's rule" + ", off" * (not corrector)
             yield Row(family, thresholds_text(settings), patched(table, settings, corrector), steps, source=source)
-    released = [name for kind, name in RELEASED.items() if kind in type(subject.pipe.transformer).__name__]
+    presets = RELEASED if subject.boundary is None else RELEASED_EXPERTS
+    released = [name for kind, name in presets.items() if kind in type(subject.pipe.transformer).__name__]
     for preset in map(load_table, released):
         for corrector in (True, False):
             family = f"released schedule, {preset.name}" + ", off" * (not corrector)
@@ -118,7 +121,10 @@ def own_rows(subject, table, steps, counts, recall=None):
             yield Row(family, f"--magcache_steps {count}", cache, steps, source=source)
 
 
-def measured(subject, row, uncached, plain_bytes, steps):
+PROJECTS = {"magcache": own_rows, "diffusers": diffusers_rows, "cache-dit": cache_dit_rows}
+
+
+def measured_row(subject, row, uncached, plain_bytes, steps):
     """How close a row comes to the pictures `uncached`. plain_bytes: alive in an un-cached run; None: do not look."""
     began = time.perf_counter()
     with row.cache():
@@ -154,10 +160,11 @@ def references(subject, steps):
     return subject.drawn(steps, f"un-cached, {steps} steps", BATCH)[0]
 
 
-def all_rows(subject, file, calibration, guidances, all_steps, own_only, only):
-    """{(guidance, steps): its measured rows}. only: beginnings of the names of rows that are wanted; (): all."""
+def all_rows(subject, file, calibration, guidances, all_steps, projects, only):
+    """{(guidance, steps): its measured rows}. projects: keys of PROJECTS; only: beginnings of the names of rows that
+    are wanted; (): all."""
     results, tables, uncached = {}, {}, {}
-    stages = [own_rows] if own_only else [own_rows, diffusers_rows, cache_dit_rows]
+    stages = [PROJECTS[name] for name in PROJECTS if name in projects]
     for stage, guidance, steps in itertools.product(stages, guidances, all_steps):
         case, label = (guidance, steps), f"guidance {guidance:g}, {steps} steps"
         subject.guide(guidance)
@@ -170,7 +177,7 @@ def all_rows(subject, file, calibration, guidances, all_steps, own_only, only):
         def fresh(row, case=case, steps=steps):
             if case not in uncached:
                 uncached[case] = references(subject, steps), subject.peak_bytes(nullcontext, steps)
-            return measured(subject, row, *uncached[case], steps)
+            return measured_row(subject, row, *uncached[case], steps)
 
         counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
         for row in stage(subject, tables[case], steps, counts, recall):
@@ -217,7 +224,7 @@ def table_text(results, steps):
     )
 
 
-def draw(by_case, path):
+def draw_quality(by_case, path):
     """by_case: `all_rows`."""
     figure = needs("matplotlib.figure", "matplotlib").Figure(
         figsize=(max(7, 6.5 * len(by_case)), 5.5), layout="constrained"
@@ -225,7 +232,7 @@ def draw(by_case, path):
     panels = np.atleast_1d(figure.subplots(1, len(by_case)))
     families = dict.fromkeys(one["family"] for results in by_case.values() for one in results)
     palette = needs("matplotlib", "matplotlib").colormaps["tab20"].colors  # one colour a family, in all panels
-    colors = dict(zip(families, palette)) | {"fewer steps": "black"}
+    colors = dict(zip(families, palette)) | {"fewer steps": "black", FREE: "crimson"}
     for axes, ((guidance, steps), results) in zip(panels, by_case.items()):
         for family in dict.fromkeys(one["family"] for one in results):
             points = sorted(
@@ -261,7 +268,7 @@ def machine_text(subject):
     return f"{device}, diffusers {diffusers.__version__}, torch {torch.__version__}"
 
 
-def file_of(args, subject, calibration):
+def row_file_of(args, subject, calibration):
     """The RowFile of this run."""
     ramp = np.tile(np.arange(192, dtype=np.uint8)[:, None, None], (1, 1, 192, 3))
     run = {
@@ -285,7 +292,7 @@ def short(subject, table):
     rows = [row for row in own_rows(subject, table, steps, [steps // 2]) if row.family in wanted]
     psnr = {}
     for row in rows:
-        one = measured(subject, row, reference, None, steps)
+        one = measured_row(subject, row, reference, None, steps)
         print(f"{one['family']}: {one['computed']:.1f} of {steps} computed, {one['psnr']:.1f} dB")
         psnr[one["family"]] = one["psnr"]
     return [
@@ -295,25 +302,36 @@ def short(subject, table):
     ]
 
 
-def load(args):
+def load_demo_video(experts):
+    """The pipeline of the demo video model, or of the two experts made of it, on the CPU."""
+    from diffusers import WanPipeline
+
+    if not experts:
+        return WanPipeline.from_pretrained(DEMO_VIDEO / "model", torch_dtype=torch.float32)
+    sys.path.insert(1, str(DEMO_VIDEO))
+    from experts import load_experts
+
+    return load_experts()
+
+
+def load_subject(args):
     """(Subject, jobs to calibrate on)"""
     if args.model == "demo":
         pipe, _ = load_demo()
         call = {"height": 64, "width": 64, "max_sequence_length": 16}
         calibration = [(prompt, 0) for prompt in (DEMO / "calibration_prompts.txt").read_text().splitlines()]
         prompts = PROMPTS
-    elif args.model == "demo-video":
-        from diffusers import WanPipeline
-
+    elif args.model in ("demo-video", "demo-video-experts"):
         torch.set_num_threads(1)
-        pipe = WanPipeline.from_pretrained(DEMO_VIDEO / "model", torch_dtype=torch.float32)
+        pipe = load_demo_video(experts=args.model == "demo-video-experts")
         call = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 16}
         calibration = [(prompt, 100) for prompt in (DEMO_VIDEO / "calibration_prompts.txt").read_text().splitlines()]
         prompts = (DEMO_VIDEO / "prompts.txt").read_text().splitlines()
     else:
         from diffusers import DiffusionPipeline
 
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
         pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype).to(device)
         call = {
             name: getattr(args, name)
@@ -326,6 +344,10 @@ def load(args):
             )
         lines = args.prompt_file.read_text().splitlines()
         calibration, prompts = [(prompt, 0) for prompt in lines[:4]], lines[4:]
+    if args.device:
+        # A convolution of TensorFloat-32 would be another model's.
+        torch.backends.cudnn.allow_tf32 = False
+        pipe.to(args.device)
     jobs = [(prompt, seed) for seed in range(1, args.seeds + 1) for prompt in prompts[: args.prompts]]
     if len(jobs) < 2:
         raise MagCacheError("An interval needs two pictures or more: add prompts or --seeds.")
@@ -356,12 +378,14 @@ def main():
     parser.add_argument(
         "--model",
         default="demo",
-        help="hub id or folder of a diffusers pipeline; default: the demo image model; demo-video: that of video",
+        help="hub id or folder of a diffusers pipeline; default: the demo image model; demo-video: that of video; "
+        "demo-video-experts: two experts made of it",
     )
     parser.add_argument("--prompt_file", type=Path, help="for another model than the demo: a prompt a line")
+    parser.add_argument("--device", help="default: cpu for the demo models, a GPU if there is one for others")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="classifier-free guidance; 1: none")
     parser.add_argument("--scheduler", choices=SAMPLER_NAMES, default="euler")
-    parser.add_argument("--own_rows", action="store_true", help="without other projects")
+    parser.add_argument("--projects", choices=PROJECTS, nargs="+", default=list(PROJECTS), help="whose rows")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only rows whose names begin so")
     parser.add_argument("--prompts", type=int, default=12, help="how many of the prompts are measured")
     parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
@@ -379,19 +403,20 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")
     try:
-        subject, calibration = load(args)
+        subject, calibration = load_subject(args)
         if args.short:
             subject.guide(args.guidance[0])
             sys.exit("\n".join(short(subject, load_table("demo"))) or None)
-        file = file_of(args, subject, calibration)
-        by_case = all_rows(subject, file, calibration, args.guidance, args.steps, args.own_rows, args.only)
+        file = row_file_of(args, subject, calibration)
+        projects = args.projects if subject.boundary is None else ["magcache"]  # others' rows are of one transformer
+        by_case = all_rows(subject, file, calibration, args.guidance, args.steps, projects, args.only)
     except MagCacheError as error:
         sys.exit(f"quality.py: {error}")
     text = page_text(args, subject, by_case)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{args.name}_table.md").write_text(text)
-    draw(by_case, args.output / f"{args.name}.png")
+    draw_quality(by_case, args.output / f"{args.name}.png")
 
 
 if __name__ == "__main__":

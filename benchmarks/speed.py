@@ -47,7 +47,7 @@ RUNS = 4.5  # un-cached runs that all methods take once, to decide whether there
 HOOK = "diffusers MagCache"
 
 
-def flux(tokens, text=(512, 4096), **config):
+def flux_transformer(tokens, text=(512, 4096), **config):
     """(model, shape of its latent, its timestep at noise level 1, its other arguments); text: tokens and width."""
     from diffusers import FluxTransformer2DModel
 
@@ -69,7 +69,7 @@ def flux(tokens, text=(512, 4096), **config):
     )
 
 
-def wan(latent, text=(512, 4096), **config):
+def wan_transformer(latent, text=(512, 4096), **config):
     from diffusers import WanTransformer3DModel
 
     return (
@@ -80,7 +80,7 @@ def wan(latent, text=(512, 4096), **config):
     )
 
 
-def hunyuan(latent, text=(256, 4096), **config):
+def hunyuan_transformer(latent, text=(256, 4096), **config):
     from diffusers import HunyuanVideoTransformer3DModel
 
     return (
@@ -98,20 +98,20 @@ def hunyuan(latent, text=(256, 4096), **config):
 
 WAN_1B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 LARGE = {  # latents: frames, height, width
-    "FLUX.1-dev, 1024x1024": (flux, {"tokens": 4096}),
-    "Wan2.1 1.3B, 480p, 81 frames": (wan, {"latent": (21, 60, 104), **WAN_1B}),
-    "Wan2.1 14B, 480p, 81 frames": (wan, {"latent": (21, 60, 104)}),
-    "Wan2.1 14B, 720p, 81 frames": (wan, {"latent": (21, 90, 160)}),
-    "HunyuanVideo, 720p, 129 frames": (hunyuan, {"latent": (33, 90, 160)}),
+    "FLUX.1-dev, 1024x1024": (flux_transformer, {"tokens": 4096}),
+    "Wan2.1 1.3B, 480p, 81 frames": (wan_transformer, {"latent": (21, 60, 104), **WAN_1B}),
+    "Wan2.1 14B, 480p, 81 frames": (wan_transformer, {"latent": (21, 60, 104)}),
+    "Wan2.1 14B, 720p, 81 frames": (wan_transformer, {"latent": (21, 90, 160)}),
+    "HunyuanVideo, 720p, 129 frames": (hunyuan_transformer, {"latent": (33, 90, 160)}),
 }
 FEW_BLOCKS = {"num_layers": 3, "num_single_layers": 6, "num_attention_heads": 2, "text": (32, 256)}
 SMALL = {
-    "FLUX, 3 + 6 blocks of width 256, 256 tokens": (flux, {"tokens": 256, **FEW_BLOCKS}),
+    "FLUX, 3 + 6 blocks of width 256, 256 tokens": (flux_transformer, {"tokens": 256, **FEW_BLOCKS}),
     "Wan, 9 blocks of width 256, 240 tokens": (
-        wan,
+        wan_transformer,
         {"latent": (4, 12, 20), "num_layers": 9, "num_attention_heads": 2, "ffn_dim": 1024, "text": (32, 256)},
     ),
-    "HunyuanVideo, 3 + 6 blocks of width 256, 240 tokens": (hunyuan, {"latent": (4, 12, 20), **FEW_BLOCKS}),
+    "HunyuanVideo, 3 + 6 blocks of width 256, 240 tokens": (hunyuan_transformer, {"latent": (4, 12, 20), **FEW_BLOCKS}),
 }
 
 
@@ -202,7 +202,7 @@ def methods(sampler, steps):
     }
 
 
-def measure(sampler, steps, repeats):
+def measure_methods(sampler, steps, repeats):
     """Three dictionaries by method: least seconds of a run, report of its last run, extra bytes; then why the hook
     failed."""
     seconds, reports, extra, ways = {}, {}, {}, methods(sampler, steps)
@@ -244,7 +244,7 @@ def peak(sampler):
 
 def rows_of(name, sampler, steps, repeats=REPEATS):
     """Rows of the table for one model."""
-    seconds, reports, extra, why_failed = measure(sampler, steps, repeats)
+    seconds, reports, extra, why_failed = measure_methods(sampler, steps, repeats)
     plain, half = seconds["un-cached"], -(-steps // 2)
     yield [name, "un-cached", steps, f"{plain / steps:.4f} s", "", "", "", ""]
     yield ["", "skipping off", steps, f"{100 * (seconds['skipping off'] / plain - 1):+.1f} %", "", "", "", ""]
@@ -304,7 +304,7 @@ def main():
                 left_out.append(f"{name}: no time left ({call:.1f} s a call)")
             else:
                 rows += rows_of(name, sampler, steps, repeats)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             left_out.append(f"{name}: does not fit into the memory")
         sampler = None
         gc.collect()

@@ -32,15 +32,19 @@ class Subject:
 
     def __init__(self, pipe, call: dict, jobs: list, scheduler: str = "euler", trial_jobs: list | None = None):
         self.pipe, self.call, self.jobs, self.host = pipe, call, jobs, host_of(pipe.transformer)
+        self.boundary = pipe.config.get("boundary_ratio")
+        # Two experts of Wan2.2 divide the steps between them.
+        self.models = [pipe.transformer] + ([pipe.transformer_2] if self.boundary else [])
         self.trial_jobs = trial_jobs or jobs[:1]
         pipe.set_progress_bar_config(disable=True)
         self.scheduler = scheduler
         self.shift = pipe.scheduler.config.get("shift") or pipe.scheduler.config.get("flow_shift")
         pipe.scheduler = self.new_scheduler(scheduler)
         self.executed = 0
-        blocks = list(getattr(pipe.transformer, self.host.blocks[-1]))
-        query = [module for name, module in blocks[-1].named_modules() if name.endswith("to_q")][0]
-        query.register_forward_hook(self.count)
+        for model in self.models:
+            blocks = list(getattr(model, self.host.blocks[-1]))
+            query = [module for name, module in blocks[-1].named_modules() if name.endswith("to_q")][0]
+            query.register_forward_hook(self.count)
         self.branches = self.counted_branches()
 
     def new_scheduler(self, name: str):
@@ -122,7 +126,7 @@ class Subject:
         return max(seen)
 
     def calibrated(self, jobs: list, steps: int) -> RatioTable:
-        with magcache_calibration(self.pipe.transformer, self.host, self.timesteps, "measured") as handle:
+        with magcache_calibration(self.models, self.host, self.timesteps, "measured") as handle:
             for job in tqdm(jobs, desc=f"calibrating, {steps} steps"):
                 self.render([job], steps)
         return handle.table

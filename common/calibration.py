@@ -215,7 +215,9 @@ def few_values(tensor: torch.Tensor) -> bytes:
         tensor = getattr(tensor, tensor.__tensor_flatten__()[0][0])
     places = range(0, tensor.numel(), max(1, tensor.numel() // 4))[:4]
     try:
-        index = [torch.as_tensor(axis) for axis in np.unravel_index(list(places), tuple(tensor.shape))]
-        return tensor.detach()[tuple(index)].to(torch.bfloat16).float().cpu().numpy().tobytes()
+        indices = zip(*(axis.tolist() for axis in np.unravel_index(list(places), tuple(tensor.shape))))
+        # One by one: torch 2.4 does not gather float8.
+        values = [tensor.detach()[index].to(torch.bfloat16) for index in indices]
+        return torch.stack(values).float().cpu().numpy().tobytes()
     except (RuntimeError, ValueError, IndexError, TypeError):  # NotImplementedError is a RuntimeError
         return b""

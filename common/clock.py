@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .blocks import Host
-from .expert import inner_module, noise_level
+from .expert import inner_module, noise_level, patches_of
 from .loop import CacheContext
 from .steps import TRAIN_TIMESTEPS, close
 
@@ -34,23 +34,24 @@ class Clock:
         """The facts with the noise level told by the scheduler."""
 
         def outside(arguments):
-            return self.is_of_another_pipeline() or bool(host.outside and host.outside(arguments))
+            return not self.is_ours() or bool(host.outside and host.outside(arguments))
 
         return replace(host, noise_level=lambda arguments: self.level(host, arguments), outside=outside)
 
-    def is_of_another_pipeline(self) -> bool:
-        """Whether the call that is under way comes from another pipeline with this model, whose scheduler is not
-        followed: it runs as it is."""
+    def is_ours(self) -> bool:
+        """Whether the call that is under way is this pipeline's: that of another one with this model, whose scheduler
+        is not followed, runs as it is."""
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             caller = frame.f_locals.get("self")
             if caller is self.pipe:
-                return False
+                return True
             if "scheduler" in getattr(caller, "__dict__", ()):
                 if any(value is model for value in vars(caller).values() for model in self.models):
-                    return True
+                    return False
             frame = frame.f_back
-        return False
+        # Of no pipeline, as in a loop of one's own: that of a model with one patch.
+        return all(len(patches_of(model)) < 2 for model in self.models)
 
     def scheduler(self):
         """The pipeline's at the beginning of a run: a user may have put in another."""

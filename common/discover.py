@@ -17,7 +17,7 @@ import torch
 
 from .blocks import BlockStack, Host
 from .errors import MagCacheError
-from .expert import argument_names
+from .expert import PATCHED_ALREADY, argument_names, patches_of
 from .handle import Patch
 from .hosts import class_name, output_host
 from .payloads import MISFITS, disproof
@@ -145,7 +145,7 @@ def wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable
             stack.restore()
             raise
         residual = stack.finish()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except MISFITS as error:
         return f"{type(error).__name__}: {error}"
@@ -166,7 +166,7 @@ def host_line(model: torch.nn.Module, found: Found) -> str:
 
 def first_call(pipe, **arguments) -> tuple[torch.nn.Module, tuple, dict]:
     """The denoiser of a pipeline and the arguments of its first call in pipe(**arguments), which ends there."""
-    from .pipeline import denoisers
+    from .denoisers import denoisers
 
     class Reached(BaseException):
         pass
@@ -191,16 +191,23 @@ class Undescribed:
     """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
     and this passes on to it."""
 
-    def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch]) -> None:
-        self.model, self.make_patch = model, patch
+    def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch], owner: Any = None) -> None:
+        self.model, self.make_patch, self.owner = model, patch, owner
         self.patch: Patch | None = None
+        self.put_on()
+
+    def put_on(self) -> None:
+        """Raises MagCacheError if a patch is on the model, also of a pipeline that shares it: its call would run within
+        the search."""
+        if patches_of(self.model):
+            raise MagCacheError(PATCHED_ALREADY)
         self.active = True
         # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
-        self.place = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
-        self.own_forward = model.__dict__.get(self.place)
+        self.place = "_old_forward" if "_old_forward" in self.model.__dict__ else "forward"
+        self.own_forward = self.model.__dict__.get(self.place)
         forward: Any = functools.partial(self.first_call)
         forward.magcache = self
-        setattr(model, self.place, forward)
+        setattr(self.model, self.place, forward)
 
     def first_call(self, *args, **kwargs):
         self.take_off()
@@ -234,6 +241,9 @@ class Undescribed:
         self.active = False
 
     def __enter__(self) -> Undescribed:
+        if not self.active:
+            (self.patch or self).put_on()
+            self.active = True
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .handle import Patch
 
 
+PATCHED_ALREADY = "This model is patched already; remove the first patch (handle.remove()) before the second."
+
+
 class Expert:
     """One model instance with its forward replaced. Most samplers have one; some divide their steps between two."""
 
@@ -30,14 +33,18 @@ class Expert:
         # Keywords that it does not know are passed on as they are.
         self.argument_names = argument_names(self.model)
         self.forward = PatchedForward(self, self.model.forward, own=False)
+        self.on = False
 
     def put_on(self) -> None:
-        """Replace the forward. Raises MagCacheError if another patch, or another cache, is on."""
-        if patch_of(self.model) not in (None, self.patch):
-            raise MagCacheError(
-                "This model is patched already; remove the first patch (handle.remove()) before the second."
-            )
+        """Replace the forward. Raises MagCacheError if another cache is on, or another patch, unless they are those of
+        two pipelines that share the model."""
+        owner = self.patch.owner
+        for other in patches_of(self.model):
+            known = owner is not None and other.owner not in (None, owner) and hasattr(other, "experts")
+            if other is not self.patch and not known:
+                raise MagCacheError(PATCHED_ALREADY)
         self.refuse_other_caches()
+        self.on = True
         if self.is_on():  # another wrapper has kept it since the last time
             return
         # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
@@ -46,18 +53,33 @@ class Expert:
         setattr(self.model, place, self.forward)
 
     def take_off(self) -> None:
-        """Restore the model. Where something else (an offload hook) has wrapped the patch since, the patch stays in
-        that chain and only passes calls on."""
+        """Restore the model. Where something else (an offload hook, another pipeline's patch) has wrapped the patch
+        since, the patch stays in that chain and only passes calls on."""
+        self.on = False
         for place in ("forward", "_old_forward"):
             if self.model.__dict__.get(place) is self.forward:
-                if place == "forward" and not self.forward.own:
+                forward = self.forward
+                while isinstance(forward.original, PatchedForward) and not forward.original.is_on:
+                    forward = forward.original
+                if place == "forward" and not forward.own:
                     del self.model.forward
                 else:
-                    setattr(self.model, place, self.forward.original)
+                    setattr(self.model, place, forward.original)
 
     def is_on(self) -> bool:
         """Whether the model's forward comes here, as far as wrappers tell what they wrap."""
         return any(forward is self.forward for forward in forwards(self.model))
+
+    def stay_on(self) -> None:
+        """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
+        the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
+        found = self.model.__dict__.get("forward")
+        below = getattr(self.forward.original, "__wrapped__", None)
+        while below is not None and below is not found:
+            below = getattr(below, "__wrapped__", None)
+        if found is not None and below is found:
+            self.forward = PatchedForward(self, found, own=True)
+            self.model.forward = self.forward
 
     def refuse_other_caches(self) -> None:
         """Raises MagCacheError if another cache skips parts of this model: each would reuse what the other made."""
@@ -92,19 +114,21 @@ class PatchedForward:
         with patch.lock:  # stand-ins are on the model while a call is under way: another thread's waits
             caching = patch.active and expert.forward is self
             call = patch.begin_call(expert, args, kwargs) if caching else None
-            if call is None:
-                return self.original(*args, **kwargs)
             try:
+                if call is None:
+                    return self.original(*args, **kwargs)
                 try:
                     output = self.original(*args, **kwargs) if call.output is None else call.output
                 except TokensChanged as changed:
                     call = patch.compute_instead(call, str(changed))
                     output = self.original(*args, **kwargs)
-                output = patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
+                return patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
             except BaseException:
-                patch.cancel_call(call)
+                if call is not None:
+                    patch.cancel_call(call)
                 raise
-            return output
+            finally:
+                expert.stay_on()
 
     def __get__(self, model: Any, model_class: Any = None) -> PatchedForward:
         """Bound already: cache-dit binds the forward that it found to the model that it had it from."""
@@ -113,6 +137,10 @@ class PatchedForward:
     @property
     def magcache(self) -> Patch:
         return self.expert.patch
+
+    @property
+    def is_on(self) -> bool:
+        return self.expert.on and self.expert.forward is self
 
     @property
     def __wrapped__(self):  # for inspect.signature
@@ -151,10 +179,11 @@ def forwards(model: torch.nn.Module) -> Iterator[Any]:
             waiting.append(getattr(forward, "__wrapped__", None))
 
 
-def patch_of(model: torch.nn.Module) -> Patch | None:
-    """The active patch that a model's forward goes through, as far as wrappers tell what they wrap."""
+def patches_of(model: torch.nn.Module) -> list[Patch]:
+    """The active patches that a model's forward goes through, as far as wrappers tell what they wrap: most often one,
+    and one for each of the pipelines that share the model."""
     patches = (getattr(forward, "magcache", None) for forward in forwards(inner_module(model)))
-    return next((patch for patch in patches if patch is not None and patch.active), None)
+    return [patch for patch in patches if patch is not None and patch.active]
 
 
 def inner_module(model: torch.nn.Module) -> torch.nn.Module:

@@ -55,17 +55,18 @@ class Patch:
 
     Calls of several threads wait for each other, and each thread has a run of its own; `remove()`, `paused()` and
     `end_run()` take effect between calls, whichever thread they come from.
-    active: whether calls are cached; reached: whether there was one; reports: one `RunReport` a run, the newest
-    KEPT_REPORTS.
+    active: whether calls are cached; reached: whether there was one; reports: of each run, the newest KEPT_REPORTS.
+    owner: of several pipelines that share the model the one whose calls come here (None: all do).
     """
 
-    def __init__(self, models, host, timesteps, payload=Residual):
-        self.host, self.timesteps = host, timesteps
+    def __init__(self, models, host, timesteps, payload=Residual, owner=None):
+        self.host, self.timesteps, self.owner = host, timesteps, owner
         # () -> {name: value}, what a sampler does with the outputs: when it changes, so does the conditioning.
         self.guidance: Callable[[], dict] = dict
         self.active, self.reached, self.short_runs = True, False, 0
         self.reports: list = []
         self.samplings: dict[int, Sampling] = {}  # by thread
+        self.turned_away: dict[int, object] = {}  # by thread, the timesteps of a run that is not followed
         self.entered = 0
         self.lock = threading.RLock()
         models = models if isinstance(models, (list, tuple)) else [models]
@@ -151,8 +152,7 @@ class Patch:
 
     @torch.compiler.disable
     def begin_call(self, expert, args, kwargs):
-        """Find out which call of which run this is, and let the block stack run or be replaced. Returns the
-        `run.ModelCall`, or None where forward is to run as it is."""
+        """Which call of which run this is, begun: its `run.ModelCall`, or None where forward is to run as it is."""
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
         timesteps, sampling, call = self.timesteps(), self.sampling, None
@@ -173,11 +173,14 @@ class Patch:
             sampling.run.expert_changed()
         try:
             part, why = sampling.part(call, latent, {**arguments, **self.guidance()})
-            sampling.call = sampling.run.begin([part], expert.payload, arguments, why)
+            sampling.call = sampling.run.begin([part], self.payload_of(expert), arguments, why)
         except BaseException:
             self.forget(sampling)
             raise
         return sampling.call
+
+    def payload_of(self, expert):
+        return expert.payload
 
     def compute_instead(self, call, why):
         """In place of a reused call that nothing kept fits. Returns the `run.ModelCall` that computes."""
@@ -187,8 +190,13 @@ class Patch:
         return sampling.call
 
     def is_taken(self, timesteps) -> bool:
-        """Whether a run of another thread is in the way of this one's, which then is as if there were no patch."""
-        return False
+        """Whether this run began while another thread's was measured: then it is as if there were no patch."""
+        thread, own = threading.get_ident(), self.sampling
+        if self.turned_away.get(thread) is not timesteps and (own is None or own.timesteps is not timesteps):
+            self.forget_threads_that_ended()
+            others = [one.run for one in self.samplings.values() if one is not own and one.run.measures]
+            self.turned_away[thread] = None if all(run.report.complete for run in others) else timesteps
+        return self.turned_away.get(thread) is not None
 
     @torch.compiler.disable
     def finish_call(self, call, output, rehearse):
@@ -250,6 +258,7 @@ class Patch:
         """A run is over, whole or not: what a user should hear of it."""
 
     def complete(self, sampling):
+        sampling.tracker.let_go()
         sampling.conditionings = Conditionings(sampling.expert.model, self.host)  # lets go of the prompt's tensors
         self.complete_run(sampling.run)
         self.ended(sampling.run)

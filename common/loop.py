@@ -18,10 +18,13 @@ class LoopEnd:
     def __init__(self, pipe: Any, handles: Sequence[Any]) -> None:
         self.pipe, self.handles = pipe, list(handles)
         there = vars(pipe).get("progress_bar")
+        self.before: Any = there.before if isinstance(there, LoopEnd) else there  # of this pipe alone, most often none
         self.plain: Any = there.plain if isinstance(there, LoopEnd) else pipe.progress_bar
         pipe.progress_bar = self
         models = [expert.model for handle in handles for expert in getattr(handle, "experts", [handle])]
-        self.contexts = [CacheContext(model) for model in models if hasattr(type(model), "cache_context")]
+        self.contexts = [CacheContext.of(model) for model in models if hasattr(type(model), "cache_context")]
+        for context in self.contexts:
+            context.users.append(self)
 
     def __call__(self, *args, **kwargs) -> Bar:
         return Bar(self, self.plain(*args, **kwargs))
@@ -34,17 +37,27 @@ class LoopEnd:
     def take_off(self) -> None:
         if vars(self.pipe).get("progress_bar") is self:
             del self.pipe.progress_bar
+            if self.before is not None:
+                self.pipe.progress_bar = self.before
         for context in self.contexts:
-            context.take_off()
+            context.leave(self)
 
 
 class CacheContext:
-    """In the place of a model's `cache_context`, by which some pipelines of diffusers tell where their loop is."""
+    """In the place of a model's `cache_context`, by which some pipelines of diffusers tell where their loop is. users:
+    those of the pipelines that share the model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
+        self.users: list[LoopEnd] = []
         self.threads = threading.local()
         model.__dict__["cache_context"] = self
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> CacheContext:
+        """The one that is there already, or a new one."""
+        there = model.__dict__.get("cache_context")
+        return there if isinstance(there, cls) else cls(model)
 
     @contextmanager
     def __call__(self, name: str, **told) -> Iterator[None]:
@@ -60,8 +73,10 @@ class CacheContext:
         """step_index, sigma, num_inference_steps, of the call that is under way in this thread; often none of them."""
         return getattr(self.threads, "told", {})
 
-    def take_off(self) -> None:
-        if self.model.__dict__.get("cache_context") is self:
+    def leave(self, user: LoopEnd) -> None:
+        """The last one restores the model."""
+        self.users = [other for other in self.users if other is not user]
+        if not self.users and self.model.__dict__.get("cache_context") is self:
             del self.model.__dict__["cache_context"]
 
     def __reduce__(self):  # a copy of the model has its own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ def magcache_forward(
     boundary: float | None = None,
     scheduler: Any = None,
     corrector: bool = True,
+    owner: Any = None,
 ) -> MagCache:
     """Let a model skip its block stack where the schedule says so. Returns a handle, which is also a context manager.
 
@@ -59,11 +59,12 @@ def magcache_forward(
     scheduler: the sampler's, by which skipped steps are made again when the next one is computed: an object with the
         `step` of diffusers, a function called at the beginning of each run that returns it, or `corrector.EULER` for a
         plain Euler loop without one (None: not known, nothing is corrected). corrector: whether that is done.
+    owner: of several pipelines that share the model the one whose calls `host.outside` lets through; each may have a
+        patch of its own (None: all calls come here).
     """
 
     def plan(levels, payload):
-        switch_step = None if boundary is None else int((levels >= boundary).sum())
-        return settings.of(payload).plan(table, levels, switch_step, rule, interpolation)
+        return settings.of(payload).plan(table, levels, switch_step(levels, boundary), rule, interpolation)
 
     payload = (settings.suited(table) if isinstance(settings, Target) else settings).payload
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
@@ -83,6 +84,7 @@ def magcache_forward(
         guard,
         scheduler,
         corrector,
+        owner,
     )
 
 
@@ -94,14 +96,20 @@ def magcache_calibration(
     path: str | Path | None = None,
     description: dict | None = None,
     statistics: Statistics | None = None,
+    owner: Any = None,
 ) -> Calibration:
     """Measure the magnitude ratios of a model, or of experts, in ordinary un-cached runs. Returns a handle.
 
     After each complete run the file at `path` holds the average so far; an interrupted run leaves it as it was.
     description: further fields of `RatioTable` (models, sampler, provenance, ...).
-    statistics: those of an earlier handle, to go on averaging.
+    statistics: those of an earlier handle, to go on averaging. owner: of `magcache_forward`.
     """
-    return Calibration(model, host, timesteps, name, path, description or {}, statistics or Statistics())
+    return Calibration(model, host, timesteps, name, path, description or {}, statistics or Statistics(), owner)
+
+
+def switch_step(levels: np.ndarray, boundary: float | None) -> int | None:
+    """The step from which the second of two experts works."""
+    return None if boundary is None else int((levels >= boundary).sum())
 
 
 class MagCache(Patch):
@@ -123,15 +131,16 @@ class MagCache(Patch):
         guard=None,
         scheduler=None,
         corrector=True,
+        owner=None,
     ):
         self.plan, self.new_residuals, self.announce, self.table = plan, new_residuals, announce, table
         self.guard, self.scheduler, self.corrector = guard, scheduler, corrector
-        super().__init__(models, host, timesteps, payload)
+        super().__init__(models, host, timesteps, payload, owner)
 
     @property
     def residuals(self) -> Residuals:
         """Those of the run in progress."""
-        return self.sampling.run.residuals if self.sampling else self.new_residuals()
+        return self.run.residuals if isinstance(self.run, CachedRun) else self.new_residuals()
 
     def new_run(self, levels, expert, arguments, latent):
         schedule = self.plan(levels, expert.payload.kind)
@@ -163,22 +172,12 @@ class Calibration(Patch):
     """A model that computes everything and measures. `table` holds the result of the complete runs; `failure` why there
     is none, which the end of a `with` block raises: what the run has rendered is not lost for it."""
 
-    def __init__(self, models, host, timesteps, name, path, description, statistics):
+    def __init__(self, models, host, timesteps, name, path, description, statistics, owner=None):
         self.name, self.path, self.description = name, path, description
         self.statistics = statistics
-        self.turned_away: dict[int, Any] = {}  # by thread, the timesteps of a run that is not measured
         self.table: RatioTable | None = None
         self.failure: MagCacheError | None = None
-        super().__init__(models, host, timesteps)
-
-    def is_taken(self, timesteps):
-        thread = threading.get_ident()
-        if self.turned_away.get(thread) is not timesteps:
-            self.forget_threads_that_ended()
-            others = [sampling for sampling in self.samplings.values() if sampling is not self.sampling]
-            taken = any(not sampling.run.report.complete for sampling in others)
-            self.turned_away[thread] = timesteps if taken else None
-        return self.turned_away.get(thread) is not None
+        super().__init__(models, host, timesteps, owner=owner)
 
     def __exit__(self, kind, error, trace):
         super().__exit__(kind, error, trace)

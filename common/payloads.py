@@ -159,7 +159,7 @@ def disproof(stack: Payload, residual: torch.Tensor, output: Any, again: Callabl
     stack.replace(residual)
     try:
         remade = again()
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except (MagCacheError, *MISFITS) as error:
         return f"without its blocks: {type(error).__name__}: {error}"

@@ -6,35 +6,37 @@
 
 Which steps compute is planned anew for each call of the pipeline, from its own scheduler. What is predicted is the
 output of the model, which needs no facts of its class; under the paper's rule (thresh, K, retention_ratio) the residual
-of its blocks, whose facts `hosts/` has or `discover.py` finds.
+of its blocks, whose facts `hosts/` has or `discover.py` finds. What needs a calibration gets it in the first run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from .blocks import Host
 from .calibration import fingerprint
 from .clock import Clock
+from .denoisers import Denoisers, checkpoint_of, denoisers, refuse_other_caches
 from .discover import Undescribed
 from .errors import MagCacheError
-from .expert import argument_names, inner_module, patch_of
+from .expert import argument_names, inner_module, patches_of
+from .first_run import MeasuredFirst
+from .gram import has_gram
 from .handle import Patch
 from .hosts import HOSTS, class_name, output_host
 from .loop import LoopEnd
-from .patch import magcache_calibration, magcache_forward
+from .patch import MagCache, magcache_calibration, magcache_forward
 from .planner import Target
+from .ranks import in_a_group, is_writer, shared_by_processes, told_by_writer
 from .report import RunReport
 from .schedule import Settings
-from .tables import RatioTable, calibrations_folder, find
+from .tables import calibrations_folder, find, published
 
 DEFAULT_SPEEDUP = 2.0
-DENOISERS = ("transformer", "unet", "decoder", "prior")  # where a pipeline keeps its denoiser, the first that is there
 
 
 def enable(
@@ -45,7 +47,7 @@ def enable(
     thresh: float | None = None,
     K: int | None = None,
     retention_ratio: float | None = None,
-    calibrate: bool = False,
+    calibrate: bool | None = None,
     announce: Callable[[str], None] | None = tqdm.write,
     measure: tuple[float, float] | None = None,
 ) -> PipelineCache:
@@ -54,9 +56,9 @@ def enable(
     Ask for one thing: speedup (2.0 where nothing is asked for); steps, how many are computed; max_error, the largest
     expected relative error of a predicted step (needs a calibration); or the paper's rule by thresh, K and
     retention_ratio, those left out as published for this checkpoint (needs magnitude ratios, published or calibrated).
-    calibrate: measure instead. Everything computes, results are the un-cached ones, each complete run is saved, and any
-        `enable` after it finds the file. Only max_error, and the paper's rule where no ratios are published, need it;
-        nothing is measured unasked.
+    calibrate: None: where something is needed that nobody measured, the first complete run does. It computes
+        everything, its result is the un-cached one, and what it measured is saved for the runs after it, in any
+        process. False: refuse instead. True: measure, and cache nothing; each complete run is saved.
     announce: gets the plan as text at the start of each run; None: nobody.
     measure: in which the computed steps of a speed-up are spread (`planner.Target`).
     Raises MagCacheError for what cannot work, in one sentence.
@@ -83,14 +85,13 @@ def enable(
     handles: list[Patch | Undescribed] = []
     try:
         for group in groups:
-            table = find(checkpoint_of(pipe, group), fingerprint(group.models[0]))
+            weights = fingerprint(group.models[0])
             if targets or not rule:
-                settings: Target | Settings = Target(
-                    **targets or {"magcache_speedup": DEFAULT_SPEEDUP}, **rule, payload="output", measure=measure
-                )
+                targets = targets or {"magcache_speedup": DEFAULT_SPEEDUP}
+                settings: Target | Settings = Target(**targets, **rule, payload="output", measure=measure)
             else:
-                settings = paper_rule(rule, table, type(group.models[0]).__name__)
-            handles.append(caching_patch(pipe, group, table, settings, announce))
+                settings = paper_rule(rule, pipe, group, weights)
+            handles.append(caching_patch(pipe, group, weights, settings, announce, calibrate is None))
     except BaseException:
         for handle in handles:
             handle.remove()
@@ -101,10 +102,11 @@ def enable(
 def disable(pipe) -> None:
     """Let the pipeline run as it did before `enable`."""
     pipe = getattr(pipe, "decoder_pipe", pipe)
-    patches = {id(patch): patch for group in denoisers(pipe) for model in group.models if (patch := patch_of(model))}
-    if not patches:
+    every = (patch for group in denoisers(pipe) for model in group.models for patch in patches_of(model))
+    own = {id(patch): patch for patch in every if patch.owner in (None, pipe)}
+    if not own:
         raise MagCacheError(f"MagCache is not enabled on this {type(pipe).__name__}.")
-    for patch in patches.values():
+    for patch in own.values():
         patch.remove()
     if isinstance(vars(pipe).get("progress_bar"), LoopEnd):
         pipe.progress_bar.take_off()
@@ -120,6 +122,7 @@ class PipelineCache:
     def __enter__(self) -> PipelineCache:
         for handle in self.handles:
             handle.__enter__()
+        self.loop.take_off()
         self.loop = LoopEnd(self.pipe, self.handles)
         return self
 
@@ -146,112 +149,126 @@ class PipelineCache:
         return "\n".join(handle.reports[-1].line() for handle in self.handles if handle.reports) or "No run yet."
 
 
-@dataclass(frozen=True)
-class Denoisers:
-    """The models among which a sampler divides its steps, most often one. attribute: of the pipeline; boundary: noise
-    level below which the second works."""
-
-    attribute: str
-    models: list[torch.nn.Module]
-    boundary: float | None = None
-    leads: bool = True  # of two groups, the one with which the scheduler's steps are made again
-
-
-def denoisers(pipe) -> list[Denoisers]:
-    """What MagCache patches in a pipeline. Two groups where each step calls two models (one without the prompt).
-    Raises MagCacheError for a pipeline that has none, or no scheduler."""
-    attribute = next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), torch.nn.Module)), None)
-    if attribute is None or not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
-        raise MagCacheError(f"{type(pipe).__name__} has no transformer or U-Net with a scheduler that could be cached.")
-    model, second = getattr(pipe, attribute), getattr(pipe, "transformer_2", None)
-    boundary = pipe.config.get("boundary_ratio")
-    if second is not None and boundary is not None:
-        return [Denoisers(attribute, [model, second], boundary)]
-    other = getattr(pipe, "unconditional_transformer", None)  # Ideogram 4
-    others = [] if other is None else [Denoisers("unconditional_transformer", [other], leads=False)]
-    return [Denoisers(attribute, [model]), *others]
-
-
-def checkpoint_of(pipe, group: Denoisers) -> str:
-    """Hub id or folder."""
-    return str(pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", ""))
-
-
-def paper_rule(given: dict, table: RatioTable | None, name: str) -> Settings:
+def paper_rule(given: dict, pipe, group: Denoisers, weights: str) -> Settings:
     """The paper's rule, the settings that were left out as published."""
-    if table is None:
-        raise MagCacheError(
-            f"The paper's rule needs magnitude ratios, and none are known of this {name}: measure them with "
-            "enable(pipe, calibrate=True) around one run, or ask for a speedup, which needs none."
-        )
-    chosen = {**table.settings, **given}
+    checkpoint = checkpoint_of(pipe, group)
+    tables = (find(checkpoint, weights), published(checkpoint, weights))
+    chosen = {**next((table.settings for table in tables if table and table.settings), {}), **given}
     missing = [name for name in ("magcache_thresh", "magcache_K", "retention_ratio") if name not in chosen]
     if missing:
-        raise MagCacheError(f"{table.name} has no published settings; give {', '.join(missing)} too.")
+        name = type(group.models[0]).__name__
+        raise MagCacheError(f"This {name} has no published settings; give {', '.join(missing)} too.")
     return Settings(**chosen)
 
 
-def refuse_other_caches(model: torch.nn.Module) -> None:
-    """Raises MagCacheError if another step cache works on this model."""
-    name = type(model).__name__
-    if getattr(model, "is_cache_enabled", False):
-        raise MagCacheError(f"This {name} has a cache of diffusers enabled: call its disable_cache() first.")
-    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
-    if any(type(hook).__module__.endswith("_cache") for hook in hooks):
-        raise MagCacheError(f"This {name} has hooks of another cache on its blocks: remove them first.")
+def caching_patch(
+    pipe, group: Denoisers, weights: str, settings: Settings | Target, announce, may_measure: bool
+) -> Patch | Undescribed:
+    """`magcache_forward` on the denoiser of a pipeline, or `MeasuredFirst` where a table is needed and may be measured.
+    weights: their fingerprint."""
+    clock, checkpoint, rule = Clock(pipe, group.models), checkpoint_of(pipe, group), isinstance(settings, Settings)
 
+    def known(levels=None):
+        table = find(checkpoint, weights, levels)
+        return table if rule or (table and has_gram(table)) or not needed else None
 
-def caching_patch(pipe, group: Denoisers, table, settings: Settings | Target, announce) -> Patch | Undescribed:
-    """`magcache_forward` on the denoiser of a pipeline."""
-    clock = Clock(pipe, group.models)
+    needed = settings.predictor != "line"
+    together = needed and shared_by_processes(group.models)
+    table = told_by_writer(known) if together else known()
+    measures = needed and may_measure and (together or not in_a_group())
+    if needed and not measures and table is None:
+        refuse_if_unmeasurable(group, HOSTS.get(class_name(inner_module(group.models[0]))))
+        raise MagCacheError(unknown(type(group.models[0]).__name__, rule))
 
     def patch(host):
-        handle = magcache_forward(
-            group.models,
-            clock.host(host),
-            table,
-            settings,
-            clock.timesteps,
-            announce=announce,
-            boundary=group.boundary,
-            scheduler=clock.scheduler if group.leads else None,
-        )
+        options: dict[str, Any] = {
+            "announce": announce,
+            "boundary": group.boundary,
+            "scheduler": clock.scheduler if group.leads else None,
+            "owner": pipe,
+        }
+        facts, timesteps = clock.host(host), clock.timesteps
+        if measures and (table is None or host.blocks):
+            name, path, description = calibration_of(pipe, group, weights, host)
+            handle: MagCache = MeasuredFirst(
+                group.models,
+                facts,
+                timesteps,
+                (lambda levels: table) if together else known,
+                settings,
+                name,
+                None if together and not is_writer() else path,
+                description,
+                **options,
+            )
+        else:
+            handle = magcache_forward(group.models, facts, table, settings, timesteps, **options)
         handle.guidance = clock.guidance
         return handle
 
-    return described(group, settings.payload or "residual", patch)
+    return described(pipe, group, "residual" if measures else settings.payload or "residual", patch)
+
+
+def unknown(name: str, rule: bool) -> str:
+    """A sentence for a model without the table that is needed."""
+    needs = "The paper's rule needs magnitude ratios" if rule else "max_error needs a calibration"
+    return (
+        f"{needs}, and {'none are' if rule else 'none is'} known of this {name}: measure them with "
+        "enable(pipe, calibrate=True) around one run, or ask for a speedup, which needs none."
+    )
 
 
 def calibration_patch(pipe, group: Denoisers, announce) -> Patch | Undescribed:
     """`magcache_calibration` on the denoiser of a pipeline."""
-    clock, checkpoint, known = Clock(pipe, group.models), checkpoint_of(pipe, group), fingerprint(group.models[0])
-    name = checkpoint.rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
-    path = calibrations_folder() / f"{name}-{known}.json"
+    clock, weights = Clock(pipe, group.models), fingerprint(group.models[0])
+    if announce:
+        announce(f"MagCache: calibrating; complete runs are saved to {calibration_file(pipe, group, weights)}")
+
+    def patch(host):
+        name, path, description = calibration_of(pipe, group, weights, host)
+        return magcache_calibration(
+            group.models, clock.host(host), clock.timesteps, name, path, description, owner=pipe
+        )
+
+    return described(pipe, group, "residual", patch)
+
+
+def refuse_if_unmeasurable(group: Denoisers, host: Host | None) -> None:
+    """host: None where the facts are yet to be found."""
+    if host is not None and not host.blocks:
+        raise MagCacheError(
+            f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
+            "there is nothing to calibrate, and a speedup needs no calibration."
+        )
+
+
+def calibration_file(pipe, group: Denoisers, weights: str) -> Path:
+    """Where `find` looks for a calibration of these weights."""
+    name = checkpoint_of(pipe, group).rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
+    return calibrations_folder() / f"{name}-{weights}.json"
+
+
+def calibration_of(pipe, group: Denoisers, weights: str, host: Host) -> tuple[str, Path, dict[str, Any]]:
+    """(name, path, description) of what is to be measured. Raises MagCacheError where there is nothing to measure."""
+    refuse_if_unmeasurable(group, host)
+    path = calibration_file(pipe, group, weights)
     description: dict[str, Any] = {
-        "provenance": {"checkpoint": checkpoint, "fingerprint": known, "pipeline": type(pipe).__name__}
+        "provenance": {
+            "checkpoint": checkpoint_of(pipe, group),
+            "fingerprint": weights,
+            "pipeline": type(pipe).__name__,
+        }
     }
     if group.boundary is not None:
         description["sampler"] = {"boundary": group.boundary}
-    if announce:
-        announce(f"MagCache: calibrating; complete runs are saved to {path}")
-
-    def patch(host):
-        if not host.blocks:
-            raise MagCacheError(
-                f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
-                "there is nothing to calibrate, and a speedup needs no calibration."
-            )
-        return magcache_calibration(group.models, clock.host(host), clock.timesteps, name, path, description)
-
-    return described(group, "residual", patch)
+    return path.stem.removesuffix(f"-{weights}"), path, description
 
 
-def described(group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch | Undescribed:
+def described(pipe, group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch | Undescribed:
     """A patch with the facts of the denoiser's class. Those of a class that nobody described are looked for at its
     first call, where the blocks matter."""
     model = inner_module(group.models[0])
     host = HOSTS.get(class_name(model))
     if payload == "output":
         return patch(host or output_host(type(model).__name__, argument_names(model)))
-    return Undescribed(model, patch) if host is None else patch(host)
+    return Undescribed(model, patch, pipe) if host is None else patch(host)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,23 @@ def is_writer() -> bool:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
+
+
+def in_a_group() -> bool:
+    """Whether this process and others know of each other."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def shared_by_processes(models: Sequence[torch.nn.Module]) -> bool:
+    """Whether the processes of the group make each call of these models together: each has a part of the weights (FSDP,
+    tensor parallel) or of the tokens (diffusers' context parallel). Else each may draw what it likes."""
+    return in_a_group() and any(
+        getattr(model, "_parallel_config", None) is not None
+        or "_fsdp_wrapped_module" in model._modules
+        or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        for model in models
+    )
 
 
 def told_by_writer(find: Callable[[], Any]) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from .planner import Target, nearest_by_the_rule, reused_share, speedup
 from .schedule import Schedule, Settings, rule_of
 from .steps import Call
 from .tables import RatioTable
+from .timing import Lap, saved_seconds, typical_seconds
 
 FORMAT = 1  # of the JSON
 COMPARED_STEPS = 60  # the other way to plan is worked out only where that takes no time worth noticing
@@ -27,7 +27,7 @@ def memory_text(count: float) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-def settings_text(settings: Settings | Target | None) -> str:
+def settings_text(settings: Settings | Target) -> str:
     return ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in vars(settings).items()
@@ -97,12 +97,12 @@ def plan_lines(
         lines.append(PlanLine("notes", f"  {schedule.told}"))
     if schedule.why_none:
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
-    elif schedule.predictor == "line":
-        lines.append(gain_line(schedule))
-    elif schedule.expected_error is None or not isinstance(schedule.settings, Target):
+    elif schedule.accumulated_error is not None:
         lines += rule_lines(schedule, levels, table)
+    elif schedule.expected_error is not None:
+        lines += target_lines(schedule, schedule.expected_error, levels, table)
     else:
-        lines += target_lines(schedule, schedule.settings, levels, table)
+        lines.append(gain_line(schedule))
     if why_uncorrected is not None and not schedule.why_none:
         how = "on: skipped steps are made again when the next one is computed"
         lines.append(
@@ -141,8 +141,11 @@ def gain_line(schedule: Schedule, more: str = "") -> PlanLine:
     return PlanLine("gain", text)
 
 
-def target_lines(schedule: Schedule, asked: Target, levels: np.ndarray, table: RatioTable | None) -> list[PlanLine]:
+def target_lines(
+    schedule: Schedule, expected_error: np.ndarray, levels: np.ndarray, table: RatioTable | None
+) -> list[PlanLine]:
     """What a planned run is expected to gain and to lose."""
+    asked = schedule.settings
     share = reused_share(table, asked.payload)
     expected = speedup(schedule.steps, schedule.computed, share)
     more = ""
@@ -159,8 +162,8 @@ def target_lines(schedule: Schedule, asked: Target, levels: np.ndarray, table: R
                 "step allow this",
             )
         )
-    errors = np.asarray(schedule.expected_error)[schedule.reuse]
-    lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error_text(errors)}"))
+    error = error_text(expected_error[schedule.reuse])
+    lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error}"))
     if table is not None and schedule.steps <= COMPARED_STEPS:
         rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
         lines.append(
@@ -186,15 +189,15 @@ class RunReport:
 
     def __init__(self, schedule: Schedule, levels: Sequence[float] | np.ndarray) -> None:
         self.schedule, self.levels = schedule, levels
-        self.calls: list[tuple[int, int, str, Callable[[], float], str]] = []
+        self.calls: list[tuple[int, int, str, Lap, str]] = []
         self.peak_bytes, self.complete = 0, False
         self.verified = False  # residuals, put back on their own inputs, made the same output
         self.notes: list[str] = []  # what a user should know of this run beside the figures
+        self.measuring = ""  # what to say of a run that was measured so that the next one can be cached
 
-    def add(self, call: Call, kind: str, seconds: Callable[[], float], why: str = "") -> None:
-        """kind: "computed" or "reused"; seconds: a function, read late; why: reason of a compute that was not
-        planned."""
-        self.calls.append((call.step, call.branch, kind, seconds, why))
+    def add(self, call: Call, kind: str, lap: Lap, why: str = "") -> None:
+        """kind: "computed" or "reused"; lap: its seconds, read late; why: reason of a compute that was not planned."""
+        self.calls.append((call.step, call.branch, kind, lap, why))
 
     @property
     def computed(self) -> int:
@@ -210,23 +213,19 @@ class RunReport:
         return dict(Counter(why for *_, why in self.calls if why))
 
     def seconds(self) -> tuple[float, float]:
-        """(spent, saved): the saving is what the reused calls would have cost at the median computed call.
+        """(spent, saved): `timing.saved_seconds`."""
+        computed, reused = self.laps("computed"), self.laps("reused")
+        return sum(lap() for lap in computed + reused), saved_seconds(computed, reused)[0]
 
-        The first call of each kind warms up and compiles: it is left out of the median, and a reused one is counted as
-        the others are.
-        """
-        computed, reused = self.times("computed"), self.times("reused")
-        warm = [median(reused[1:] or reused), *reused[1:]] if reused else []
-        return sum(computed) + sum(reused), len(reused) * self.typical_seconds - sum(warm)
-
-    def times(self, kind: str) -> list[float]:
-        return [seconds() for _, _, this, seconds, _ in self.calls if this == kind]
+    def laps(self, kind: str) -> list[Lap]:
+        return [lap for _, _, this, lap, _ in self.calls if this == kind]
 
     @property
     def typical_seconds(self) -> float:
         """Of a computed call."""
-        computed = self.times("computed")
-        return median(computed[1:] or computed or [0.0])
+        computed = self.laps("computed")
+        usual = typical_seconds(computed)
+        return min((lap() for lap in computed), default=0.0) if usual is None else usual
 
     @property
     def speedup(self) -> float:
@@ -235,14 +234,20 @@ class RunReport:
         return (spent + saved) / spent if spent else 1.0
 
     def line(self) -> str:
+        if self.measuring:
+            return f"MagCache measuring: {self.measuring}."
         spent, saved = self.seconds()
         if not self.reused:
             why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
             return f"MagCache reused nothing in {len(self.calls)} calls: {why}."
         text = (
             f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "
-            f"{spent:.2f} s, {saved:.2f} s saved ({self.speedup:.2f}x); extra memory {memory_text(self.peak_bytes)}"
+            f"{spent:.2f} s, {max(saved, 0.0):.2f} s saved ({max(self.speedup, 1.0):.2f}x); extra memory "
+            f"{memory_text(self.peak_bytes)}"
         )
+        _, why_none = saved_seconds(self.laps("computed"), self.laps("reused"))
+        if why_none:
+            text += f"; no time was saved: {why_none}"
         if self.verified:
             text += "; facts verified on this model"
         for why, calls in self.unplanned.items():
@@ -251,16 +256,16 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         spent, saved = self.seconds()
-        settings = self.schedule.settings
         return {
             "format": FORMAT,
             "magcache_version": __version__,
-            "settings": vars(settings) if settings else None,
+            "settings": vars(self.schedule.settings),
             "strip": self.schedule.strip,
             "steps": self.schedule.steps,
             "planned_computed": self.schedule.computed,
             "bound": round(self.schedule.bound, 4),
             "why_none": self.schedule.why_none,
+            "measuring": self.measuring,
             "complete": self.complete,
             "facts_verified": self.verified,
             "notes": self.notes,
@@ -277,8 +282,8 @@ class RunReport:
             "expected_error": rounded(self.schedule.expected_error),
             "mag_ratios": rounded(self.schedule.ratios),
             "by_call": [
-                {"step": step, "branch": branch, "kind": kind, "seconds": round(seconds(), 5), "why": why}
-                for step, branch, kind, seconds, why in self.calls
+                {"step": step, "branch": branch, "kind": kind, "seconds": round(lap(), 5), "why": why}
+                for step, branch, kind, lap, why in self.calls
             ],
         }
 

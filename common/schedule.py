@@ -25,13 +25,14 @@ class Settings:
     """The paper's rule. magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio:
     share kept at the start.
 
-    payload, magcache_guard, predictor: as a `planner.Target` has them, which may choose; the rule reuses the residual
-    of the blocks as it is, and no guard watches it.
+    magcache_speedup, payload, magcache_guard, predictor: as a `planner.Target` has them, which may choose; the rule is
+    not given a speed-up, it reuses the residual of the blocks as it is, and no guard watches it.
     """
 
     magcache_thresh: float
     magcache_K: int
     retention_ratio: float
+    magcache_speedup: ClassVar[float | None] = None
     payload: ClassVar[str] = "residual"
     magcache_guard: ClassVar[float | None] = None
     predictor: ClassVar[str] = "reuse"
@@ -66,6 +67,9 @@ class Settings:
     def of(self, payload: str) -> Settings:
         """The same for another payload: the rule looks at ratios alone."""
         return self
+
+
+OFF = Settings(magcache_thresh=0.0, magcache_K=0, retention_ratio=1.0)  # of an un-cached run
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Schedule:
     retained: np.ndarray
     accumulated_error: np.ndarray | None = None
     expected_error: np.ndarray | None = None
-    settings: Settings | Target | None = None
+    settings: Settings | Target = OFF
     why_none: str = ""
     ratios: np.ndarray | None = field(default=None, repr=False)
     fewest_computed: int = 0
@@ -125,7 +129,7 @@ class Schedule:
     @property
     def predictor(self) -> str:
         """How a skipped step is predicted: "reuse", "linear" or "line" (`planner.Target`)."""
-        return (self.settings and self.settings.predictor) or "reuse"
+        return self.settings.predictor or "reuse"
 
     @property
     def longest_gap(self) -> int:
@@ -216,13 +220,7 @@ def magcache_schedule(
     if retained.all() and beyond.any():
         why_none = "the table covers no step that could be reused"
     return Schedule(
-        reuse,
-        retained,
-        accumulated_error=error,
-        settings=settings,
-        why_none=why_none,
-        ratios=ratios,
-        fewest_computed=fewest_computed,
+        reuse, retained, error, settings=settings, why_none=why_none, ratios=ratios, fewest_computed=fewest_computed
     )
 
 
@@ -252,20 +250,15 @@ def decide(
 
 def compute_all(steps: int, why: str = "MagCache is off") -> Schedule:
     """The schedule of an un-cached run."""
-    return Schedule(
-        np.zeros(steps, dtype=bool),
-        np.ones(steps, dtype=bool),
-        accumulated_error=np.zeros(steps),
-        why_none=why,
-        fewest_computed=steps,
-    )
+    computes = np.ones(steps, dtype=bool)
+    return Schedule(~computes, computes, np.zeros(steps), why_none=why, fewest_computed=steps)
 
 
-def why_nothing_skips(steps: int, settings: Settings, rule: Rule) -> str:
-    if settings.magcache_thresh == 0:
-        return "magcache_thresh is 0, which turns MagCache off"
-    if settings.magcache_K == 0:
-        return "magcache_K is 0, which turns MagCache off"
+def why_nothing_skips(steps: int, settings: Settings | Target, rule: Rule) -> str:
+    """Why no table could make a run skip anything, or ""."""
+    for name in ("magcache_thresh", "magcache_max_error", "magcache_K"):
+        if getattr(settings, name, None) == 0:
+            return f"{name} is 0, which turns MagCache off"
     if steps < rule.min_steps:
         return f"a run of {steps} steps has nothing to gain (MagCache starts at {rule.min_steps})"
     return ""

@@ -85,6 +85,11 @@ class StepTracker:
         self.listed = close(level, self.levels[self.step], tolerance)
         return Call(self.step, self.branch)
 
+    def let_go(self) -> None:
+        """The run is complete: its last latent is needed no more."""
+        if self.latent is not None:
+            self.latent = self.latent.new_empty(0)
+
 
 def close(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * max(a, b)

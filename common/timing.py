@@ -1,36 +1,77 @@
-"""Seconds of work on a GPU or CPU."""
+"""Seconds of work on a GPU or CPU. What reports and plans take of it needs no torch."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Lap:
+    """One call of the model. read: gives its seconds; compiled: torch.compile made a graph in it."""
+
+    read: Callable[[], float]
+    compiled: bool = False
+
+    def __call__(self) -> float:
+        return self.read()
 
 
 class Stopwatch:
     """Seconds of GPU or CPU work, without waiting for the GPU: events are read when the report is."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.cuda, self.graphs = device.type == "cuda", graphs_compiled()
         self.begin = self.mark()
 
     def mark(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
+        import torch  # here, for reports are read without it
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def stop(self) -> Callable[[], float]:
+    def stop(self) -> Lap:
         """Read it when the report is."""
         begin, end = self.begin, self.mark()
-        if not self.cuda:
-            return lambda: end - begin
 
         def seconds() -> float:
+            if not self.cuda:
+                return end - begin
             end.synchronize()
             return begin.elapsed_time(end) / 1000
 
-        return seconds
+        return Lap(seconds, graphs_compiled() != self.graphs)
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters.get("stats", {}).get("unique_graphs", 0) if dynamo else 0
+
+
+def typical_seconds(laps: Sequence[Lap]) -> float | None:
+    """Median without the first, which warms up, and without those that compiled; None if each of them did."""
+    steady = [lap for lap in laps[1:] if not lap.compiled] or [lap for lap in laps if not lap.compiled]
+    return median(lap() for lap in steady) if steady else None
+
+
+def saved_seconds(computed: Sequence[Lap], reused: Sequence[Lap]) -> tuple[float, str]:
+    """(what the reused calls would have cost at the typical computed call, less what they did; why nothing was saved,
+    or ""). Reused calls that warmed up or compiled count as the others do: a later run has none of these."""
+    usual, usual_reused = typical_seconds(computed), typical_seconds(reused)
+    if not reused:
+        return 0.0, ""
+    if usual is None or usual_reused is None:
+        return 0.0, "torch.compile was at work in this run, and the next one tells what it gains"
+    saved = sum(usual - (lap() if index and not lap.compiled else usual_reused) for index, lap in enumerate(reused))
+    return saved, "" if saved > 0 else "a reused call took as long as a computed one"

@@ -67,6 +67,14 @@ def ratios():
 
 
 @pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The folder of own calibrations, not there yet, in a working folder of the test's own."""
+    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+@pytest.fixture
 def cached():
     """`magcache_forward` for a sampler's model. Defaults that reuse seven of twelve steps: ##..#..#..#."""
 

@@ -18,7 +18,7 @@ def cache_folder():
     return Path(os.environ.get("MAGCACHE_TEST_CACHE", Path.home() / ".cache" / "magcache-tests"))
 
 
-def unpacked(name, version, sha256):
+def unpacked_package(name, version, sha256):
     """The folder with the files of one wheel or sdist (of an sdist the folder inside it). The tests that ask for it are
     skipped where it cannot be had. sha256: of that one file, which also says which of a release's files is meant."""
 

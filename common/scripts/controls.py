@@ -49,9 +49,8 @@ class PagePlan:
 def page_plan(schedule, levels, table) -> PagePlan:
     """The plan of a run in the words of a page."""
     gain = f"{schedule.computed} of {schedule.steps} steps compute, at most {schedule.bound:.2f}x faster"
-    wish = getattr(schedule.settings, "magcache_speedup", None)
-    if wish:
-        gain = f"{wish:g}x: {gain}, the nearest to it"
+    if schedule.settings.magcache_speedup:
+        gain = f"{schedule.settings.magcache_speedup:g}x: {gain}, the nearest to it"
     if schedule.why_none:
         gain = "every step computes"
     lines = [f"Ratios: {table.name} ({table.origin})"] if table else []

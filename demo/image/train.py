@@ -267,7 +267,7 @@ def build_models(clip_vocabulary, t5_vocabulary):
     return vae, transformer, clip, t5
 
 
-def train_vae(vae, pictures, minutes, device, rng):
+def train_image_vae(vae, pictures, minutes, device, rng):
     """Reconstruction with a light KL term on random 32x32 crops (the network is fully convolutional)."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     glyphs, colors = list(pictures.values()), list(BACKGROUNDS.values())
@@ -309,7 +309,7 @@ def encode_pictures(vae, pictures, variants, device, rng):
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor, rows
 
 
-def train_transformer(transformer, clip, t5, tokenizers, latents, rows, minutes, device, rng, save):
+def train_flux_transformer(transformer, clip, t5, tokenizers, latents, rows, minutes, device, rng, save):
     parameters = [p for model in (transformer, clip, t5) for p in model.parameters()]
     ema = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
@@ -386,7 +386,7 @@ def with_ema(parameters, ema, action):
         torch._foreach_copy_(parameters, trained)
 
 
-def save_model(folder, vae, transformer, clip, t5):
+def save_flux(folder, vae, transformer, clip, t5):
     """Write the diffusers folder: transformer and VAE in float16, the two tiny text encoders in float32."""
     for model, name in ((transformer, "transformer"), (vae, "vae")):
         half = type(model).from_config(model.config)
@@ -465,10 +465,10 @@ def main():
     if args.vae:
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.vae).state_dict())
     else:
-        train_vae(vae, pictures, args.vae_minutes, args.device, rng)
+        train_image_vae(vae, pictures, args.vae_minutes, args.device, rng)
         vae.save_pretrained(building / "vae")
     latents, rows = encode_pictures(vae, pictures, args.variants, args.device, rng)
-    step, loss = train_transformer(
+    step, loss = train_flux_transformer(
         transformer,
         clip,
         t5,
@@ -478,7 +478,7 @@ def main():
         args.minutes,
         args.device,
         rng,
-        lambda: save_model(building, vae, transformer, clip, t5),
+        lambda: save_flux(building, vae, transformer, clip, t5),
     )
     (building / "training.json").write_text(
         json.dumps(

@@ -23,9 +23,33 @@ OBJECTS = {
     "star": "⭐",
     "heart": "❤",
     "pumpkin": "🎃",
+    "banana": "🍌",
+    "strawberry": "🍓",
+    "watermelon": "🍉",
+    "pizza": "🍕",
+    "donut": "🍩",
+    "mushroom": "🍄",
+    "sunflower": "🌻",
+    "cactus": "🌵",
+    "tree": "🌲",
+    "moon": "🌙",
+    "snowman": "⛄",
+    "penguin": "🐧",
+    "cat": "🐱",
+    "dog": "🐶",
+    "pig": "🐷",
+    "chick": "🐤",
+    "bee": "🐝",
+    "butterfly": "🦋",
+    "ladybug": "🐞",
+    "octopus": "🐙",
+    "whale": "🐳",
+    "turtle": "🐢",
+    "basketball": "🏀",
+    "robot": "🤖",
 }
-LOOKS_LEFT = ("red car",)  # seen from the side: mirrored where it goes to the right
-LOOKS_RIGHT = ("yellow fish",)
+# Seen from the side, and looking to the left: mirrored where they go to the right.
+LOOKS_LEFT = ("red car", "yellow fish", "penguin", "chick", "bee", "whale", "turtle")
 MOTIONS = (
     "rises",
     "falls",
@@ -42,20 +66,21 @@ BACKGROUNDS = {
     "sky blue": (150, 205, 245),
     "green": (120, 190, 120),
 }
-TEMPLATES = ("a {object} {motion} on a {background} background", "{background} background, a {object} {motion}")
+TEMPLATES = ("{object} {motion} on a {background} background", "{background} background, {object} {motion}")
 FRAMES, SIZE = 17, 64
 SPRITE = 96  # pixels of a glyph before it is drawn
 
 
 def caption(name: str, motion: str, background: str, template: str = TEMPLATES[0]) -> str:
-    return template.format(object=name, motion=motion, background=background)
+    article = "an" if name[0] in "aeiou" else "a"
+    return template.format(object=f"{article} {name}", motion=motion, background=background)
 
 
-def render_sprites() -> dict[str, torch.Tensor]:
+def render_sprites(font_file: str = FONT) -> dict[str, torch.Tensor]:
     """Every object as [4, SPRITE, SPRITE] in 0..1: colours times opacity, opacity."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, sprites = ImageFont.truetype(FONT, 109), {}
+    font, sprites = ImageFont.truetype(font_file, 109), {}
     for name, glyph in OBJECTS.items():
         canvas = Image.new("RGBA", (160, 160))
         ImageDraw.Draw(canvas).text((10, 10), glyph, font=font, embedded_color=True)
@@ -95,30 +120,27 @@ def path(motion: str, rng: random.Random) -> dict[str, np.ndarray]:
     return {"x": x, "y": y, "size": size, "angle": angle}
 
 
-def draw(sprite: torch.Tensor, mirrored: bool, background: tuple[int, int, int], where: dict) -> torch.Tensor:
-    """The frames of one clip, [3, FRAMES, SIZE, SIZE] in -1..1; drawn at twice the size and halved."""
-    angle = torch.tensor(np.radians(where["angle"]), dtype=torch.float32)
-    zoom = torch.tensor(SIZE / where["size"], dtype=torch.float32) * (SPRITE - 4) / SPRITE
-    x, y = (torch.tensor(where[axis] * 2 / SIZE - 1, dtype=torch.float32) for axis in "xy")
-    flip = -1 if mirrored else 1
+def rendered_clips(
+    rows: list[tuple[str, str, str]], sprites: dict[str, torch.Tensor], rng: random.Random
+) -> torch.Tensor:
+    """A clip of each (object, motion, background), at a random place, size and pace: [clips, 3, FRAMES, SIZE, SIZE] in
+    -1..1, on the device of the sprites; drawn at twice the size and halved."""
+    paths = [path(motion, rng) for _, motion, _ in rows]
+    where = {key: torch.tensor(np.stack([one[key] for one in paths]), dtype=torch.float32) for key in paths[0]}
+    angle, zoom = torch.deg2rad(where["angle"]), SIZE / where["size"] * (SPRITE - 4) / SPRITE
+    x, y = (where[axis] * 2 / SIZE - 1 for axis in "xy")
+    mirrored = [name in LOOKS_LEFT and motion == "moves to the right" for name, motion, _ in rows]
+    flip = 1 - 2 * torch.tensor(mirrored, dtype=torch.float32)[:, None]
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    theta = torch.stack(
-        [flip * cos, flip * sin, -flip * (cos * x + sin * y), -sin, cos, sin * x - cos * y], dim=1
-    ).view(FRAMES, 2, 3)
-    grid = F.affine_grid(theta, (FRAMES, 4, 2 * SIZE, 2 * SIZE), align_corners=False)
-    drawn = F.grid_sample(sprite.expand(FRAMES, -1, -1, -1), grid, padding_mode="zeros", align_corners=False)
-    drawn = F.avg_pool2d(drawn, 2)
-    ground = torch.tensor(background).view(1, 3, 1, 1) / 255
-    frames = drawn[:, :3] + (1 - drawn[:, 3:]) * ground
-    return frames.permute(1, 0, 2, 3) * 2 - 1
-
-
-def clip(sprites: dict, name: str, motion: str, background: str, rng: random.Random) -> torch.Tensor:
-    """One clip of what the words say, at a random place, size and pace."""
-    mirrored = (name in LOOKS_LEFT and motion == "moves to the right") or (
-        name in LOOKS_RIGHT and motion == "moves to the left"
-    )
-    return draw(sprites[name], mirrored, BACKGROUNDS[background], path(motion, rng))
+    theta = [flip * cos, flip * sin, -flip * (cos * x + sin * y), -sin, cos, sin * x - cos * y]
+    pictures = torch.stack([sprites[name] for name, _, _ in rows]).repeat_interleave(FRAMES, dim=0)
+    theta = torch.stack(theta, dim=2).view(-1, 2, 3).to(pictures.device)
+    grid = F.affine_grid(theta, (len(theta), 4, 2 * SIZE, 2 * SIZE), align_corners=False)
+    objects = F.avg_pool2d(F.grid_sample(pictures, grid, padding_mode="zeros", align_corners=False), 2)
+    grounds = torch.tensor([BACKGROUNDS[colour] for _, _, colour in rows], device=pictures.device) / 255
+    grounds = grounds.repeat_interleave(FRAMES, dim=0)[:, :, None, None]
+    frames = objects[:, :3] + (1 - objects[:, 3:]) * grounds
+    return frames.unflatten(0, (-1, FRAMES)).transpose(1, 2) * 2 - 1
 
 
 def sheet(clips: list[torch.Tensor], frames: tuple[int, ...] = (0, 4, 8, 12, 16), columns: int = 1, zoom: int = 1):

@@ -16,10 +16,10 @@ PROMPTS = [
     clips.caption(name, clips.MOTIONS[index % len(clips.MOTIONS)], list(clips.BACKGROUNDS)[index % 4])
     for index, name in enumerate(clips.OBJECTS)
 ]
-COLUMNS, ZOOM = 4, 2
+COLUMNS, ZOOM = 6, 2
 
 
-def draw(prompts: list[str], seed: int = 3) -> list[torch.Tensor]:
+def draw_samples(prompts: list[str], seed: int = 3) -> list[torch.Tensor]:
     """Clips [3, frames, height, width] in -1..1."""
     pipe = WanPipeline.from_pretrained(HERE / "model", torch_dtype=torch.float32)
     frames = pipe(
@@ -37,7 +37,7 @@ def draw(prompts: list[str], seed: int = 3) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    drawn = draw(PROMPTS)
+    drawn = draw_samples(PROMPTS)
     clips.sheet(drawn, columns=2, zoom=ZOOM).save(HERE / "samples.png")
     moving = [clips.sheet(drawn, frames=(frame,), columns=COLUMNS, zoom=ZOOM) for frame in range(clips.FRAMES)]
     moving[0].save(HERE / "samples.webp", save_all=True, append_images=moving[1:], duration=110, loop=0, quality=85)

@@ -1,7 +1,11 @@
 """Train the bundled demo video model: a small Wan that draws moving emoji, in the ordinary diffusers folder format.
 
-    python demo/video/train.py                     # about two hours on two CPU cores; writes demo/video/model
+    python demo/video/train.py --device cuda       # about nine minutes of a large GPU; writes demo/video/model
+    python demo/video/train.py                     # on a CPU: a day for the same, two hours for a rough one
     python demo/video/train.py --work training     # keeps its state there: the same command goes on after a stop
+
+With --expert_minutes, two experts are fine-tuned from it, as LoRAs, for the noise levels above and below the boundary
+of Wan2.2: demo/video/experts.
 
 Data: `clips.py`, from the glyphs of Debian's `fonts-noto-color-emoji` (SIL Open Font License 1.1).
 """
@@ -12,7 +16,6 @@ import argparse
 import json
 import math
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -20,23 +23,35 @@ import clips
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from latents import Latents, floats
+from optimizer import Optimizer
+from structure import (
+    CHUNK,
+    EXPERTS,
+    SHIFT,
+    TEXT_LENGTH,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    build_vae,
+    save_model,
+)
 from tqdm import tqdm
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-CHANNELS, TEXT_WIDTH, TEXT_LENGTH = 64, 64, 512
-WORDS, SHIFT, DROPPED, BATCH = 16, 3.0, 0.12, 32
-CELL, CHUNK = 16, 4  # pixels and frames of a latent
+WORDS, DROPPED = 16, 0.12
+LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 HERE = Path(__file__).resolve().parent
 
 
 # ---------------------------------------------------------------------------------------------- data
 
 
-def render_pool(variants: int, rng: random.Random) -> tuple[torch.Tensor, list[tuple[str, str, str]]]:
+def render_pool(
+    variants: int, rng: random.Random, font: str, device: torch.device
+) -> tuple[torch.Tensor, list[tuple[str, str, str]]]:
     """Clips as bytes, [clips, 3, FRAMES, SIZE, SIZE], and the words of each."""
-    sprites = clips.render_sprites()
+    sprites = {name: sprite.to(device) for name, sprite in clips.render_sprites(font).items()}
     rows = [
         (name, motion, background)
         for name in clips.OBJECTS
@@ -44,199 +59,25 @@ def render_pool(variants: int, rng: random.Random) -> tuple[torch.Tensor, list[t
         for background in clips.BACKGROUNDS
         for _ in range(variants)
     ]
-    pool = torch.empty(len(rows), 3, clips.FRAMES, clips.SIZE, clips.SIZE, dtype=torch.uint8)
-    for index, row in enumerate(tqdm(rows, desc="render", mininterval=5)):
-        pool[index] = ((clips.clip(sprites, *row, rng) + 1) * 127.5).round().byte()
+    pool = torch.empty(len(rows), 3, clips.FRAMES, clips.SIZE, clips.SIZE, dtype=torch.uint8, device=device)
+    for first in tqdm(range(0, len(rows), 64), desc="render", mininterval=5):
+        pool[first : first + 64] = (
+            ((clips.rendered_clips(rows[first : first + 64], sprites, rng) + 1) * 127.5).round().byte()
+        )
     return pool, rows
 
 
-def floats(clips_as_bytes: torch.Tensor) -> torch.Tensor:
-    return clips_as_bytes.float() / 127.5 - 1
+class TrainingTime:
+    """Seconds of training, over stops."""
 
+    def __init__(self, spent: float, minutes: float):
+        self.spent, self.whole, self.last = spent, minutes * 60, time.time()
 
-def cells(batch: torch.Tensor) -> torch.Tensor:
-    """[clips, 3, 1 + 4 k, H, W] as [clips, 1 + k, H / 16, W / 16, pixels of a cell]; the first frame fills a cell."""
-    batch = torch.cat([batch[:, :, :1].expand(-1, -1, CHUNK, -1, -1), batch[:, :, 1:]], dim=2)
-    count, _, frames, height, width = batch.shape
-    parts = batch.reshape(count, 3, frames // CHUNK, CHUNK, height // CELL, CELL, width // CELL, CELL)
-    return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
-
-
-class Latents:
-    """What a latent holds: the leading principal components of a cell of 16 by 16 pixels and 4 frames.
-
-    Half of the spread between the components is evened out, so that the noise of sampling hides fine detail first.
-    """
-
-    def __init__(self, pool: torch.Tensor, rng: random.Random):
-        sample = cells(floats(pool[rng.sample(range(len(pool)), min(len(pool), 800))])).flatten(0, 3)
-        self.mean = sample.mean(0)
-        values, vectors = torch.linalg.eigh((sample - self.mean).T @ (sample - self.mean) / len(sample))
-        self.basis = vectors.flip(1)[:, :CHANNELS].contiguous()
-        spread = values.flip(0)[:CHANNELS].clamp(min=1e-6).sqrt()
-        self.scale = spread.sqrt() * math.sqrt(spread.mean())  # the latents' variance is one on average
-
-    def encode(self, batch: torch.Tensor) -> torch.Tensor:
-        """Clips in -1..1 as latents [clips, CHANNELS, 1 + k, H / 16, W / 16]."""
-        return (((cells(batch) - self.mean) @ self.basis) / self.scale).permute(0, 4, 1, 2, 3).contiguous()
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The linear way back, which the VAE's decoder improves on."""
-        parts = (latents.permute(0, 2, 3, 4, 1) * self.scale) @ self.basis.T + self.mean
-        count, chunks, rows, columns, _ = parts.shape
-        parts = parts.view(count, chunks, rows, columns, 3, CHUNK, CELL, CELL).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        return parts.reshape(count, 3, chunks * CHUNK, rows * CELL, columns * CELL)[:, :, CHUNK - 1 :]
-
-
-# ---------------------------------------------------------------------------------------------- models
-
-
-def build_vae() -> AutoencoderKLWan:
-    """Wan2.2's VAE at a small width: 16 by 16 pixels and 4 frames a latent. Its encoder is not trained (`Latents`)."""
-    return AutoencoderKLWan(
-        base_dim=8,
-        decoder_base_dim=32,
-        z_dim=CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * CHANNELS,
-        latents_std=[1.0] * CHANNELS,
-        is_residual=True,
-        in_channels=48,
-        out_channels=48,
-        patch_size=4,
-        scale_factor_temporal=CHUNK,
-        scale_factor_spatial=CELL,
-    )
-
-
-def build_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        patch_size=(1, 1, 1),
-        num_attention_heads=5,
-        attention_head_dim=32,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        text_dim=TEXT_WIDTH,
-        freq_dim=64,
-        ffn_dim=480,
-        num_layers=8,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=64,
-    )
-
-
-def build_tokenizer(folder: Path) -> T5TokenizerFast:
-    """A T5 (unigram) tokenizer in which every word of the captions is one token."""
-    texts = [
-        clips.caption(name, motion, background, template)
-        for name in clips.OBJECTS
-        for motion in clips.MOTIONS
-        for background in clips.BACKGROUNDS
-        for template in clips.TEMPLATES
-    ]
-    words = sorted({"▁" + word.strip(",") for text in texts for word in text.split()})
-    letters = "▁abcdefghijklmnopqrstuvwxyz0123456789,.-'"
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -50.0), *((word, -5.0) for word in words)]
-    pieces += [(letter, -20.0) for letter in letters if letter not in words]
-    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
-    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.decoder = decoders.Metaspace()
-    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    folder.mkdir(parents=True, exist_ok=True)
-    unigram.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "T5Tokenizer",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "extra_ids": 0,
-        "model_max_length": TEXT_LENGTH,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    return T5TokenizerFast.from_pretrained(folder)
-
-
-def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
-    """One layer with random weights, which is not trained: a few dozen words need no more."""
-    torch.manual_seed(0)
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=TEXT_WIDTH,
-        d_kv=32,
-        d_ff=128,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return UMT5EncoderModel(config).eval()
-
-
-# ---------------------------------------------------------------------------------------------- optimizer
-
-
-class Optimizer:
-    """Muon for matrices and kernels, AdamW for the rest, on float32 copies of a model; keeps their moving average."""
-
-    def __init__(self, named: list[tuple[str, torch.nn.Parameter]], muon, decay: float = 0.998):
-        self.working = [p for _, p in named]
-        self.master = [p.detach().float().clone().requires_grad_() for p in self.working]
-        # Muon takes matrices: a kernel is one, [out, in * taps].
-        self.matrices = [
-            (m, torch.nn.Parameter(m.detach().reshape(len(m), -1).clone()))
-            for (name, p), m in zip(named, self.master)
-            if muon(name, p)
-        ]
-        chosen = {id(m) for m, _ in self.matrices}
-        rest = [m for m in self.master if id(m) not in chosen]
-        self.muon = torch.optim.Muon(
-            [flat for _, flat in self.matrices], lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-        self.average, self.decay, self.steps = [m.detach().clone() for m in self.master], decay, 0
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        for working, master in zip(self.working, self.master):
-            master.grad, working.grad = working.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(self.master, 1.0)
-        for master, flat in self.matrices:
-            flat.grad = master.grad.reshape(len(master), -1)
-        for optimizer in (self.muon, self.adamw):
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-        for master, flat in self.matrices:
-            master.copy_(flat.view_as(master))
-        self.steps += 1
-        decay = min(self.decay, (self.steps + 1) / (self.steps + 20))
-        torch._foreach_lerp_(self.average, [m.detach() for m in self.master], 1 - decay)
-        torch._foreach_copy_(self.working, [m.detach() for m in self.master])
-
-    def state(self) -> dict:
-        return {
-            "master": self.master,
-            "average": self.average,
-            "muon": self.muon.state_dict(),
-            "adamw": self.adamw.state_dict(),
-            "steps": self.steps,
-        }
-
-    @torch.no_grad()
-    def load(self, state: dict) -> None:
-        torch._foreach_copy_(self.master, state["master"])
-        torch._foreach_copy_(self.working, state["master"])
-        torch._foreach_copy_(self.average, state["average"])
-        for master, flat in self.matrices:
-            flat.copy_(master.reshape(len(master), -1))
-        self.muon.load_state_dict(state["muon"])
-        self.adamw.load_state_dict(state["adamw"])
-        self.steps = state["steps"]
+    def share(self) -> float:
+        """What is spent of the whole; 1: it is over."""
+        now = time.time()
+        self.spent, self.last = self.spent + now - self.last, now
+        return min(1.0, self.spent / self.whole) if self.whole else 1.0
 
 
 # ---------------------------------------------------------------------------------------------- VAE
@@ -260,8 +101,12 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return pixels.reshape(count, 3, length, height * size, width * size)
 
 
-def train_vae(vae: AutoencoderKLWan, pool: torch.Tensor, latents: torch.Tensor, minutes: float, folder: Path) -> dict:
+def train_vae(
+    vae: AutoencoderKLWan, pool: torch.Tensor, latents: torch.Tensor, minutes: float, batch: int, folder: Path
+) -> dict:
     """The decoder learns to draw clips from slightly noisy latents; goes on from folder/vae.pt."""
+    device = pool.device
+    vae.to(device)
     for layer in vae.decoder.modules():
         if isinstance(layer, torch.nn.Conv3d):
             layer.to(memory_format=torch.channels_last_3d)
@@ -269,47 +114,50 @@ def train_vae(vae: AutoencoderKLWan, pool: torch.Tensor, latents: torch.Tensor, 
             layer.to(memory_format=torch.channels_last)
     named = [(n, p) for n, p in vae.named_parameters() if n.startswith(("decoder.", "post_quant_conv."))]
     optimizer = Optimizer(named, lambda name, p: p.ndim >= 4 and p.numel() > p.shape[1] and len(p) > 1, decay=0.99)
-    spent, errors, kept = 0.0, [], folder / "vae.pt"
+    clock, errors, kept = TrainingTime(0.0, minutes), [], folder / "vae.pt"
     if kept.exists():
-        state = torch.load(kept, weights_only=False)
+        state = torch.load(kept, weights_only=False, map_location=device)
         optimizer.load(state["optimizer"])
-        spent, errors = state["spent"], state["errors"]
+        clock.spent, errors = state["spent"], state["errors"]
     torch.manual_seed(optimizer.steps)
-    last = time.time()
     while True:
-        now = time.time()
-        spent, last = spent + now - last, now
-        if optimizer.steps and (optimizer.steps % 100 == 0 or spent >= minutes * 60):
-            torch.save({"optimizer": optimizer.state(), "spent": spent, "errors": errors}, kept.with_suffix(".part"))
+        share = clock.share()
+        if optimizer.steps and (optimizer.steps % 100 == 0 or share >= 1):
+            errors = [float(error) for error in errors]
+            torch.save(
+                {"optimizer": optimizer.state(), "spent": clock.spent, "errors": errors}, kept.with_suffix(".part")
+            )
             kept.with_suffix(".part").replace(kept)
-        if spent >= minutes * 60:
+        if share >= 1:
             break
-        # Mostly the first 9 frames of 8 clips; now and then all frames of 4.
-        count, length = ((8, 3), (8, 3), (8, 3), (4, latents.shape[2]))[optimizer.steps % 4]
-        chosen = torch.randint(len(pool), (count,))
+        # Mostly the first 9 frames of a batch; now and then all frames of half of it.
+        whole = optimizer.steps % 4 == 3
+        count, length = (batch // 2, latents.shape[2]) if whole else (batch, 3)
+        chosen = torch.randint(len(pool), (count,), device=device)
         target = floats(pool[chosen][:, :, : CHUNK * length - 3])
         noisy = latents[chosen][:, :, :length]
         noisy = noisy + 0.06 * torch.randn_like(noisy)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             output = decode(vae, noisy)
         edges = sum(F.l1_loss(output.diff(dim=axis), target.diff(dim=axis)) for axis in (3, 4))
         loss = F.l1_loss(output, target) + F.mse_loss(output, target) + 0.5 * edges
         loss.backward()
-        optimizer.step(3e-3 * min(1, (optimizer.steps + 1) / 50) * max(0.02, 1 - spent / (minutes * 60)))
-        errors.append(F.mse_loss(output.detach().clamp(-1, 1), target).item() / 4)
+        optimizer.step(3e-3 * min(1, (optimizer.steps + 1) / 50) * max(0.02, 1 - share))
+        errors.append(F.mse_loss(output.detach().clamp(-1, 1), target) / 4)
         if optimizer.steps % 25 == 0:
-            psnr = -10 * np.log10(np.mean(errors[-25:]))
-            print(f"VAE step {optimizer.steps}, {spent / 60:.1f} min, {psnr:.2f} dB", flush=True)
+            psnr = -10 * math.log10(np.mean([float(error) for error in errors[-25:]]))
+            print(f"VAE step {optimizer.steps}, {clock.spent / 60:.1f} min, {psnr:.2f} dB", flush=True)
     with torch.no_grad():
-        torch._foreach_copy_(optimizer.working, optimizer.average)
-    return {"steps": optimizer.steps, "psnr": round(-10 * float(np.log10(np.mean(errors[-200:]))), 2)}
+        for working, average in zip(optimizer.working, optimizer.average):
+            working.copy_(average)
+    return {"steps": optimizer.steps, "batch": batch, "psnr": round(-10 * math.log10(np.mean(errors[-200:])), 2)}
 
 
 # ---------------------------------------------------------------------------------------------- transformer
 
 
 class Attention:
-    """The attention of Wan's blocks for training on a CPU: bfloat16 projections, float32 attention.
+    """The attention of Wan's blocks for training: bfloat16 projections, on a CPU float32 attention.
 
     Wan fills prompts up to 512 tokens with zeros. All of these have one key and one value, so that one token
     stands for the rest: `bias` [batch, 1, 1, tokens] adds the logarithm of their number to its score.
@@ -330,170 +178,206 @@ class Attention:
                 return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
             query, key = turned(query), turned(key)
+        kind = torch.float32 if query.device.type == "cpu" else torch.bfloat16
         mixed = F.scaled_dot_product_attention(
-            *(part.transpose(1, 2) for part in (query, key, value)),
-            attn_mask=None if encoder_hidden_states is None else Attention.bias,
+            *(part.transpose(1, 2).to(kind) for part in (query, key, value)),
+            attn_mask=None if encoder_hidden_states is None else Attention.bias.to(kind),
         )
         return attention.to_out[0](mixed.transpose(1, 2).flatten(2).type_as(hidden_states))
 
 
 class Prompts:
-    """The embeddings of all captions and of no caption at all."""
+    """The embeddings of all captions and of no caption at all, and which caption says what a clip shows."""
 
-    def __init__(self, tokenizer, encoder):
-        self.index, texts = {}, [""]
-        for name in clips.OBJECTS:
-            for motion in clips.MOTIONS:
-                for background in clips.BACKGROUNDS:
-                    for number, template in enumerate(clips.TEMPLATES):
-                        self.index[name, motion, background, number] = len(texts)
-                        texts.append(clips.caption(name, motion, background, template))
+    def __init__(self, tokenizer, encoder, rows: list[tuple[str, str, str]], device: torch.device):
+        said = list(dict.fromkeys(rows))
+        texts = ["", *(clips.caption(*words, template) for words in said for template in clips.TEMPLATES)]
         tokens = tokenizer(texts, padding="max_length", max_length=WORDS, return_tensors="pt")
-        self.lengths = tokens.attention_mask.sum(1)
-        assert self.lengths.max() < WORDS
+        lengths = tokens.attention_mask.sum(1)
+        assert lengths.max() < WORDS
         with torch.no_grad():
-            self.embeddings = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        self.embeddings *= tokens.attention_mask[:, :, None]
+            parts = zip(tokens.input_ids.split(256), tokens.attention_mask.split(256))
+            embeddings = torch.cat([encoder(ids, mask).last_hidden_state for ids, mask in parts])
+        self.embeddings = (embeddings * tokens.attention_mask[:, :, None]).to(device)
+        self.lengths = lengths.to(device)
+        place = {words: index for index, words in enumerate(said)}
+        self.of_row = torch.tensor([place[words] for words in rows], device=device)
 
-    def batch(self, rows, rng: random.Random):
+    def batch(self, rows: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [batch, WORDS, width] and the bias that makes them as long as a pipeline's prompts."""
-        chosen = torch.tensor(
-            [0 if rng.random() < DROPPED else self.index[(*row, rng.randrange(len(clips.TEMPLATES)))] for row in rows]
-        )
+        templates = len(clips.TEMPLATES)
+        chosen = 1 + self.of_row[rows] * templates + torch.randint(templates, rows.shape, device=rows.device)
+        chosen = torch.where(torch.rand(rows.shape, device=rows.device) < DROPPED, 0, chosen)
         lengths = self.lengths[chosen]
         total = (
             TEXT_LENGTH if rng.random() < 0.6 else int(math.exp(rng.uniform(math.log(WORDS), math.log(TEXT_LENGTH))))
         )
         filling = torch.log((total - lengths) / (WORDS - lengths))[:, None]
-        bias = torch.where(torch.arange(WORDS) < lengths[:, None], 0.0, filling)
+        bias = torch.where(torch.arange(WORDS, device=rows.device) < lengths[:, None], 0.0, filling)
         return self.embeddings[chosen], bias[:, None, None]
 
 
-def train_transformer(latents, rows, prompts: Prompts, minutes: float, folder: Path, seed: int, save) -> dict:
-    """Rectified flow matching; state is kept in folder/transformer.pt every three minutes, from which it goes on."""
-    torch.manual_seed(seed)
-    model = build_transformer().to(torch.bfloat16)
+class Velocity(torch.nn.Module):
+    """A transformer with the arguments that a CUDA graph takes."""
+
+    def __init__(self, transformer: WanTransformer3DModel):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, bias: torch.Tensor):
+        Attention.bias = bias
+        # A CUDA graph must cast the weights itself, not find them cast.
+        with torch.autocast(noisy.device.type, torch.bfloat16, cache_enabled=False):
+            return self.transformer(noisy, timesteps, text, return_dict=False)[0]
+
+
+class FlowMatching:
+    """Rectified flow matching: batches of the clips, at noise levels from low to high."""
+
+    def __init__(self, latents, prompts: Prompts, batch: int, rng: random.Random, low: float = 0.0, high: float = 1.0):
+        self.latents, self.prompts, self.batch, self.rng, self.low, self.high = latents, prompts, batch, rng, low, high
+
+    def levels(self) -> torch.Tensor:
+        """[batch] noise levels, logit-normal and shifted, within low..high."""
+        unshift = [level / (SHIFT - (SHIFT - 1) * level) for level in (self.low, self.high)]
+        low, high = (torch.special.ndtr(torch.logit(torch.tensor(edge))) for edge in unshift)
+        drawn = low + (high - low) * torch.rand(self.batch, device=self.latents.device)
+        sigma = torch.sigmoid(torch.special.ndtri(drawn.clamp(1e-4, 1 - 1e-4)))
+        return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
+    def inputs(self, kind: torch.dtype):
+        """(what a `Velocity` takes, the velocity it should give)"""
+        rows = torch.randint(len(self.latents), (self.batch,), device=self.latents.device)
+        clean, sigma = self.latents[rows], self.levels()
+        noise, level = torch.randn_like(clean), sigma.view(-1, 1, 1, 1, 1)
+        text, bias = self.prompts.batch(rows, self.rng)
+        noisy = (1 - level) * clean + level * noise
+        return (noisy.to(kind), sigma * 1000, text.to(kind), bias), noise - clean
+
+
+def quick(model: Velocity, flow: FlowMatching, kind: torch.dtype) -> Velocity:
+    """The model as CUDA graphs where there is a GPU: so small a one only waits for launches otherwise."""
+    if flow.latents.device.type == "cuda":
+        return torch.cuda.make_graphed_callables(model, flow.inputs(kind)[0])
+    return model
+
+
+def train_transformer(flow: FlowMatching, minutes: float, folder: Path, save) -> dict:
+    """Keeps its state in folder/transformer.pt every three minutes, from which it goes on; `save` gets the model."""
+    device = flow.latents.device
+    model = build_transformer().to(device, torch.bfloat16)
     model.set_attn_processor(Attention())
     optimizer = Optimizer(list(model.named_parameters()), lambda name, p: name.startswith("blocks.") and p.ndim == 2)
-    spent, losses, kept = 0.0, [], folder / "transformer.pt"
+    clock, losses, kept = TrainingTime(0.0, minutes), [], folder / "transformer.pt"
     if kept.exists():
-        state = torch.load(kept, weights_only=False)
+        state = torch.load(kept, weights_only=False, map_location=device)
         optimizer.load(state["optimizer"])
-        spent, losses = state["spent"], state["losses"]
-    torch.manual_seed(seed + optimizer.steps)
-    rng = random.Random(seed + optimizer.steps)
+        clock.spent, losses = state["spent"], state["losses"]
+    torch.manual_seed(flow.rng.randrange(1000) + optimizer.steps)
+    velocity = quick(Velocity(model), flow, torch.bfloat16)
 
     def keep():
-        torch.save({"optimizer": optimizer.state(), "spent": spent, "losses": losses}, kept.with_suffix(".part"))
+        losses[:] = [float(loss) for loss in losses]
+        torch.save({"optimizer": optimizer.state(), "spent": clock.spent, "losses": losses}, kept.with_suffix(".part"))
         kept.with_suffix(".part").replace(kept)
         full = build_transformer()
         with torch.no_grad():
-            torch._foreach_copy_(list(full.parameters()), optimizer.average)
+            for parameter, average in zip(full.parameters(), optimizer.average):
+                parameter.copy_(average)
         save(full)
+        return full
 
-    last, kept_at = time.time(), time.time()
-    while spent < minutes * 60:
-        now = time.time()
-        spent, last = spent + now - last, now
-        rate = 2e-3 * min(1, (optimizer.steps + 1) / 100) * max(0.01, 1 - spent / (minutes * 60))
-        chosen = torch.randint(len(rows), (BATCH,))
-        clean = latents[chosen]
-        noise = torch.randn_like(clean)
-        sigma = torch.sigmoid(torch.randn(BATCH))
-        sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-        level = sigma.view(-1, 1, 1, 1, 1)
-        text, Attention.bias = prompts.batch([rows[index] for index in chosen.tolist()], rng)
-        velocity = model(
-            hidden_states=((1 - level) * clean + level * noise).to(torch.bfloat16),
-            timestep=sigma * 1000,
-            encoder_hidden_states=text.to(torch.bfloat16),
-            return_dict=False,
-        )[0]
-        loss = F.mse_loss(velocity.float(), noise - clean)
+    kept_at = time.time()
+    while (share := clock.share()) < 1:
+        inputs, target = flow.inputs(torch.bfloat16)
+        loss = F.mse_loss(velocity(*inputs).float(), target)
         loss.backward()
-        optimizer.step(rate)
-        losses.append(loss.item())
-        if optimizer.steps % 50 == 0:
-            print(
-                f"step {optimizer.steps}, {spent / 60:.1f} min, loss {np.mean(losses[-50:]):.4f}, "
-                f"last 300 {np.mean(losses[-300:]):.4f}",
-                flush=True,
-            )
-        if now - kept_at > 180:
-            kept_at = now
+        optimizer.step(2e-3 * min(1, (optimizer.steps + 1) / 100) * max(0.01, 1 - share))
+        losses.append(loss.detach())
+        if optimizer.steps % 100 == 0:
+            recent = np.mean([float(loss) for loss in losses[-100:]])
+            print(f"step {optimizer.steps}, {clock.spent / 60:.1f} min, loss {recent:.4f}", flush=True)
+        if time.time() - kept_at > 180:
             keep()
-    keep()
-    return {"steps": optimizer.steps, "loss": round(float(np.mean(losses[-300:])), 5)}
-
-
-# ---------------------------------------------------------------------------------------------- the folder
-
-
-def half(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy in float16, as it is stored."""
-    copy = type(model).from_config(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy.half()
-
-
-def save_model(folder: Path, transformer, vae, encoder) -> None:
-    """The diffusers folder, written beside its place and renamed: transformer and VAE in float16."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    build_tokenizer(part / "tokenizer")
-    encoder.save_pretrained(part / "text_encoder")
-    half(transformer).save_pretrained(part / "transformer")
-    half(vae).save_pretrained(part / "vae")
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
-    scheduler.save_pretrained(part / "scheduler")
-    index = {
-        "_class_name": "WanPipeline",
-        "_diffusers_version": "0.35.0",
-        "boundary_ratio": None,
-        "expand_timesteps": False,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "transformer_2": [None, None],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+            kept_at = time.time()
+    full = keep()
+    parts = np.array_split(losses, 20)
+    return full, {
+        "steps": optimizer.steps,
+        "batch": flow.batch,
+        "loss": round(float(np.mean(losses[-300:])), 5),
+        "losses, 20 parts": [round(float(part.mean()), 4) for part in parts if len(part)],
     }
-    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+
+
+def train_expert(name: str, trained: WanTransformer3DModel, flow: FlowMatching, minutes: float, folder: Path) -> dict:
+    """A LoRA of the trained model for the noise levels of `flow`, in diffusers' format: folder/name.safetensors."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    device = flow.latents.device
+    model = build_transformer()
+    model.load_state_dict(trained.state_dict())
+    model.requires_grad_(False).to(device)
+    model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=list(LORA)))
+    model.set_attn_processor(Attention())
+    velocity = Velocity(model)
+    velocity = quick(velocity, flow, torch.float32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    clock, losses = TrainingTime(0.0, minutes), []
+    while (share := clock.share()) < 1:
+        inputs, target = flow.inputs(torch.float32)
+        loss = F.mse_loss(velocity(*inputs).float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (len(losses) + 1) / 50) * max(0.01, 1 - share)
+        optimizer.step()
+        losses.append(loss.detach())
+    layers = {key: value.half().cpu().contiguous() for key, value in get_peft_model_state_dict(model).items()}
+    WanPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=f"{name}.safetensors")
+    ends = [round(float(torch.stack(part).mean()), 5) for part in (losses[:100], losses[-100:])]
+    print(f"{name}: {len(losses)} steps, loss {ends[0]:.4f} to {ends[1]:.4f}", flush=True)
+    return {"steps": len(losses), "batch": flow.batch, "loss, first and last 100": ends}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60, help="training time of the transformer")
     parser.add_argument("--vae_minutes", type=float, default=25, help="training time of the VAE's decoder")
-    parser.add_argument("--variants", type=int, default=14, help="clips of each object, motion and background")
+    parser.add_argument("--expert_minutes", type=float, default=0, help="training time of each of two experts")
+    parser.add_argument("--batch", type=int, default=32, help="clips a step of the transformer; a GPU takes 256")
+    parser.add_argument("--variants", type=int, default=5, help="clips of each object, motion and background")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the state, about 1.5 GB")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--font", default=clips.FONT, help="NotoColorEmoji.ttf")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for the state")
     parser.add_argument("--output", type=Path, default=HERE / "model")
+    parser.add_argument("--experts", type=Path, default=HERE / "experts")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    started = time.time()
 
-    pool, rows = render_pool(args.variants, random.Random(0))
+    pool, rows = render_pool(args.variants, random.Random(0), args.font, args.device)
     linear = Latents(pool, random.Random(0))
     latents = torch.cat([linear.encode(floats(part)) for part in pool.split(128)])
     tokenizer = build_tokenizer(args.work / "tokenizer")
     encoder = build_text_encoder(len(tokenizer))
-    prompts = Prompts(tokenizer, encoder)
-    torch.manual_seed(0)
+    prompts = Prompts(tokenizer, encoder, rows, args.device)
+    torch.manual_seed(args.seed)
     vae = build_vae()
-    drawn = train_vae(vae, pool, latents, args.vae_minutes, args.work)
-    trained = train_transformer(
-        latents,
-        rows,
-        prompts,
-        args.minutes,
-        args.work,
-        args.seed,
-        lambda transformer: save_model(args.output, transformer, vae, encoder),
+    drawn = train_vae(vae, pool, latents, args.vae_minutes, max(8, args.batch // 8), args.work)
+    flow = FlowMatching(latents, prompts, args.batch, random.Random(args.seed))
+    full, trained = train_transformer(
+        flow, args.minutes, args.work, lambda transformer: save_model(args.output, transformer, vae, encoder)
     )
-    card = {"clips": len(pool), "vae": drawn, "transformer": trained, "date": time.strftime("%Y-%m-%d")}
-    (args.output / "training.json").write_text(json.dumps(card, indent=2) + "\n")
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+    card = {"device": device, "clips": len(pool), "vae": drawn, "transformer": trained}
+    if args.expert_minutes:
+        for name, (low, high) in EXPERTS.items():
+            part = FlowMatching(latents, prompts, args.batch, random.Random(args.seed), low, high)
+            card[name] = train_expert(name, full, part, args.expert_minutes, args.experts)
+    card |= {"minutes": round((time.time() - started) / 60, 1), "date": time.strftime("%Y-%m-%d")}
+    (args.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 if __name__ == "__main__":

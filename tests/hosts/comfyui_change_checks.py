@@ -6,7 +6,7 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfyui_fault_checks import Control
-from comfyui_helpers import STEPS, Watched, cached, levels_of, lora_of, plan, sample
+from comfyui_helpers import STEPS, Watched, cached_patcher, lora_of, plan_of_levels, sample, sampler_levels
 from comfyui_models import build, prompt
 
 CHANGE = 6  # the step from which on something is another; a reuse in the plan ##..#..#..#.
@@ -15,7 +15,7 @@ CHANGE = 6  # the step from which on something is another; a reuse in the plan #
 def late(patcher, change):
     """A model on whose calls `change(arguments)` is run once the step is CHANGE: for what another node alters while the
     sampler is at work."""
-    level, patched = levels_of(patcher)[CHANGE] * 1.0001, patcher.clone()
+    level, patched = sampler_levels(patcher)[CHANGE] * 1.0001, patcher.clone()
 
     def call(apply, asked):
         if float(asked["timestep"].max()) <= level:
@@ -28,7 +28,7 @@ def late(patcher, change):
 
 def strength_of_a_control_net():
     patcher, net = build("flux").clone(), Control(1).set_cond_hint(None, 0.7)
-    level = levels_of(patcher)[CHANGE] * 1.0001
+    level = sampler_levels(patcher)[CHANGE] * 1.0001
 
     def weaken(executor, x, timestep, *args, **kwargs):
         net.strength = 0.2 if float(timestep.max()) <= level else 0.7
@@ -46,7 +46,7 @@ def scheduled_lora():
     percent = next(
         percent / 1000
         for percent in range(1000)
-        if patcher.model.model_sampling.percent_to_sigma(percent / 1000) <= levels_of(patcher)[CHANGE] * 1.0001
+        if patcher.model.model_sampling.percent_to_sigma(percent / 1000) <= sampler_levels(patcher)[CHANGE] * 1.0001
     )
     keyframes = comfy.hooks.HookKeyframeGroup()
     keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
@@ -70,7 +70,7 @@ def prompt_in_ranges():
     share = next(
         percent / 1000
         for percent in range(1000)
-        if build("flux").model.model_sampling.percent_to_sigma(percent / 1000) <= levels_of(build("flux"))[CHANGE]
+        if build("flux").model.model_sampling.percent_to_sigma(percent / 1000) <= sampler_levels(build("flux"))[CHANGE]
     )
     positive = prompt(4, start_percent=0.0, end_percent=share) + prompt(5, start_percent=share, end_percent=1.0)
     return build("flux"), lambda model: sample(model, positive=positive)
@@ -84,17 +84,17 @@ def a_change_in_mid_run_computes(name):
     plain."""
     model, run = next(change for change in CHANGES if change.__name__ == name)()
     plain = run(model)
-    off, _ = cached(model, thresholds={"magcache_thresh": 0.0})
+    off, _ = cached_patcher(model, thresholds={"magcache_thresh": 0.0})
     assert torch.equal(run(off), plain)
     for options in ({}, {"thresholds": {}, "mag_ratios": "", "speedup": 2.0, "corrector": True}):
-        patched, said = cached(model, **options)
+        patched, said = cached_patcher(model, **options)
         watched = Watched(patched)
         result = run(watched.patcher)
         watched.remove()
         computed = {sigma for sigma, ran in zip(watched.sigmas, watched.ran) if ran}
-        levels = levels_of(model)
+        levels = sampler_levels(model)
         strip = "".join(".#"[any(abs(sigma - level) < 1e-6 for sigma in computed)] for level in levels)
-        planned = plan(levels).strip if not options else said[0].splitlines()[1].split()[0]
+        planned = plan_of_levels(levels).strip if not options else said[0].splitlines()[1].split()[0]
         expected = planned[:CHANGE] + "#" + planned[CHANGE + 1 :]
         assert strip == expected and torch.isfinite(result).all(), (options, strip, expected, said)
         unplanned = planned[CHANGE] == "."
@@ -115,7 +115,7 @@ def a_third_call_of_a_guidance_has_residuals_of_its_own():
     guided = patcher.clone()
     guided.set_model_sampler_post_cfg_function(guide)
     for options in ({}, {"thresholds": {}, "mag_ratios": "", "speedup": 2.0, "corrector": True}):
-        alone, _ = cached(patcher, **options)
-        beside, said = cached(guided, **options)
+        alone, _ = cached_patcher(patcher, **options)
+        beside, said = cached_patcher(guided, **options)
         assert torch.equal(sample(beside), sample(alone)) and "reused; transformer" in said[-1], (options, said)
     assert len(thirds) == 2 * STEPS

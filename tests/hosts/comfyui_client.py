@@ -14,7 +14,7 @@ import sys
 import aiohttp
 
 
-async def run(session, address, socket, prompt):
+async def run_prompt(session, address, socket, prompt):
     async with session.post(f"{address}/prompt", json={"prompt": prompt, "client_id": "tests"}) as answer:
         posted = await answer.json()
     if "prompt_id" not in posted:
@@ -53,7 +53,7 @@ async def main():
         async with session.get(f"{address}/extensions") as answer:
             scripts = [name for name in await answer.json() if "magcache" in name.lower()]
         async with session.ws_connect(f"{address}/ws?clientId=tests", max_msg_size=0) as socket:
-            answers = [await run(session, address, socket, prompt) for prompt in json.load(sys.stdin)]
+            answers = [await run_prompt(session, address, socket, prompt) for prompt in json.load(sys.stdin)]
     ours = sorted(name for name, about in known.items() if about["category"] == "MagCache")
     print(json.dumps({"nodes": ours, "scripts": scripts, "answers": answers}))
 

@@ -12,20 +12,20 @@ from comfyui_helpers import (
     WORK,
     Said,
     Watched,
-    cached,
+    cached_patcher,
     caching,
-    calibrated,
+    calibrated_patcher,
     expected_of,
     fingerprints,
-    levels_of,
     lora_of,
     models,
     nodes_of,
-    plan,
+    plan_of_levels,
     sample,
-    table,
+    sampler_levels,
     tables,
-    transformer,
+    tiny_table,
+    transformer_of,
 )
 from comfyui_models import build, latent, prompt
 from safetensors.torch import save_file
@@ -76,7 +76,7 @@ def a_part_of_the_steps_is_noticed():
             seen.append(about.signs.midway)
             return super().begin(about)
 
-    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=table()).on(build("wan"))
+    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=tiny_table()).on(build("wan"))
     noisy = {"samples": latent("wan")}
     common = (0, STEPS, 1.0, "euler", "simple", prompt(0), prompt(1))
     halfway = nodes.KSamplerAdvanced().sample(patched, "enable", *common, noisy, 0, 6, "enable")[0]
@@ -105,10 +105,10 @@ def no_table_is_borrowed():
 def a_partial_run_replaces_no_calibration():
     """One Calibration node feeds two samplers, the second of which does the last 0.4: the full one is kept and used."""
     patcher = build("flux", seed=31)
-    full, _, _ = calibrated(patcher)
-    part, _, said = calibrated(patcher, denoise=0.4)
+    full, _, _ = calibrated_patcher(patcher)
+    part, _, said = calibrated_patcher(patcher, denoise=0.4)
     assert part.path != full.path and full.path.exists() and str(part.path) in said[-1], said
-    patched, said = cached(patcher, mag_ratios="")
+    patched, said = cached_patcher(patcher, mag_ratios="")
     sample(patched)
     assert f"ratios of {full.path.stem} (measured)" in said[0] and "carried over" not in said[0], said
     for calibration in (full, part):
@@ -138,7 +138,7 @@ def moving_windows_hoard_nothing():
     sample(watched.patcher, "wan", samples=frames)
     watched.remove()
     a_step = max(watched.sigmas.count(sigma) for sigma in watched.sigmas) * 2  # both branches
-    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=table(), corrector=False).on(windowed)
+    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=tiny_table(), corrector=False).on(windowed)
     sample(patched, "wan", samples=frames)
     assert max(most) <= 2 * a_step, (max(most), a_step)
 
@@ -146,11 +146,11 @@ def moving_windows_hoard_nothing():
 def what_exceeds_the_limit_computes():
     """Not more than cache_limit is kept; what does not fit computes, and the node says why. One branch may fit."""
     patcher = build("flux")
-    plain, whole = sample(patcher), sample(cached(patcher)[0])
-    patched, said = cached(patcher, limit=1e-6)
+    plain, whole = sample(patcher), sample(cached_patcher(patcher)[0])
+    patched, said = cached_patcher(patcher, limit=1e-6)
     assert torch.equal(sample(patched), plain)
     assert "reused nothing" in said[-1] and "more than cache_limit, 1e-06 GiB, would be kept" in said[-1], said
-    patched, said = cached(patcher, limit=1e-3)
+    patched, said = cached_patcher(patcher, limit=1e-3)
     assert torch.equal(sample(patched), whole) and "unplanned" not in said[-1], said
 
 
@@ -160,8 +160,8 @@ def fewer_tokens_compute():
     reference = torch.randn(latent("flux2").shape, generator=torch.Generator().manual_seed(1))
     run = {"cfg": 1.0, "positive": prompt(0, reference_latents=[reference])}
     settings = {**SETTINGS, "retention_ratio": 0.0}
-    levels = levels_of(build("flux2"))
-    strip = plan(levels, settings).strip
+    levels = sampler_levels(build("flux2"))
+    strip = plan_of_levels(levels, settings).strip
     assert strip.startswith("#..")  # the second step is to be reused, and has fewer tokens than the first
 
     def drop(inputs):
@@ -174,7 +174,7 @@ def fewer_tokens_compute():
     if kv_cache is not None:  # in this version, whose patches are told the noise level
         patcher = build("flux2").clone()
         patcher.set_model_post_input_patch(drop)
-        patched, said = cached(patcher, thresholds=settings)
+        patched, said = cached_patcher(patcher, thresholds=settings)
         watched = Watched(patched)
         result = sample(watched.patcher, "flux2", **run)
         watched.remove()
@@ -182,7 +182,7 @@ def fewer_tokens_compute():
         assert torch.isfinite(result).all() and watched.strip == "#.#" + strip[2:], (watched.strip, strip)
         assert "1 computed unplanned (the number of image tokens changed)" in said[-1], said
         # The node acts by what was called before, which the proof of the class's facts notices.
-        patched, said = cached(kv_cache.execute(build("flux2")).args[0], thresholds=settings)
+        patched, said = cached_patcher(kv_cache.execute(build("flux2")).args[0], thresholds=settings)
         assert torch.isfinite(sample(patched, "flux2", **run)).all()
         assert "its output is predicted instead" in said[1] and "6 of 12 model calls computed" in said[-1], said
 
@@ -223,18 +223,18 @@ def control_nets_rest_on_reused_steps(percent_from, percent_to):
     plain = sample(patcher, positive=positive)
     assert not torch.allclose(plain, uncontrolled) and len(nets[0].ran) == STEPS
     acted = set(nets[1].ran)
-    off, _ = cached(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
+    off, _ = cached_patcher(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
     assert torch.equal(sample(off, positive=positive), plain)
 
     nets, positive = controlled()
-    patched, said = cached(patcher)
+    patched, said = cached_patcher(patcher)
     watched = Watched(patched)
     result = sample(watched.patcher, positive=positive)
     watched.remove()
     computed = {sigma for sigma, ran in zip(watched.sigmas, watched.ran) if ran}
     assert set(nets[0].ran) == computed and len(computed) < STEPS and torch.isfinite(result).all()
     assert set(nets[1].ran) == computed & acted
-    levels = levels_of(patcher)
+    levels = sampler_levels(patcher)
     changes = [sigma for before, sigma in zip(levels, levels[1:]) if (before in acted) != (sigma in acted)]
     assert all(any(abs(sigma - one) < 1e-6 for one in computed) for sigma in changes), (changes, computed)
     if not changes:
@@ -245,7 +245,7 @@ def control_nets_rest_on_reused_steps(percent_from, percent_to):
 def rising_noise_computes():
     """Unsampling, by core's FlipSigmas: nothing is planned for noise levels that rise, and the node says so."""
     patcher = build("flux")
-    flipped = nodes_of("nodes_custom_sampler").FlipSigmas.execute(torch.tensor([*levels_of(patcher), 0.0]))
+    flipped = nodes_of("nodes_custom_sampler").FlipSigmas.execute(torch.tensor([*sampler_levels(patcher), 0.0]))
     sigmas = flipped.args[0]
 
     def unsampled(model):
@@ -255,7 +255,7 @@ def rising_noise_computes():
         return comfy.samplers.sample(model, none, prompt(0), prompt(1), 1.0, device, euler, sigmas, latent_image=start)
 
     for options in ({}, {"speedup": 2.0}):
-        patched, said = cached(patcher, **options)
+        patched, said = cached_patcher(patcher, **options)
         assert torch.equal(unsampled(patched), unsampled(patcher))
         assert "its noise levels rise (unsampling)" in said[0], said
 
@@ -264,7 +264,7 @@ def short_runs_compute():
     """Four steps have nothing to gain, and the node says so; five have."""
     patcher = build("flux")
     for options in ({"speedup": 2.0}, {"model_type": "flux"}):
-        patched, said = cached(patcher, thresholds={}, mag_ratios="", **options)
+        patched, said = cached_patcher(patcher, thresholds={}, mag_ratios="", **options)
         assert torch.equal(sample(patched, steps=4), sample(patcher, steps=4))
         assert "nothing will be reused: a run of 4 steps has nothing to gain" in said[0], said
         sample(patched, steps=5)
@@ -284,13 +284,13 @@ def bypass_loras_have_calibrations_of_their_own():
     (with_lora,) = loader.load_lora_model_only(patcher, "bypassed.safetensors", 0.8)
     (weaker,) = loader.load_lora_model_only(patcher, "bypassed.safetensors", 0.4)
     assert with_lora.injections and not torch.allclose(sample(with_lora), sample(patcher))
-    found = [fingerprints.fingerprints(one, transformer(one))[1] for one in (patcher, with_lora, weaker)]
+    found = [fingerprints.fingerprints(one, transformer_of(one))[1] for one in (patcher, with_lora, weaker)]
     assert len(set(found)) == 3, found
 
 
 def a_name_with_dashes_is_shown():
-    named = table(name="models--black-forest-labs--FLUX.1-dev")
-    patched, said = cached(build("flux"), mag_ratios=named)
+    named = tiny_table(name="models--black-forest-labs--FLUX.1-dev")
+    patched, said = cached_patcher(build("flux"), mag_ratios=named)
     sample(patched)
     assert "ratios of models--black-forest-labs--FLUX.1-dev" in said[0], said
 
@@ -298,8 +298,8 @@ def a_name_with_dashes_is_shown():
 def a_calibration_that_is_not_used_is_named():
     """Which table is used stands on the node, also where a model type was chosen and an own calibration is there."""
     patcher = build("flux", seed=34)
-    calibration, _, _ = calibrated(patcher)
-    patched, said = cached(patcher, mag_ratios="", model_type="flux", thresholds={})
+    calibration, _, _ = calibrated_patcher(patcher)
+    patched, said = cached_patcher(patcher, mag_ratios="", model_type="flux", thresholds={})
     sample(patched)
     assert f"ratios of {calibration.path.stem} (measured)" in said[0], said
     assert tables.find("", "no-such") is None

@@ -26,7 +26,7 @@ SETTINGS = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
 STEPS = 12
 
 
-def table(steps=28, name="tiny", **more):
+def tiny_table(steps=28, name="tiny", **more):
     made = tables.RatioTable(
         name=name,
         origin="measured",
@@ -44,10 +44,12 @@ class Said(list):
         self.append(text)
 
 
-def cached(patcher, **options):
+def cached_patcher(patcher, **options):
     """(patched model, what it says, the runs that it makes)."""
     said = Said()
-    magcache = caching.NodeCache(said, **{"thresholds": SETTINGS, "mag_ratios": table(), "corrector": False, **options})
+    magcache = caching.NodeCache(
+        said, **{"thresholds": SETTINGS, "mag_ratios": tiny_table(), "corrector": False, **options}
+    )
     return magcache.on(patcher), said
 
 
@@ -80,7 +82,7 @@ def sample(
     return made[0]["samples"]
 
 
-def transformer(patcher):
+def transformer_of(patcher):
     return patcher.model.diffusion_model
 
 
@@ -89,7 +91,7 @@ class Watched:
     blocks."""
 
     def __init__(self, patcher):
-        model = transformer(patcher)
+        model = transformer_of(patcher)
         self.host = hosts.host_of(model)
         lists = [blocks for blocks in (getattr(model, name) for name in self.host.blocks) if len(blocks)]
         first, last = lists[0][0], lists[-1][-1]
@@ -138,7 +140,7 @@ class Watched:
             hook.remove()
 
 
-class Oracle(Watched):
+class ComfyOracle(Watched):
     """What caching must give, made the expensive way: all blocks run at every step, and where `reuse` says so the final
     layer gets the tokens that entered the first block plus the residual of the last computed call with the same
     conditioning, window and replaced blocks. A call for which there is none computes."""
@@ -159,7 +161,7 @@ class Oracle(Watched):
             self.residuals[key] = (after - before)[index * rows : (index + 1) * rows]
 
 
-def levels_of(patcher, steps=STEPS, scheduler="simple", denoise=1.0):
+def sampler_levels(patcher, steps=STEPS, scheduler="simple", denoise=1.0):
     total = int(steps / denoise)
     return comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), scheduler, total)[
         -steps - 1 : -1
@@ -169,16 +171,16 @@ def levels_of(patcher, steps=STEPS, scheduler="simple", denoise=1.0):
 def expected_of(patcher, family="flux", **options):
     """The oracle's latent at the levels of a run, and the schedule."""
     run = {key: value for key, value in options.items() if key in ("steps", "scheduler", "denoise")}
-    levels = levels_of(patcher, **run)
-    schedule = plan(levels)
-    oracle = Oracle(patcher, schedule.reuse, levels)
+    levels = sampler_levels(patcher, **run)
+    schedule = plan_of_levels(levels)
+    oracle = ComfyOracle(patcher, schedule.reuse, levels)
     made = sample(oracle.patcher, family, **options)
     oracle.remove()
     return made, schedule
 
 
-def plan(levels, settings=SETTINGS):
-    return schedules.magcache_schedule(tables.load(table()).at(levels), schedules.Settings(**settings))
+def plan_of_levels(levels, settings=SETTINGS):
+    return schedules.magcache_schedule(tables.load(tiny_table()).at(levels), schedules.Settings(**settings))
 
 
 def untouched(model, state):
@@ -186,14 +188,14 @@ def untouched(model, state):
     assert type(model).__mro__ == state[0] and set(model.__dict__) == state[1]
 
 
-def state_of(model):
+def model_state(model):
     return type(model).__mro__, set(model.__dict__)
 
 
 def lora_of(patcher):
     """A random LoRA for one weight of a tiny FLUX, as a file holds it."""
     made, name = torch.Generator().manual_seed(1), "double_blocks.0.img_mlp.0"
-    height, width = transformer(patcher).double_blocks[0].img_mlp[0].weight.shape
+    height, width = transformer_of(patcher).double_blocks[0].img_mlp[0].weight.shape
     return {
         f"diffusion_model.{name}.lora_up.weight": torch.randn(height, 2, generator=made),
         f"diffusion_model.{name}.lora_down.weight": torch.randn(2, width, generator=made),
@@ -206,7 +208,7 @@ def nodes_of(module):
     return importlib.import_module(f"comfy_extras.{module}")
 
 
-def calibrated(patcher, family="flux", **options):
+def calibrated_patcher(patcher, family="flux", **options):
     said = Said()
     calibration = measuring.NodeCalibration(said)
     return calibration, sample(calibration.on(patcher), family, **options), said

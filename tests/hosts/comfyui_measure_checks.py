@@ -1,23 +1,31 @@
 """Calibration and compilation. Run by comfyui_worker.py."""
 
+import re
+import time
+
 import comfy.model_management
 import comfy.supported_models
 import nodes
 import numpy as np
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfyui_helpers import (
+    SETTINGS,
     STEPS,
     Said,
     Watched,
-    cached,
-    calibrated,
+    cached_patcher,
+    caching,
+    calibrated_patcher,
     fingerprints,
-    levels_of,
     measuring,
+    nodes_of,
     package_nodes,
     sample,
+    sampler_levels,
     tables,
-    transformer,
+    tiny_table,
+    transformer_of,
 )
 from comfyui_model_checks import smooth_model
 from comfyui_models import build, latent, prompt
@@ -30,7 +38,7 @@ class Ratios(Watched):
     def __init__(self, patcher, tokens):
         super().__init__(patcher)
         self.tokens, self.previous, self.ratios, self.energies = tokens, {}, {0: [1.0], 1: [1.0]}, {0: [], 1: []}
-        self.hooks.append(transformer(patcher).register_forward_hook(self.output))
+        self.hooks.append(transformer_of(patcher).register_forward_hook(self.output))
 
     def output(self, module, args, output):
         for branch, part in zip(self.branches[-1], output.chunk(len(self.branches[-1]))):
@@ -57,7 +65,7 @@ def calibration_measures(family, cfg, free):
         measured = Ratios(patcher, tokens=16 if family == "flux" else None)
         plain = sample(measured.patcher, family, cfg=cfg, positive=positive)
         measured.remove()
-        calibration, result, said = calibrated(patcher, family, cfg=cfg, positive=positive)
+        calibration, result, said = calibrated_patcher(patcher, family, cfg=cfg, positive=positive)
     finally:
         type(patcher).get_free_memory = roomy
     assert torch.equal(result, plain) and calibration.failure is None, said
@@ -68,12 +76,12 @@ def calibration_measures(family, cfg, free):
     for rows, energies in zip(file.statistics["gram_of_outputs"].values(), measured.energies.values()):
         assert np.allclose([row[0] for row in rows], energies, rtol=1e-3)
     assert (
-        np.allclose(file.sigmas, levels_of(patcher), atol=1e-6)
+        np.allclose(file.sigmas, sampler_levels(patcher), atol=1e-6)
         and file.origin == "measured"
         and "gram" in file.statistics
     )
     assert "written; MagCache nodes take it" in said[-1]
-    patched, heard = cached(patcher, mag_ratios="")
+    patched, heard = cached_patcher(patcher, mag_ratios="")
     sample(patched, family, cfg=cfg)
     assert f"ratios of {calibration.path.stem} (measured)" in heard[0], heard
     calibration.path.unlink()
@@ -81,7 +89,7 @@ def calibration_measures(family, cfg, free):
 
 def calibration_with_a_sampler(sampler):
     patcher = build("flux", seed=12)
-    calibration, result, said = calibrated(patcher, sampler=sampler)
+    calibration, result, said = calibrated_patcher(patcher, sampler=sampler)
     assert torch.equal(result, sample(patcher, sampler=sampler)) and calibration.table.steps == STEPS, said
     calibration.path.unlink()
 
@@ -97,7 +105,7 @@ def interrupted_calibration_writes_nothing():
     before = set(tables.calibrations_folder().glob("*"))
     said = Said()
     calibration = measuring.NodeCalibration(said)
-    hook = transformer(patcher).final_layer.register_forward_pre_hook(interrupt)
+    hook = transformer_of(patcher).final_layer.register_forward_pre_hook(interrupt)
     try:
         sample(calibration.on(patcher))
         raise AssertionError("was to be interrupted")
@@ -115,7 +123,7 @@ def interrupted_calibration_writes_nothing():
             "runs of one kind",
         ),
     ):
-        calibration, _, said = calibrated(patcher, **mistake)
+        calibration, _, said = calibrated_patcher(patcher, **mistake)
         assert sentence in calibration.failure and sentence in said[-1], said
         try:
             package_nodes.MagCacheCalibrationResultNode.execute(calibration, None)
@@ -131,7 +139,7 @@ def planned_speedup():
     patcher, _ = smooth_model(comfy.supported_models.WAN21_T2V)
     plain, missed = sample(patcher, "wan"), []
     for corrector in (True, False):
-        patched, said = cached(patcher, corrector=corrector, speedup=2.0, thresholds={})
+        patched, said = cached_patcher(patcher, corrector=corrector, speedup=2.0, thresholds={})
         missed.append(float((sample(patched, "wan") - plain).norm()))
         assert "no calibration needed" in said[0] and "computes 6 of 12" in said[0] and "--" not in said[0], said
         assert "MagCache: 6 of 12 model calls computed" in said[1], said
@@ -141,9 +149,9 @@ def planned_speedup():
 def loras_have_calibrations_of_their_own():
     """In whatever order the nodes stand, and whether the weights were patched in place by an earlier run or not."""
     patcher = build("flux", seed=15)
-    calibration, _, _ = calibrated(patcher)
+    calibration, _, _ = calibrated_patcher(patcher)
     key = "diffusion_model.double_blocks.0.img_mlp.0.weight"
-    weight = transformer(patcher).double_blocks[0].img_mlp[0].weight
+    weight = transformer_of(patcher).double_blocks[0].img_mlp[0].weight
     difference = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
 
     def with_lora(model):
@@ -152,21 +160,21 @@ def loras_have_calibrations_of_their_own():
         return model
 
     def lora_first():
-        return cached(with_lora(patcher), mag_ratios="")
+        return cached_patcher(with_lora(patcher), mag_ratios="")
 
     def lora_last():
-        patched, said = cached(patcher, mag_ratios="")
+        patched, said = cached_patcher(patcher, mag_ratios="")
         return with_lora(patched), said
 
     patched, said = lora_first()
     sample(patched)
     assert "was measured without the LoRAs of this model" in said[0] and calibration.path.stem in said[0], said
-    own, _, _ = calibrated(with_lora(patcher))
+    own, _, _ = calibrated_patcher(with_lora(patcher))
     assert own.path != calibration.path
     for order, path in (
         (lora_first, own.path),
         (lora_last, own.path),
-        (lambda: cached(patcher, mag_ratios=""), calibration.path),
+        (lambda: cached_patcher(patcher, mag_ratios=""), calibration.path),
         (lora_last, own.path),
         (lora_first, own.path),
     ):
@@ -181,21 +189,21 @@ def packed_weights_are_not_unpacked():
     """Scaled fp8 in ComfyUI's own tensors: a fingerprint reads a few values of the storage, once per loaded model."""
     from comfy.quant_ops import QuantizedTensor
 
-    other, _, _ = calibrated(build("wan", seed=16), "wan", steps=2)
+    other, _, _ = calibrated_patcher(build("wan", seed=16), "wan", steps=2)
     patcher = build("flux", seed=16)
-    layer = transformer(patcher).img_in
+    layer = transformer_of(patcher).img_in
     packed = QuantizedTensor.from_float(layer.weight.detach(), "TensorCoreFP8Layout")
     layer.weight = torch.nn.Parameter(packed, requires_grad=False)
     changed = build("flux", seed=16)
-    packed = QuantizedTensor.from_float(transformer(changed).img_in.weight * 1.5, "TensorCoreFP8Layout", scale=1.0)
-    transformer(changed).img_in.weight = torch.nn.Parameter(packed, requires_grad=False)
+    packed = QuantizedTensor.from_float(transformer_of(changed).img_in.weight * 1.5, "TensorCoreFP8Layout", scale=1.0)
+    transformer_of(changed).img_in.weight = torch.nn.Parameter(packed, requires_grad=False)
     unpacked, read = [], []
     dequantize, of = QuantizedTensor.dequantize, fingerprints.fingerprint_of
     QuantizedTensor.dequantize = lambda self: unpacked.append(self) or dequantize(self)
     fingerprints.fingerprint_of = lambda weights: read.append(1) or of(weights)
     try:
         made = [
-            fingerprints.fingerprints(one, transformer(one)) for one in (patcher, changed, patcher, patcher.clone())
+            fingerprints.fingerprints(one, transformer_of(one)) for one in (patcher, changed, patcher, patcher.clone())
         ]
     finally:
         QuantizedTensor.dequantize, fingerprints.fingerprint_of = dequantize, of
@@ -232,15 +240,15 @@ def compiled(family, order, fullgraph):
         return compile_node(model, "default", backend, fullgraph, False).args[0]
 
     plain = compile_model(patcher)
-    uncompiled, _ = cached(patcher)
+    uncompiled, _ = cached_patcher(patcher)
     expected = sample(uncompiled, family, cfg=1.0)
     assert torch.allclose(sample(plain, family, cfg=1.0), sample(patcher, family, cfg=1.0), atol=1e-4)
     a_step = backend.attentions // STEPS
     assert a_step * STEPS == backend.attentions > 0
     if order == "compile first":
-        both, said = cached(plain)
+        both, said = cached_patcher(plain)
     else:
-        both, said = cached(patcher)
+        both, said = cached_patcher(patcher)
         both = compile_model(both)
     for run in range(3):
         graphs, backend.attentions = backend.graphs, 0
@@ -251,6 +259,57 @@ def compiled(family, order, fullgraph):
         assert "5 of 12 model calls computed, 7 reused" in said[-1]
         if run:
             assert backend.graphs == graphs, "another graph was made"
+    torch._dynamo.reset()
+
+
+class SlowBackend(Backend):
+    def __call__(self, graph, inputs):
+        time.sleep(0.3)  # longer than all steps of a tiny model: counted as a call's own time it would be a loss
+        return super().__call__(graph, inputs)
+
+
+def compiled_runs_report_no_loss(node):
+    """Calls that wait for torch.compile are no loss of the cache. In a first run those that compiled are left out of
+    what is reported; where every call compiled, the node says so in place of a figure."""
+    execute = {
+        "CompileModel": lambda model: package_nodes.CompileModelNode.execute(
+            model, "default", SlowBackend(), False, False
+        ),
+        "TorchCompileModel": lambda model: nodes_of("nodes_torch_compile").TorchCompileModel.execute(
+            model, SlowBackend()
+        ),
+    }[node]
+    reports = []
+
+    class Spied(caching.NodeCache):
+        def begin(self, about):
+            made = super().begin(about)
+            reports.append(made.run.report)
+            return made
+
+    torch._dynamo.reset()
+    said = Said()
+    patched = Spied(said, thresholds=SETTINGS, mag_ratios=tiny_table()).on(execute(build("wan", seed=17)).args[0])
+    for _ in range(2):
+        sample(patched, "wan", cfg=1.0)
+    first, second = [[lap.compiled for _, _, _, lap, _ in report.calls] for report in reports]
+    assert first == [True] + [False] * 11 and not any(second), (first, second)
+    for line in (said[1], said[3]):
+        saved, speedup = re.search(r"7 reused; transformer [\d.]+ s, (\S+) s saved \((\S+)x\)", line).groups()
+        assert float(saved) >= 0 and float(speedup) >= 1, line
+    if node == "TorchCompileModel":
+        return
+    # A run whose only reused call, the last of five, compiles.
+    calls = iter(range(100))
+    anew, said = cached_patcher(patched, thresholds={**SETTINGS, "retention_ratio": 0.8})
+    anew.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL,
+        "anew",
+        lambda executor, *args, **kwargs: (next(calls) == 5 and torch._dynamo.reset()) or executor(*args, **kwargs),
+    )
+    sample(anew, "wan", cfg=1.0, steps=5)
+    assert "4 of 5 model calls computed, 1 reused" in said[1] and ", 0.00 s saved (1.00x)" in said[1], said
+    assert "no time was saved: torch.compile was at work in this run, and the next one tells what it gains" in said[1]
     torch._dynamo.reset()
 
 

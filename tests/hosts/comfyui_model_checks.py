@@ -19,22 +19,22 @@ from comfyui_helpers import (
     PACKAGE,
     STEPS,
     Watched,
-    cached,
-    calibrated,
+    cached_patcher,
+    calibrated_patcher,
     expected_of,
     hosts,
+    model_state,
     models,
     sample,
     schedules,
-    state_of,
     tables,
-    transformer,
+    transformer_of,
     untouched,
 )
 from comfyui_models import build, latent, prompt
 
 
-def flat(latent):
+def flat_latent(latent):
     """What is compared: video and sound are two tensors."""
     return torch.cat([part.flatten() for part in latent.unbind()]) if latent.is_nested else latent
 
@@ -50,13 +50,13 @@ def output_is_predicted(family):
     if not known_here(family):
         return
     patcher = build(family)
-    plain = flat(sample(patcher, family))
-    off, said = cached(patcher, thresholds={"magcache_thresh": 0.0}, mag_ratios="")
-    assert torch.equal(flat(sample(off, family)), plain) and "nothing will be reused" in said[0], said
+    plain = flat_latent(sample(patcher, family))
+    off, said = cached_patcher(patcher, thresholds={"magcache_thresh": 0.0}, mag_ratios="")
+    assert torch.equal(flat_latent(sample(off, family)), plain) and "nothing will be reused" in said[0], said
     ran = []
-    hook = transformer(patcher).register_forward_hook(lambda *args: ran.append(1))
-    patched, said = cached(patcher, thresholds={}, mag_ratios="", corrector=True)
-    results = [flat(sample(patched, family)) for _ in range(2)]
+    hook = transformer_of(patcher).register_forward_hook(lambda *args: ran.append(1))
+    patched, said = cached_patcher(patcher, thresholds={}, mag_ratios="", corrector=True)
+    results = [flat_latent(sample(patched, family)) for _ in range(2)]
     hook.remove()
     assert torch.equal(*results) and not torch.equal(results[0], plain) and torch.isfinite(results[0]).all()
     a_step = len(ran) // STEPS  # two runs of half of the steps
@@ -70,17 +70,17 @@ def residual_is_put_back(family):
     if not known_here(family):
         return
     patcher = build(family)
-    plain, before = flat(sample(patcher, family)), state_of(transformer(patcher))
-    patched, said = cached(patcher)
+    plain, before = flat_latent(sample(patcher, family)), model_state(transformer_of(patcher))
+    patched, said = cached_patcher(patcher)
     watched = Watched(patched)
-    result = flat(sample(watched.patcher, family))
+    result = flat_latent(sample(watched.patcher, family))
     watched.remove()
-    untouched(transformer(patcher), before)
+    untouched(transformer_of(patcher), before)
     per_step = len(watched.ran) // STEPS
     assert "do not hold" not in "".join(said) and len(said) == 2, said
     assert watched.strip[::per_step] == "##..#..#..#." and not torch.equal(result, plain), (watched.strip, said)
     if family not in ("boogu", "kandinsky5"):  # whose text follows the picture, and whose last block is its end
-        assert torch.equal(result, flat(expected_of(patcher, family)[0]))
+        assert torch.equal(result, flat_latent(expected_of(patcher, family)[0]))
 
 
 def facts_that_are_wrong_are_noticed():
@@ -90,9 +90,9 @@ def facts_that_are_wrong_are_noticed():
     plain, facts = sample(patcher), hosts.HOSTS[known]
     hosts.HOSTS[known] = replace(facts, in_place=False)  # the first block writes into what it is given
     try:
-        patched, said = cached(patcher)
+        patched, said = cached_patcher(patcher)
         result = sample(patched)
-        calibration, calibrated_plain, told = calibrated(patcher)
+        calibration, calibrated_plain, told = calibrated_patcher(patcher)
     finally:
         hosts.HOSTS[known] = facts
     assert "The facts of Flux do not hold for this model (its own residual makes another output" in said[1], said
@@ -113,10 +113,10 @@ def thresholds_without_blocks_or_ratios_are_answered():
     ):
         if not known_here(family):
             continue
-        patched, said = cached(build(family), **options)
+        patched, said = cached_patcher(build(family), **options)
         sample(patched, family)
         assert why in said[0] and "payload output" in said[0], said
-    calibration, _, said = calibrated(build("auraflow"), "auraflow")
+    calibration, _, said = calibrated_patcher(build("auraflow"), "auraflow")
     assert calibration.table is None and "it modulates its tokens" in said[0] and "set speedup" in said[0], said
 
 
@@ -245,11 +245,11 @@ def row_of(cls):
         return f"| {name} | {transformer} | no: it {models.NOT_POSSIBLE[transformer]} | |"
     asked = {"conditioning_lyrics": torch.zeros(1, 4)} if "ACE" in name else {}
     run = {"cfg": 1.0, "samples": samples_of(cls, patcher), "positive": prompt(0, **asked)}
-    plain, missed = flat(sample(patcher, "", **run)), {}
+    plain, missed = flat_latent(sample(patcher, "", **run)), {}
     for corrector in (False, True):
-        patched, said = cached(patcher, thresholds={}, mag_ratios="", speedup=2.0, corrector=corrector)
+        patched, said = cached_patcher(patcher, thresholds={}, mag_ratios="", speedup=2.0, corrector=corrector)
         ran = patcher.model.diffusion_model.ran = []
-        missed[corrector] = float((flat(sample(patched, "", **run)) - plain).norm() / plain.norm())
+        missed[corrector] = float((flat_latent(sample(patched, "", **run)) - plain).norm() / plain.norm())
         assert len(ran) == STEPS // 2 and "6 of 12 model calls computed" in said[-1], (name, said)
     assert missed[True] <= missed[False] < 0.2, (name, missed)
     sampling = patcher.model.model_sampling
@@ -274,13 +274,13 @@ def output_with_a_sampler(sampler):
     cls = comfy.supported_models.Lumina2
     patcher, _ = smooth_model(cls)
     run = {"sampler": sampler, "cfg": 1.0, "samples": samples_of(cls, patcher)}
-    transformer(patcher).denoises = True
+    transformer_of(patcher).denoises = True
     ran = patcher.model.diffusion_model.ran
     plain, calls = sample(patcher, "", **run), len(ran)
-    off, _ = cached(patcher, thresholds={"magcache_thresh": 0.0}, mag_ratios="")
+    off, _ = cached_patcher(patcher, thresholds={"magcache_thresh": 0.0}, mag_ratios="")
     assert torch.equal(sample(off, "", **run), plain)
     ran.clear()
-    patched, said = cached(patcher, thresholds={}, mag_ratios="", speedup=2.0, corrector=True)
+    patched, said = cached_patcher(patcher, thresholds={}, mag_ratios="", speedup=2.0, corrector=True)
     missed = float((sample(patched, "", **run) - plain).norm() / plain.norm())
     assert len(ran) < 0.75 * calls and missed < 0.15, (len(ran), calls, missed, said)
 

@@ -6,7 +6,7 @@ import comfy.samplers
 import nodes
 import torch
 from comfyui_families import FAMILIES, FLUX, HUNYUAN, WAN
-from comfyui_helpers import Watched, blocks, cached, errors, hosts, models, sample, tables, transformer
+from comfyui_helpers import Watched, blocks, cached_patcher, errors, hosts, models, sample, tables, transformer_of
 from comfyui_models import build, latent, prompt
 
 
@@ -19,7 +19,7 @@ def window_of_steps():
         (0, 6, "##..#..#####"),
         (-4, -1, "########..#."),
     ):
-        patched, said = cached(patcher, start_step=first, end_step=last)
+        patched, said = cached_patcher(patcher, start_step=first, end_step=last)
         watched = Watched(patched)
         sample(watched.patcher)
         watched.remove()
@@ -28,7 +28,9 @@ def window_of_steps():
 
 def cache_on_the_cpu():
     patcher = build("flux")
-    assert torch.equal(sample(cached(patcher, device=torch.device("cpu"))[0]), sample(cached(patcher)[0]))
+    assert torch.equal(
+        sample(cached_patcher(patcher, device=torch.device("cpu"))[0]), sample(cached_patcher(patcher)[0])
+    )
 
 
 def what_cannot_be_cached_renders_plain():
@@ -36,11 +38,11 @@ def what_cannot_be_cached_renders_plain():
     sentence, and the plain picture."""
     patcher = build("flux", seed=1)  # one that no other check calibrates
     plain = sample(patcher)
-    model = transformer(patcher)
+    model = transformer_of(patcher)
     known = type(model)
 
     def uncached(sentence, **options):
-        patched, said = cached(patcher, **options)
+        patched, said = cached_patcher(patcher, **options)
         assert torch.equal(sample(patched), plain)
         assert len(said) == 1 and said[0].startswith("MagCache is off in this run") and sentence in said[0], said
 
@@ -62,14 +64,14 @@ def a_model_without_ratios_is_planned():
     first run, by the model's outputs alone."""
     patcher = build("flux", seed=1)
     plain = sample(patcher)
-    patched, said = cached(patcher, mag_ratios="", thresholds={})
+    patched, said = cached_patcher(patcher, mag_ratios="", thresholds={})
     assert not torch.equal(sample(patched), plain) and "6 of 12 model calls computed, 6 reused" in said[1], said
-    model = transformer(patcher)
+    model = transformer_of(patcher)
     known = type(model)
     model.__class__ = type("Fluxus", (known,), {})
     try:
         for options in ({"mag_ratios": "", "thresholds": {}}, {"mag_ratios": "flux-dev", "thresholds": {}}):
-            patched, said = cached(patcher, **options)
+            patched, said = cached_patcher(patcher, **options)
             assert not torch.equal(sample(patched), plain) and "6 of 12 model calls computed" in said[1], said
     finally:
         model.__class__ = known
@@ -128,7 +130,7 @@ def recommended_settings():
     }
     for model_type, (thresh, retention, K) in table_of_the_release.items():
         name = family[models.MODEL_TYPES[model_type][0]]
-        patched, said = cached(build(name), model_type=model_type, thresholds={}, mag_ratios="")
+        patched, said = cached_patcher(build(name), model_type=model_type, thresholds={}, mag_ratios="")
         sample(patched, name, steps=20)
         settings = f"magcache_thresh {thresh:g}, magcache_K {K}, retention_ratio {retention:g}"
         assert settings in said[0] and " reused; transformer" in said[1], (model_type, said)
@@ -138,7 +140,7 @@ def wan22_in_two_samplers():
     """T2V: each expert keeps its share of the start, as in the release. I2V: the high-noise expert is not cached."""
     patcher = build("wan")
     for model_type, high_is_cached in (("wan2.2_t2v_14B", True), ("wan2.2_i2v_14B", False)):
-        patched, said = cached(patcher, model_type=model_type, thresholds={}, mag_ratios="")
+        patched, said = cached_patcher(patcher, model_type=model_type, thresholds={}, mag_ratios="")
         sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "simple", 40)
         halves = sigmas[:27], sigmas[26:]
         strips = []
@@ -164,7 +166,7 @@ def wan22_in_two_samplers():
         assert strips[1].index(".") >= 14 * share - 1
 
 
-def recognised():
+def classes_are_recognised():
     """ComfyUI's classes at their real sizes, without memory: what auto takes them for."""
     import comfy.ldm.chroma.model
     import comfy.ldm.flux.model
@@ -258,7 +260,7 @@ def recognised():
     for sizes, name in ((small, "wan2.1_vace_1.3B"), (large, "wan2.1_vace_14B")):
         assert named(wan(**sizes, model_type="vace", vace_layers=2, vace_in_dim=96)) == name
     for family in ("flux", "flux2", "chroma", "wan", "vace", "hunyuan", "hunyuan1.5", "qwen"):
-        assert named(transformer(build(family))) is None, family
+        assert named(transformer_of(build(family))) is None, family
     qwen = {**FAMILIES["qwen"][2], "num_layers": 60}
     picture = real("qwen_image", "QwenImageTransformer2DModel", qwen)
     assert named(picture) == "qwen_image" and named(picture, references=True) == "qwen_image_edit"

@@ -13,18 +13,18 @@ from comfyui_helpers import (
     STEPS,
     Said,
     Watched,
-    cached,
+    cached_patcher,
     caching,
     expected_of,
-    levels_of,
     measuring,
+    model_state,
     nodes_of,
-    plan,
+    plan_of_levels,
     sample,
-    state_of,
-    table,
+    sampler_levels,
     tables,
-    transformer,
+    tiny_table,
+    transformer_of,
     untouched,
 )
 from comfyui_models import build, latent, prompt
@@ -33,12 +33,12 @@ from comfyui_models import build, latent, prompt
 def nothing_skipped_is_plain(family, cfg):
     patcher = build(family)
     plain = sample(patcher, family, cfg=cfg, steps=5)
-    before = state_of(transformer(patcher))
+    before = model_state(transformer_of(patcher))
     for off in ({"magcache_thresh": 0.0}, {"magcache_K": 0}, {"retention_ratio": 1.0}):
-        patched, said = cached(patcher, thresholds={**SETTINGS, **off})
+        patched, said = cached_patcher(patcher, thresholds={**SETTINGS, **off})
         assert torch.equal(sample(patched, family, cfg=cfg, steps=5), plain), off
         assert "nothing will be reused" in said[0], said
-        untouched(transformer(patcher), before)
+        untouched(transformer_of(patcher), before)
 
 
 def reuse_is_what_it_should_be(family, cfg):
@@ -50,8 +50,8 @@ def reuse_is_what_it_should_be(family, cfg):
     assert schedule.strip == "##..#..#..#.", schedule.strip
     assert not torch.allclose(expected, plain)
 
-    before = state_of(transformer(patcher))
-    patched, said = cached(patcher)
+    before = model_state(transformer_of(patcher))
+    patched, said = cached_patcher(patcher)
     watched = Watched(patched)
     for _ in range(2):
         watched.ran.clear()
@@ -60,20 +60,20 @@ def reuse_is_what_it_should_be(family, cfg):
         per_step = len(watched.ran) // STEPS
         assert watched.strip[::per_step] == schedule.strip and per_step * STEPS == len(watched.ran)
     watched.remove()
-    untouched(transformer(patcher), before)
+    untouched(transformer_of(patcher), before)
     assert "MagCache plan: 12 steps" in said[0] and "7 reused" in said[1] and "s saved" in said[1], said
 
 
 def sampler_skips_the_planned_steps(sampler):
     """No sampler fails; a call that runs no block belongs to a step that is to be reused; nothing skipped is plain."""
     patcher = build("flux")
-    off, _ = cached(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
+    off, _ = cached_patcher(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
     plain = sample(patcher, sampler=sampler)
     assert torch.equal(sample(off, sampler=sampler), plain)
     discards = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
-    levels = np.asarray(levels_of(patcher, STEPS + 1)[:-1] if discards else levels_of(patcher))
-    reuse = plan(levels).reuse
-    patched, said = cached(patcher)
+    levels = np.asarray(sampler_levels(patcher, STEPS + 1)[:-1] if discards else sampler_levels(patcher))
+    reuse = plan_of_levels(levels).reuse
+    patched, said = cached_patcher(patcher)
     watched = Watched(patched)
     result = sample(watched.patcher, sampler=sampler)
     watched.remove()
@@ -95,7 +95,7 @@ def batched_is_split(family):
         calls = iter(range(10**6))
         type(patcher).get_free_memory = lambda self, device, free=free, calls=calls: free(next(calls))
         try:
-            patched, said = cached(patcher)
+            patched, said = cached_patcher(patcher)
             watched = Watched(patched)
             results.append(sample(watched.patcher, family))
         finally:
@@ -115,9 +115,9 @@ def image_to_image(denoise):
     """The ratios are looked up by noise level, not by the index of the step."""
     patcher = build("flux")
     expected, schedule = expected_of(patcher, denoise=denoise)
-    levels = levels_of(patcher, denoise=denoise)
-    assert levels[0] < 0.95 and np.allclose(schedule.ratios, tables.load(table()).at(levels))
-    patched, said = cached(patcher)
+    levels = sampler_levels(patcher, denoise=denoise)
+    assert levels[0] < 0.95 and np.allclose(schedule.ratios, tables.load(tiny_table()).at(levels))
+    patched, said = cached_patcher(patcher)
     assert torch.equal(sample(patched, denoise=denoise), expected)
     assert schedule.strip in said[0]
 
@@ -125,7 +125,7 @@ def image_to_image(denoise):
 def two_stages():
     """KSampler (Advanced): each stage is planned over its own noise levels and begins with a computed step."""
     patcher = build("wan")
-    patched, said = cached(patcher)
+    patched, said = cached_patcher(patcher)
     watched = Watched(patched)
     halfway = nodes.KSamplerAdvanced().sample(
         watched.patcher,
@@ -148,8 +148,8 @@ def two_stages():
         watched.patcher, "disable", 0, STEPS, 1.0, "euler", "simple", prompt(0), prompt(1), halfway, 6, 10000, "disable"
     )
     watched.remove()
-    levels = levels_of(patcher)
-    assert first == plan(levels[:6]).strip and watched.strip == plan(levels[6:]).strip
+    levels = sampler_levels(patcher)
+    assert first == plan_of_levels(levels[:6]).strip and watched.strip == plan_of_levels(levels[6:]).strip
     assert "." in first and "." in watched.strip and watched.strip[0] == "#", said
 
 
@@ -166,9 +166,9 @@ def a_run_knows_nothing_of_the_one_before():
         "prompt": {"positive": prompt(7)},
         "size": {"samples": torch.zeros(1, 16, 12, 8)},
     }
-    alone = {name: sample(cached(patcher)[0], **run) for name, run in runs.items()}
-    patched, said = cached(patcher)
-    before = state_of(transformer(patcher))
+    alone = {name: sample(cached_patcher(patcher)[0], **run) for name, run in runs.items()}
+    patched, said = cached_patcher(patcher)
+    before = model_state(transformer_of(patcher))
     for name, run in runs.items():
         assert torch.equal(sample(patched, **run), alone[name]), name
         assert torch.equal(sample(patched), alone["base"]), f"base after {name}"
@@ -180,7 +180,7 @@ def a_run_knows_nothing_of_the_one_before():
                 raise comfy.model_management.InterruptProcessingException
 
         # Of the final layer: forward is under way, with stand-ins in place, when the interruption comes.
-        hook = transformer(patcher).final_layer.register_forward_pre_hook(interrupt)
+        hook = transformer_of(patcher).final_layer.register_forward_pre_hook(interrupt)
         try:
             sample(patched)
             raise AssertionError("was to be interrupted")
@@ -188,7 +188,7 @@ def a_run_knows_nothing_of_the_one_before():
             pass
         finally:
             hook.remove()
-        untouched(transformer(patcher), before)
+        untouched(transformer_of(patcher), before)
         assert torch.equal(sample(patched), alone["base"])
 
 
@@ -208,7 +208,7 @@ def nothing_is_kept_after_a_run():
 
     patcher = build("flux").clone()
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "outermost", outermost)
-    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=table(), corrector=True).on(patcher)
+    patched = Spied(Said(), thresholds=SETTINGS, mag_ratios=tiny_table(), corrector=True).on(patcher)
     sample(patched)
     assert made[0].run.report.peak_bytes > 0 and not made[0].run.residuals.kept
     assert not made[0].run.follower.branches
@@ -226,7 +226,7 @@ def regions_and_schedules(family):
         + prompt(5, start_percent=0.5, end_percent=1.0)
     )
     expected, schedule = expected_of(patcher, family, positive=positive)
-    patched, said = cached(patcher)
+    patched, said = cached_patcher(patcher)
     assert torch.equal(sample(patched, family, positive=positive), expected), said
 
 
@@ -237,7 +237,7 @@ def context_windows():
     windowed = window(patcher, 4, 1, "standard_static", 1, False, "pyramid", 2, False).args[0]
     expected, schedule = expected_of(windowed, "wan", samples=frames)
     plain = sample(windowed, "wan", samples=frames)
-    patched, said = cached(windowed)
+    patched, said = cached_patcher(windowed)
     assert torch.equal(sample(patched, "wan", samples=frames), expected) and not torch.equal(expected, plain)
 
 
@@ -249,11 +249,11 @@ def skip_layer_guidance():
     plain = sample(patcher, "wan")
     assert not torch.allclose(sample(guided, "wan"), plain)
     expected, _ = expected_of(guided, "wan")
-    patched, said = cached(guided)
+    patched, said = cached_patcher(guided)
     assert torch.equal(sample(patched, "wan"), expected)
 
 
-def references():
+def reference_pictures():
     """Kontext: tokens of a reference picture follow those of the picture. HunyuanVideo: they precede and are cut
     off."""
     for family, key in (
@@ -275,7 +275,7 @@ def references():
         positive = prompt(0, **about)
         expected, _ = expected_of(patcher, family, positive=positive)
         assert not torch.allclose(sample(patcher, family, positive=positive), plain), family
-        patched, said = cached(patcher)
+        patched, said = cached_patcher(patcher)
         assert torch.equal(sample(patched, family, positive=positive), expected), family
 
 
@@ -298,7 +298,7 @@ def controls_count_once(family):
         )
     assert not torch.allclose(sample(patcher, family), sample(build(family), family))
     expected, _ = expected_of(patcher, family)
-    patched, said = cached(patcher)
+    patched, said = cached_patcher(patcher)
     assert torch.equal(sample(patched, family), expected)
 
 
@@ -320,9 +320,9 @@ def replaced_first_block():
         patcher = build("flux").clone()
         patcher.set_model_patch_replace(replaces, "dit", "double_block", 0)
         plain = sample(patcher)
-        off, _ = cached(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
+        off, _ = cached_patcher(patcher, thresholds={**SETTINGS, "retention_ratio": 1.0})
         assert torch.equal(sample(off), plain)
-        patched, said = cached(patcher)
+        patched, said = cached_patcher(patcher)
         result = sample(patched)
         assert torch.isfinite(result).all() and not torch.equal(result, plain)
         text = "\n".join(said)
@@ -335,25 +335,25 @@ def beside_other_wrappers():
     it."""
     easy = nodes_of("nodes_easycache").EasyCacheNode.execute
     patcher = build("flux")
-    before = state_of(transformer(patcher))
-    alone = sample(cached(patcher)[0])
+    before = model_state(transformer_of(patcher))
+    alone = sample(cached_patcher(patcher)[0])
     for threshold in (0.0, 3.0):
         for magcache_first in (True, False):
             if magcache_first:
-                both = easy(cached(patcher)[0], threshold, 0.15, 0.95, False).args[0]
+                both = easy(cached_patcher(patcher)[0], threshold, 0.15, 0.95, False).args[0]
             else:
-                both = cached(easy(patcher, threshold, 0.15, 0.95, False).args[0])[0]
+                both = cached_patcher(easy(patcher, threshold, 0.15, 0.95, False).args[0])[0]
             result = sample(both)
             assert torch.isfinite(result).all()
             assert torch.equal(result, alone) == (threshold == 0)
-            untouched(transformer(patcher), before)
+            untouched(transformer_of(patcher), before)
 
 
 def the_last_magcache_node_holds():
     """Two MagCache nodes in a chain, and a calibration behind one: the last takes the place of the others."""
     patcher = build("flux")
-    off, _ = cached(patcher, thresholds={**SETTINGS, "magcache_thresh": 0.0})
-    twice, said = cached(off)
-    assert torch.equal(sample(twice), sample(cached(patcher)[0]))
+    off, _ = cached_patcher(patcher, thresholds={**SETTINGS, "magcache_thresh": 0.0})
+    twice, said = cached_patcher(off)
+    assert torch.equal(sample(twice), sample(cached_patcher(patcher)[0]))
     calibration = measuring.NodeCalibration(Said())
     assert torch.equal(sample(calibration.on(twice)), sample(patcher)) and calibration.failure is None

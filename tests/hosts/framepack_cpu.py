@@ -3,7 +3,7 @@ transformer's code are real; what it loads is small, and packages that it import
 stand-ins.
 
     cd /folder/of/FramePack && python /here/tests/framepack_cpu.py magcache_demo_gradio.py --server 127.0.0.1 --port
-    7870 ... framepack_cpu.py --jobs jobs.json demo_gradio.py        # runs jobs without a browser, see `run_jobs`
+    7870 ... framepack_cpu.py --jobs jobs.json demo_gradio.py        # runs jobs without a browser, see `run_demo_jobs`
 
 FREE_GB in the environment: free GPU memory that the demo is told of (above 60: all models stay on the GPU).
 """
@@ -120,7 +120,7 @@ def tiny_transformer(model_class, seed=0, **options):
     return model.eval().requires_grad_(False)
 
 
-def tiny_models():
+def tiny_parts():
     """What every from_pretrained returns, by the name of its class."""
     import transformers
     from diffusers import AutoencoderKLHunyuanVideo
@@ -137,9 +137,9 @@ def tiny_models():
         "SiglipVisionModel": lambda cls, name: cls(vision),
     }
     for name, maker in makers.items():
-        getattr(transformers, name).from_pretrained = classmethod(seeded(maker))
+        getattr(transformers, name).from_pretrained = classmethod(from_seed(maker))
     AutoencoderKLHunyuanVideo.from_pretrained = classmethod(
-        seeded(lambda cls, name: cls(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4))
+        from_seed(lambda cls, name: cls(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4))
     )
 
     def transformer(cls, name):
@@ -147,14 +147,14 @@ def tiny_models():
         model.register_to_config(_name_or_path=name)
         return model
 
-    HunyuanVideoTransformer3DModelPacked.from_pretrained = classmethod(seeded(transformer))
+    HunyuanVideoTransformer3DModelPacked.from_pretrained = classmethod(from_seed(transformer))
     # The demo's own draws from the latent's distribution are not seeded.
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mode()
 
 
-def seeded(maker):
+def from_seed(maker):
     def from_pretrained(cls, name, **kwargs):
         torch.manual_seed(0)
         return maker(cls, name)
@@ -162,7 +162,7 @@ def seeded(maker):
     return from_pretrained
 
 
-def run_jobs(script, jobs):
+def run_demo_jobs(script, jobs):
     """Run jobs in the demo's own `process`, without a browser; print one JSON line: what came of each.
 
     jobs: [{"steps": .., "seconds": .., "seed": .., "cfg": .., "teacache": .., "ours": values of MagCache's controls, or
@@ -234,9 +234,9 @@ if __name__ == "__main__":
     sys.path[0] = os.getcwd()
     absent_packages()
     on_the_cpu()
-    tiny_models()
+    tiny_parts()
     if jobs is not None:
-        run_jobs(arguments[0], jobs)
+        run_demo_jobs(arguments[0], jobs)
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from framepack_cpu import IMAGE_WIDTH, TEXT_WIDTH
 from magcache_framepack import section_timesteps
-from packages import unpacked
+from packages import unpacked_package
 
 from common.hosts.diffusers import FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
@@ -37,8 +37,8 @@ class Package:
 def load_package():
     """The package, imported. Skips the test that asks for it where it cannot be had."""
     folders = [
-        unpacked("framepack", "0.0.9", "82c452b40aebc8ec0d29c1735c49927b0eb68ea6179c83751c8f1890907d85cf"),
-        unpacked("einops", "0.8.1", "919387eb55330f5757c6bea9165c5ff5cfe63a642682ea788a6d472576d81737"),
+        unpacked_package("framepack", "0.0.9", "82c452b40aebc8ec0d29c1735c49927b0eb68ea6179c83751c8f1890907d85cf"),
+        unpacked_package("einops", "0.8.1", "919387eb55330f5757c6bea9165c5ff5cfe63a642682ea788a6d472576d81737"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         for folder in folders:
@@ -50,7 +50,9 @@ def load_package():
     return loaded
 
 
-def sample(package, model, steps=12, cfg=1.0, frames=2, seed=0, history=None, callback=None, shift=7.0, sampler=None):
+def sample_section(
+    package, model, steps=12, cfg=1.0, frames=2, seed=0, history=None, callback=None, shift=7.0, sampler=None
+):
     """The latents of one section. frames: of the latent; history: latents of the section before."""
     made = torch.Generator().manual_seed(1000 + seed)
 
@@ -106,15 +108,15 @@ def entered(model):
 
 
 @contextmanager
-def cached(package, model, settings=PUBLISHED, table="framepack", host=FRAMEPACK):
+def cached_sections(package, model, settings=PUBLISHED, table="framepack", host=FRAMEPACK):
     table = load(table) if isinstance(table, str) else table
     with section_timesteps(package.sampler) as timesteps:
         with magcache_forward(model, host, table, settings, timesteps, announce=None) as handle:
             yield handle
 
 
-def measured(package, model, path=None, host=FRAMEPACK, runs=({},), **description):
+def measured_sections(package, model, path=None, host=FRAMEPACK, runs=({},), **description):
     with section_timesteps(package.sampler) as timesteps:
         with magcache_calibration(model, host, timesteps, "tiny", path, description) as handle:
-            latents = [sample(package, model, **run) for run in runs]
+            latents = [sample_section(package, model, **run) for run in runs]
     return handle.table, latents

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import wan_cpu
 from hunyuan_cpu import HostTorch
 from torch.nn.functional import interpolate, scaled_dot_product_attention
-from wan_cpu import seeded
+from wan_cpu import generator_of
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ class LoguruLogger(logging.Logger):
         super().log(logging.getLevelName(level) if isinstance(level, str) else level, message, *args, **kwargs)
 
 
-class Vae(torch.nn.Module):
+class Hunyuan15Vae(torch.nn.Module):
     """Latents of 4 frames and 64x64 pixels each; decoded to a quarter of that width."""
 
     config = types.SimpleNamespace(
@@ -92,21 +92,21 @@ class Vae(torch.nn.Module):
         return [interpolate(latents[:, :3].float().tanh(), size=(4 * frames - 3, 16 * height, 16 * width))]
 
 
-class TextEncoder(torch.nn.Module):
+class Hunyuan15TextEncoder(torch.nn.Module):
     max_length, dtype = 24, torch.float32
 
     def text2tokens(self, texts, **kwargs):
         return [texts] if isinstance(texts, str) else texts
 
     def encode(self, texts, **kwargs):
-        states = torch.stack([torch.randn(24, TINY["text_states_dim"], generator=seeded(text)) for text in texts])
+        states = torch.stack([torch.randn(24, TINY["text_states_dim"], generator=generator_of(text)) for text in texts])
         mask = torch.tensor([[index < 8 + len(text) % 16 for index in range(24)] for text in texts]).long()
         return types.SimpleNamespace(hidden_state=states, attention_mask=mask)
 
 
 class VisionEncoder(torch.nn.Module):
     def encode_images(self, picture):
-        states = torch.randn(1, 729, 1152, generator=seeded(str(picture.sum())))
+        states = torch.randn(1, 729, 1152, generator=generator_of(str(picture.sum())))
         return types.SimpleNamespace(last_hidden_state=states)
 
 
@@ -164,21 +164,21 @@ def torchvision_transforms():
     return transforms
 
 
-def packages():
+def stand_in_packages15():
     loguru, torchvision = types.ModuleType("loguru"), types.ModuleType("torchvision")
     loguru.logger = LoguruLogger("hyvideo")
     torchvision.transforms = torchvision_transforms()
     return {"loguru": loguru, "torchvision": torchvision, "torchvision.transforms": torchvision.transforms}
 
 
-def import_hyvideo():
+def import_hyvideo15():
     """Import the `hyvideo` of sys.path with everything that a GPU would do replaced."""
     # Before the stand-ins: these look around which packages there are.
     import diffusers.models  # noqa: F401
     import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
-    sys.modules.update(packages())
+    sys.modules.update(stand_in_packages15())
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
     plain_to, cpu = torch.nn.Module.to, torch.device("cpu")
@@ -203,16 +203,16 @@ def import_hyvideo():
     )
     pipeline.torch = Float32Torch("torch")
     pipeline.get_gpu_memory = lambda: 80 << 30
-    pipeline.hunyuanvideo_15_vae = types.SimpleNamespace(AutoencoderKLConv3D=Vae)
+    pipeline.hunyuanvideo_15_vae = types.SimpleNamespace(AutoencoderKLConv3D=Hunyuan15Vae)
     pipe = pipeline.HunyuanVideo_1_5_Pipeline
     glyphs = {"byt5_model": torch.nn.Identity(), "byt5_tokenizer": None, "byt5_max_length": 16}
     pipe._load_byt5 = classmethod(lambda cls, *args, **kwargs: (glyphs, None))
-    pipe._load_text_encoders = classmethod(lambda cls, *args, **kwargs: (TextEncoder(), None))
+    pipe._load_text_encoders = classmethod(lambda cls, *args, **kwargs: (Hunyuan15TextEncoder(), None))
     pipe._load_vision_encoder = classmethod(lambda cls, *args, **kwargs: VisionEncoder())
     pipe.create_sr_pipeline = lambda self, *args, **kwargs: SuperResolution(self)
 
 
-def tiny_model(version="480p_t2v", seed=0):
+def tiny_hunyuan15(version="480p_t2v", seed=0):
     """HunyuanVideo_1_5_DiffusionTransformer with random weights, none of them zero."""
     from hyvideo.models.transformers.hunyuanvideo_1_5_transformer import HunyuanVideo_1_5_DiffusionTransformer
 
@@ -228,19 +228,19 @@ def tiny_model(version="480p_t2v", seed=0):
     return model.eval().requires_grad_(False)
 
 
-def write_checkpoint(folder, *versions):
+def write_hunyuan15(folder, *versions):
     """A folder for --model_path, each version with weights of its own."""
     from hyvideo.schedulers.scheduling_flow_match_discrete import FlowMatchDiscreteScheduler
 
     FlowMatchDiscreteScheduler(shift=7.0).save_pretrained(Path(folder) / "scheduler")
     for seed, version in enumerate(versions):
-        tiny_model(version, seed).save_pretrained(Path(folder) / "transformer" / version)
+        tiny_hunyuan15(version, seed).save_pretrained(Path(folder) / "transformer" / version)
 
 
 if __name__ == "__main__":
     sys.path.insert(1, os.getcwd())
-    import_hyvideo()
-    wan_cpu.write_checkpoint = write_checkpoint
+    import_hyvideo15()
+    wan_cpu.write_wan = write_hunyuan15
     init_process_group = dist.init_process_group
     dist.init_process_group = lambda *args, **kwargs: init_process_group("gloo")
     if sys.argv[1] == "--serve":

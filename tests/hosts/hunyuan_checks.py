@@ -6,7 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hunyuan_helpers import RATIOS, SHORT, Executed, Flow, Oracle, cached
+from hunyuan_helpers import RATIOS, SHORT, CallStrip, Flow, HunyuanOracle, cached_flow
 
 from common.blocks import BlockStack
 from common.patch import magcache_calibration
@@ -17,21 +17,21 @@ from common.tables import read
 
 
 @pytest.mark.parametrize("settings", [Settings(0.0, 6, 0.2), Settings(0.24, 0, 0.2)], ids=["thresh", "K"])
-def test_off_is_the_untouched_model(subject, settings):
+def test_off_is_the_untouched_hunyuan(subject, settings):
     sampler = Flow(subject)
     plain = sampler.run()
-    with cached(sampler, settings=settings) as handle:
+    with cached_flow(sampler, settings=settings) as handle:
         assert torch.equal(sampler.run(), plain)
     assert handle.reports[-1].reused == 0
     assert torch.equal(sampler.run(), plain)
 
 
 @pytest.mark.parametrize("run", [{}, {"cfg": True}, {"videos": 2}, {"steps": 17, "shift": 5.0}], ids=str)
-def test_reused_steps_equal_the_oracle(subject, run):
+def test_hunyuans_reused_steps_equal_the_oracle(subject, run):
     """And what was planned is what ran, with one call a step."""
     sampler, reference = Flow(copy.deepcopy(subject)), Flow(copy.deepcopy(subject))
-    blocks, plans, plain = Executed(sampler.subject), [], list(Flow(subject).iterate(**run))
-    with cached(sampler, announce=plans.append) as handle:
+    blocks, plans, plain = CallStrip(sampler.subject), [], list(Flow(subject).iterate(**run))
+    with cached_flow(sampler, announce=plans.append) as handle:
         mine = list(sampler.iterate(**run))
     report = handle.reports[0]
     planned = magcache_schedule(RATIOS.at(sampler.timesteps.numpy() / 1000), SHORT).strip
@@ -41,14 +41,14 @@ def test_reused_steps_equal_the_oracle(subject, run):
         and not report.unplanned
         and f"extra memory: {memory_text(report.peak_bytes)} a branch" in plans[0]
     )
-    Oracle(reference, report.schedule.reuse)
+    HunyuanOracle(reference, report.schedule.reuse)
     theirs = list(reference.iterate(**run))
     first = planned.index(".")
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert torch.equal(mine[first - 1], plain[first - 1]) and not torch.equal(mine[first], plain[first])
 
 
-def test_a_residual_of_the_same_step_gives_full_computation(subject):
+def test_hunyuans_residual_of_the_same_step_gives_full_computation(subject):
     """In float64 where the model can, since a + (b - a) is b up to rounding only."""
     dtype, tolerance = subject.exact
     subject.model.to(dtype)
@@ -74,7 +74,7 @@ def test_a_calibration_plans_the_next_run(subject, tmp_path):
     sampler = Flow(copy.deepcopy(subject))
     plain = Flow(subject).run(cfg=True)
     norms, watched = [], Flow(subject)
-    oracle = Oracle(watched, np.zeros(12, dtype=bool))
+    oracle = HunyuanOracle(watched, np.zeros(12, dtype=bool))
     for _ in watched.iterate(cfg=True):
         norms.append(oracle.residual.norm(dim=-1))
     with magcache_calibration(
@@ -84,8 +84,8 @@ def test_a_calibration_plans_the_next_run(subject, tmp_path):
     table = read(tmp_path / "tiny.json")
     expected = [1.0, *(float((new / old).mean()) for old, new in zip(norms, norms[1:]))]
     assert list(table.mag_ratios) == ["cond"] and table.mag_ratios["cond"] == pytest.approx(expected, abs=1e-5)
-    blocks = Executed(sampler.subject)
-    with cached(sampler, table, Target(magcache_steps=6)) as handle:
+    blocks = CallStrip(sampler.subject)
+    with cached_flow(sampler, table, Target(magcache_steps=6)) as handle:
         sampler.run(cfg=True)
     assert (
         blocks.strip == handle.reports[0].schedule.strip

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import wan_characters
 from torch.nn.functional import interpolate, scaled_dot_product_attention
-from wan_cpu import CpuTorch, seeded
+from wan_cpu import CpuTorch, generator_of
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
@@ -46,10 +46,11 @@ class HostTorch(CpuTorch):
         return torch.autocast("cpu", **options)
 
 
-class Vae:
+class HunyuanVae(torch.nn.Module):
     """Latents of 4 frames and 8x8 pixels each, blown up."""
 
     config = types.SimpleNamespace(block_out_channels=(1, 2, 3, 4), scaling_factor=1.0, shift_factor=None)
+    dtype, device = torch.float32, torch.device("cpu")
 
     def enable_tiling(self):
         pass
@@ -64,7 +65,7 @@ class Vae:
         return [interpolate(latents[:, :3].float().tanh(), size=(4 * frames - 3, 8 * height, 8 * width))]
 
 
-class TextEncoder(torch.nn.Module):
+class HunyuanTextEncoder(torch.nn.Module):
     device = torch.device("cpu")
 
     def __init__(self, text_encoder_type, text_encoder_precision, **kwargs):
@@ -78,9 +79,9 @@ class TextEncoder(torch.nn.Module):
 
     def encode(self, texts, **kwargs):
         if self.kind == "clipL":
-            states = torch.stack([torch.randn(768, generator=seeded(text)) for text in texts])
+            states = torch.stack([torch.randn(768, generator=generator_of(text)) for text in texts])
             return types.SimpleNamespace(hidden_state=states, attention_mask=None)
-        states = torch.stack([torch.randn(24, 4096, generator=seeded(text)) for text in texts])
+        states = torch.stack([torch.randn(24, 4096, generator=generator_of(text)) for text in texts])
         mask = torch.tensor([[index < 8 + len(text) % 16 for index in range(24)] for text in texts]).long()
         return types.SimpleNamespace(hidden_state=states, attention_mask=mask)
 
@@ -104,7 +105,7 @@ def get_cu_seqlens(text_mask, img_len):
     return torch.tensor([0, *sum(ends, [])], dtype=torch.int32)
 
 
-def all_gather(tensor, dim):
+def gather_sequence(tensor, dim):
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts, dim=dim)
@@ -114,19 +115,19 @@ class LongContextAttention:
     def __call__(self, _, query, key, value, joint_tensor_query, joint_tensor_key, joint_tensor_value, **kwargs):
         return attend(
             torch.cat([query, joint_tensor_query], 1),
-            torch.cat([all_gather(key, 1), joint_tensor_key], 1),
-            torch.cat([all_gather(value, 1), joint_tensor_value], 1),
+            torch.cat([gather_sequence(key, 1), joint_tensor_key], 1),
+            torch.cat([gather_sequence(value, 1), joint_tensor_value], 1),
         )
 
 
-def sequence_parallelism():
+def hunyuan_sequence_parallelism():
     """What HunyuanVideo takes of xfuser, on the default process group."""
     distributed = types.ModuleType("xfuser.core.distributed")
     distributed.get_sequence_parallel_world_size, distributed.get_sequence_parallel_rank = (
         dist.get_world_size,
         dist.get_rank,
     )
-    distributed.get_sp_group = lambda: types.SimpleNamespace(all_gather=all_gather)
+    distributed.get_sp_group = lambda: types.SimpleNamespace(all_gather=gather_sequence)
     distributed.init_distributed_environment = distributed.initialize_model_parallel = lambda *args, **kwargs: None
     attention = types.ModuleType("xfuser.core.long_ctx_attention")
     attention.xFuserLongContextAttention = LongContextAttention
@@ -138,7 +139,7 @@ def sequence_parallelism():
     }
 
 
-def packages():
+def stand_in_packages():
     loguru, torchvision = types.ModuleType("loguru"), types.ModuleType("torchvision")
     loguru.logger = logging.getLogger("hyvideo")
     torchvision.utils = types.SimpleNamespace(make_grid=lambda pictures, nrow: pictures[0])
@@ -162,11 +163,12 @@ def import_hyvideo():
     import torchmetrics.functional.image  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
 
-    sys.modules.update(packages())
+    sys.modules.update(stand_in_packages())
     if "WORLD_SIZE" in os.environ:
-        sys.modules.update(sequence_parallelism())
+        sys.modules.update(hunyuan_sequence_parallelism())
         init_process_group = dist.init_process_group
         dist.init_process_group = lambda backend: init_process_group("gloo")
+        torch.cuda.set_device = lambda device: None
     plain_sum = torch.Tensor.sum
     torch.Tensor.sum = lambda self, *args, **kwargs: plain_sum(
         self.float() if self.dtype == torch.float8_e4m3fn else self, *args, **kwargs
@@ -188,8 +190,8 @@ def import_hyvideo():
         inference.generate_crop_size_list = lambda side, multiple: [
             (height // 8 // 16 * 16, width // 8 // 16 * 16) for height, width in sizes(side, 4 * multiple)
         ]
-    inference.load_vae = lambda *args, **kwargs: (Vae(), None, 8, 4)
-    inference.TextEncoder = TextEncoder
+    inference.load_vae = lambda *args, **kwargs: (HunyuanVae(), None, 8, 4)
+    inference.TextEncoder = HunyuanTextEncoder
     inference.align_to = lambda size, multiple: -(-size // (8 * multiple)) * multiple
     offload = pipeline.HunyuanVideoPipeline.enable_sequential_cpu_offload
     pipeline.HunyuanVideoPipeline.enable_sequential_cpu_offload = lambda self: offload(self, device="cpu")
@@ -210,7 +212,7 @@ def parallelize_early(inference):
     inference.parallelize_transformer = lambda pipe: None
 
 
-def tiny_model(condition=None):
+def tiny_hunyuan(condition=None):
     """HYVideoDiffusionTransformer with random weights, none of them zero. condition: of HunyuanVideo-I2V."""
     from hyvideo.modules.models import HYVideoDiffusionTransformer
 
@@ -229,7 +231,7 @@ def write_checkpoints():
     """The weights where sample_video.py looks for them, and those of the double and single blocks in FP8 with their
     scales."""
     WEIGHTS.parent.mkdir(parents=True)
-    model = tiny_model("token_replace")
+    model = tiny_hunyuan("token_replace")
     torch.save({"module": model.state_dict()}, WEIGHTS)
     of_pictures = Path(str(WEIGHTS).replace("t2v", "i2v"))
     of_pictures.parent.mkdir(parents=True)

@@ -33,7 +33,7 @@ RATIOS = RatioTable(
 )
 
 
-def released(size):
+def released_strip(size):
     """The 50 steps of the released code at its own settings, one letter a step."""
     (run,) = [
         run
@@ -44,7 +44,7 @@ def released(size):
     return "".join(".#"[step not in run["cond"]] for step in range(50))
 
 
-STRIPS = {size: released(size) for size in ("544p", "720p")}
+STRIPS = {size: released_strip(size) for size in ("544p", "720p")}
 
 
 SHORT = Settings(1.0, 2, 0.2)  # ##..#..#..#. of 12 steps
@@ -139,7 +139,7 @@ class Shaped(nn.Module):
         return {"x": img} if return_dict else img
 
 
-class Subject:
+class HunyuanSubject:
     """A transformer with the facts of its class; `velocity` calls it as its pipeline does. exact: the dtype in which a
     + (b - a) is b closely enough, and how closely."""
 
@@ -174,7 +174,7 @@ class Subject:
         return [getattr(self.model, name) for name in self.host.blocks]
 
 
-class Diffusers(Subject):
+class Diffusers(HunyuanSubject):
     def __init__(self, condition=None):
         from diffusers import HunyuanVideoTransformer3DModel
 
@@ -218,7 +218,7 @@ class Diffusers(Subject):
 
 def shaped(**sizes):
     torch.manual_seed(0)
-    return Subject(Shaped(**sizes).eval().requires_grad_(False))
+    return HunyuanSubject(Shaped(**sizes).eval().requires_grad_(False))
 
 
 class Flow:
@@ -253,12 +253,12 @@ class Flow:
             yield latents
 
 
-def cached(sampler, ratios=RATIOS, settings=SHORT, announce=None, **options):
+def cached_flow(sampler, ratios=RATIOS, settings=SHORT, announce=None, **options):
     model, host = sampler.subject.model, sampler.subject.host
     return magcache_forward(model, host, ratios, settings, lambda: sampler.timesteps, announce=announce, **options)
 
 
-class Executed:
+class CallStrip:
     """Which calls of the model ran every block (#) and which ran none (.)."""
 
     def __init__(self, subject):
@@ -276,7 +276,7 @@ class Executed:
         return "".join("#" if blocks else "." for blocks in self.calls)
 
 
-class Oracle:
+class HunyuanOracle:
     """What caching must give, made the expensive way: every block runs at every step, and where `reuse` says so the
     final layer gets the tokens that entered the first block plus the residual of the newest step that was not
     reused."""

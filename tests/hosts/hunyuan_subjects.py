@@ -13,17 +13,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(REPOSITORY))
 
 from hunyuan_checks import (  # noqa: E402
-    test_a_residual_of_the_same_step_gives_full_computation,
-    test_off_is_the_untouched_model,
-    test_reused_steps_equal_the_oracle,
+    test_hunyuans_residual_of_the_same_step_gives_full_computation,
+    test_hunyuans_reused_steps_equal_the_oracle,
+    test_off_is_the_untouched_hunyuan,
 )
-from hunyuan_helpers import Subject  # noqa: E402
+from hunyuan_helpers import HunyuanSubject  # noqa: E402
 
 from common.hosts.checkouts import HUNYUANVIDEO_15_CHECKOUT, HUNYUANVIDEO_CHECKOUT  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 
 
-class Hunyuan15(Subject):
+class Hunyuan15(HunyuanSubject):
     """HunyuanVideo_1_5_DiffusionTransformer, as text-to-video calls it."""
 
     exact = torch.float32, 1e-4
@@ -32,7 +32,7 @@ class Hunyuan15(Subject):
         import hunyuan15_cpu
 
         super().__init__(
-            hunyuan15_cpu.tiny_model(),
+            hunyuan15_cpu.tiny_hunyuan15(),
             HUNYUANVIDEO_15_CHECKOUT,
             channels=8,
             text_width=48,
@@ -54,7 +54,7 @@ class Hunyuan15(Subject):
         )[0]
 
 
-class HunyuanI2V(Subject):
+class HunyuanI2V(HunyuanSubject):
     """HYVideoDiffusionTransformer of HunyuanVideo-I2V with the picture as the first frame's tokens, or as channels."""
 
     exact = torch.float32, 1e-4
@@ -64,7 +64,7 @@ class HunyuanI2V(Subject):
 
         self.condition = condition
         super().__init__(
-            hunyuan_cpu.tiny_model(condition),
+            hunyuan_cpu.tiny_hunyuan(condition),
             HUNYUANVIDEO_CHECKOUT,
             channels=16,
             text_width=4096,
@@ -107,8 +107,8 @@ if __name__ == "__main__":
 
         initialize_parallel_state()
     with torch.no_grad():
-        test_off_is_the_untouched_model(make(name), Settings(0.0, 6, 0.2))
+        test_off_is_the_untouched_hunyuan(make(name), Settings(0.0, 6, 0.2))
         for run in ({}, {"cfg": True}, {"steps": 17, "shift": 5.0}):
-            test_reused_steps_equal_the_oracle(make(name), run)
-        test_a_residual_of_the_same_step_gives_full_computation(make(name))
+            test_hunyuans_reused_steps_equal_the_oracle(make(name), run)
+        test_hunyuans_residual_of_the_same_step_gives_full_computation(make(name))
     print("passed")

@@ -21,7 +21,7 @@ class Mix(nn.Module):
         return tokens + self.scale * torch.tanh(self.own(tokens) + self.shared(mean) + vec[:, None])
 
 
-def frames_of(tokens):
+def pixels_of(tokens):
     """A video [batch, 3, frames, height, width] large enough for SSIM."""
     return tokens.tanh().repeat_interleave(8, dim=-1).repeat_interleave(8, dim=-2)
 

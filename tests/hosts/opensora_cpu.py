@@ -185,7 +185,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def write_video(path, frames, fps, **options):
+def write_frames(path, frames, fps, **options):
     import imageio
 
     imageio.mimwrite(path, frames.numpy(), fps=fps, macro_block_size=None)
@@ -249,7 +249,7 @@ def stand_ins():
         },
         "timm.models.vision_transformer": {"Mlp": Mlp},
         "timm.models.layers": {"DropPath": lambda rate: nn.Identity()},
-        "torchvision.io": {"write_video": write_video},
+        "torchvision.io": {"write_video": write_frames},
         "torchvision.utils": {"save_image": save_image},
         "torchvision.datasets.folder": {"IMG_EXTENSIONS": (".png", ".jpg"), "pil_loader": None},
         "cv2": {
@@ -264,7 +264,7 @@ def stand_ins():
         vars(importlib.import_module(name)).update(values)
 
 
-class VAE(nn.Module):
+class PoolingVAE(nn.Module):
     """Videos are pooled to latents and back."""
 
     compression, micro_frame_size = (4, 8, 8), None
@@ -295,12 +295,12 @@ class VAE(nn.Module):
         return nn.functional.interpolate(latents[:, :3].float().tanh(), size=size).to(self.dtype)
 
 
-class CausalVAE(VAE):
+class CausalVAE(PoolingVAE):
     def latent_frames(self, frames):
         return (frames - 1) // 4 + 1
 
 
-class PairedVAE(VAE):
+class PairedVAE(PoolingVAE):
     """Of the high-compression configuration: no frame of its own for the first."""
 
     def latent_frames(self, frames):
@@ -396,8 +396,8 @@ def versions_1(models):
     opensora.utils.inference_utils.read_from_path = read_from_path
     models.register_module("STDiT3-XL/2", force=True, module=stdit3)
     models.register_module("t5", force=True, module=Text)
-    models.register_module("OpenSoraVAE_V1_2", force=True, module=lambda **config: VAE(4))
-    models.register_module("OpenSoraVAE_V1_3", force=True, module=lambda **config: VAE(16))
+    models.register_module("OpenSoraVAE_V1_2", force=True, module=lambda **config: PoolingVAE(4))
+    models.register_module("OpenSoraVAE_V1_3", force=True, module=lambda **config: PoolingVAE(16))
     import opensora.models.text_encoder.t5 as t5
 
     t5.text_preprocessing = str.lower

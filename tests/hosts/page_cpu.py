@@ -26,7 +26,7 @@ decoded = []  # the latents of each video of this process
 fail_at = [None]  # the call of the model that ends a job, as running out of memory would
 
 
-def digest(tensor):
+def tensor_digest(tensor):
     return hashlib.sha256(tensor.float().contiguous().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
@@ -66,11 +66,11 @@ def wan_pages():
 
     prompt_extend.DashScopePromptExpander = prompt_extend.QwenPromptExpander = Expander
     for name in ("WanT2V", "WanI2V", "WanFLF2V", "WanVace"):
-        setattr(wan, name, small(getattr(wan, name)))
-    wan_cpu.VAE.decode = noted(wan_cpu.VAE.decode)
+        setattr(wan, name, small_pipeline(getattr(wan, name)))
+    wan_cpu.WanPoolVAE.decode = noted(wan_cpu.WanPoolVAE.decode)
 
 
-def small(pipeline_class):
+def small_pipeline(pipeline_class):
     class Small(pipeline_class):
         def generate(self, *args, size=None, frame_num=81, **kwargs):
             if size:
@@ -85,7 +85,7 @@ def small(pipeline_class):
 
 def noted(decode):
     def decode_and_note(self, latents, *args, **kwargs):
-        decoded.append(digest(latents[0]))
+        decoded.append(tensor_digest(latents[0]))
         return decode(self, latents, *args, **kwargs)
 
     return decode_and_note
@@ -99,7 +99,7 @@ def hunyuan_page():
     from hyvideo.modules.models import HYVideoDiffusionTransformer
 
     HYVideoDiffusionTransformer.forward = failing(HYVideoDiffusionTransformer.forward)
-    hunyuan_cpu.Vae.decode = noted(hunyuan_cpu.Vae.decode)
+    hunyuan_cpu.HunyuanVae.decode = noted(hunyuan_cpu.HunyuanVae.decode)
     predict = HunyuanVideoSampler.predict
     HunyuanVideoSampler.predict = lambda self, video_length, **kwargs: predict(self, video_length=9, **kwargs)
 
@@ -118,7 +118,7 @@ def run_jobs(block, jobs):
         fail_at[0] = job.get("fail_at")
         event = event_of(block, job.get("press", "steps"))
         given = job.get("inputs", {})
-        inputs = [value_of(component, given) for component in event.inputs]
+        inputs = [component_value(component, given) for component in event.inputs]
         if "ours" in job:
             inputs[-6:] = job["ours"]
         try:
@@ -132,7 +132,7 @@ def run_jobs(block, jobs):
     print("JOBS " + json.dumps(results))
 
 
-def value_of(component, given):
+def component_value(component, given):
     value = given.get(str(getattr(component, "label", None)), getattr(component, "value", None))
     if value and component.get_block_name() == "image" and component.type == "pil":
         return Image.open(value)

@@ -10,16 +10,14 @@ from diffusers.models import attention_processor as processors
 from diffusers.models import embeddings
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
-from tiny_pipelines import FAMILIES, TEXT, WIDTH, embeds, flux_controlnet, run
+from tiny_pipelines import FAMILIES, TEXT, WIDTH, embeds, flux_controlnet, run_pipeline
 
 from common.pipeline import enable
 
 STEPS = 24
 
 
-@pytest.fixture(autouse=True)
-def own_calibrations(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def with_random_weights(module):
@@ -144,10 +142,10 @@ def test_a_callback_changes_the_conditioning(what):
 
         call.update(callback_on_step_end=between, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
         if not cached:
-            return run(pipe, call, STEPS), None, done
+            return run_pipeline(pipe, call, STEPS), None, done
         with enable(pipe, speedup=2.5, announce=None) as cache:
             (handle,) = cache.handles
-            return run(pipe, call, STEPS), cache.reports[0], done
+            return run_pipeline(pipe, call, STEPS), cache.reports[0], done
 
     latents, report, (step,) = drawn()
     kinds = ["computed" if kind == "computed" else "reused" for _, _, kind, *_ in report.calls]
@@ -165,13 +163,13 @@ def test_a_control_nets_time_is_over():
     call = {**arguments(1), "control_guidance_end": 0.42}
     for steps in range(12, 24):  # as many as let it end in a gap
         with enable(pipe, speedup=2.5, announce=None) as cache:
-            cached_always = run(pipe, arguments(1), steps)
+            cached_always = run_pipeline(pipe, arguments(1), steps)
         if cache.reports[0].schedule.reuse[int(0.42 * steps)]:
             break
     with enable(pipe, speedup=2.5, announce=None) as cache:
-        cached = run(pipe, call, steps)
+        cached = run_pipeline(pipe, call, steps)
     ((why, calls),) = cache.reports[0].unplanned.items()
     assert calls == 1 and why.startswith("the conditioning changed (controlnet_block_samples, ")
-    plain, always = run(pipe, call, steps), run(pipe, arguments(1), steps)
+    plain, always = run_pipeline(pipe, call, steps), run_pipeline(pipe, arguments(1), steps)
     effect, cached_effect = plain - always, cached - cached_always
     assert (cached_effect - effect).norm() < 0.5 * effect.norm()

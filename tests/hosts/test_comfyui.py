@@ -111,7 +111,7 @@ def test_other_sampler(worker, sampler):
         ("regions_and_schedules", "wan"),
         ("context_windows",),
         ("skip_layer_guidance",),
-        ("references",),
+        ("reference_pictures",),
         ("controls_count_once", "flux"),
         ("controls_count_once", "qwen"),
         ("replaced_first_block",),
@@ -208,6 +208,11 @@ def test_compiled_in_several_graphs(worker):
     worker.run("compiled", "flux", "cache first", False)
 
 
+@pytest.mark.parametrize("node", ["CompileModel", "TorchCompileModel"])
+def test_compiled_runs_report_no_loss(worker, node):
+    worker.run("compiled_runs_report_no_loss", node)
+
+
 @pytest.mark.parametrize("mode", ["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"])
 def test_compile_modes(worker, mode):
     worker.run("compile_options", mode)
@@ -283,4 +288,4 @@ def test_facts(worker, check):
 
 
 def test_recognition(worker):
-    worker.run("recognised")
+    worker.run("classes_are_recognised")

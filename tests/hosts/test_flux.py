@@ -26,14 +26,10 @@ from common.scripts.quality import quality
 from common.spread import spread_steps
 from common.tables import load, read, write
 
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("home")
 
 
-def run(capsys, script, *arguments):
+def run_flux(capsys, script, *arguments):
     """Run a script in this process; returns what it printed."""
     argv, path = sys.argv, [*sys.path]
     sys.argv = [str(script), *map(str, arguments)]
@@ -44,17 +40,17 @@ def run(capsys, script, *arguments):
     return capsys.readouterr().out
 
 
-def complaint(capsys, script, *arguments):
+def flux_complaint(capsys, script, *arguments):
     """The sentence with which a script ends after a mistake."""
     with pytest.raises(SystemExit) as end:
-        run(capsys, script, *arguments)
+        run_flux(capsys, script, *arguments)
     text = str(end.value)
     assert text.startswith(script.name) and "\n" not in text and text.endswith(".")
     return text
 
 
 def test_demo_runs_where_there_is_no_gpu_and_no_model(capsys):
-    text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_corrector", "off")
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--magcache_corrector", "off")
     assert (
         "running the small bundled demo model" in text and "MagCache plan: 28 steps, ratios of demo (measured)" in text
     )
@@ -66,8 +62,8 @@ def test_demo_runs_where_there_is_no_gpu_and_no_model(capsys):
 
 
 def test_threshold_zero_and_no_magcache_are_the_plain_pipeline(capsys):
-    run(capsys, DEV, "--prompt", PROMPT, "--magcache_thresh", 0, "--output", "zero.png")
-    run(capsys, DEV, "--prompt", PROMPT, "--no-magcache", "--output", "off.png")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--magcache_thresh", 0, "--output", "zero.png")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--no-magcache", "--output", "off.png")
     pipe = FluxPipeline.from_pretrained(DEMO).to(torch.float32)
     plain = pipe(
         PROMPT,
@@ -84,7 +80,7 @@ def test_threshold_zero_and_no_magcache_are_the_plain_pipeline(capsys):
 
 
 def test_compare_writes_pictures_figures_and_the_control(capsys):
-    text = run(capsys, DEV, "--prompt", PROMPT, "a rocket on a black background", "--compare", "--magcache_plot")
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "a rocket on a black background", "--compare", "--magcache_plot")
     for name in (
         "magcache_flux_1.png",
         "magcache_flux_2.png",
@@ -97,22 +93,22 @@ def test_compare_writes_pictures_figures_and_the_control(capsys):
     cached, fewer = f"MagCache, {computed} of 28", f"plain sampler, {computed} steps"
     assert text.count(fewer) == 3 and "Averaged over 2 prompts" in text and "Whole pipeline" in text
     assert "magcache_flux_compare.png" in report["files"] and "magcache_flux_1.schedule.png" in report["files"]
-    run(capsys, DEV, "--prompt", PROMPT, "--no-magcache", "--output", "off.png")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--no-magcache", "--output", "off.png")
     pictures = [np.asarray(Image.open(name))[None] for name in ("off.png", "magcache_flux_1.png")]
     assert report["quality"][cached]["psnr"] == pytest.approx(quality(*pictures)["psnr"])
     assert set(report["quality"][fewer]) == {"psnr", "ssim", "ms_ssim", "seconds", "steps"}
 
 
 def test_calibration_is_found_again_by_itself(capsys, tmp_path):
-    text = run(capsys, DEV, "--prompt", PROMPT, "--steps", 12, "--magcache_calibration")
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 12, "--magcache_calibration")
     path = next((tmp_path / "home").glob("demo-*.json"))
     assert str(path) in text
     table = read(path)
     assert table.origin == "measured" and table.steps == 12 and table.provenance["prompts"] == [PROMPT]
     assert table.sampler["shift"] == pytest.approx(3.0, abs=0.01) and table.sampler["size"] == "64x64"
-    text = run(capsys, DEV, "--prompt", PROMPT, "--steps", 28)
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 28)
     assert "ratios of 12 steps carried over to the noise levels of this run" in text
-    text = run(capsys, DEV, "--prompt", PROMPT, "--mag_ratios", "flux-dev")
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--mag_ratios", "flux-dev")
     assert "ratios of flux-dev (published)" in text
 
 
@@ -120,14 +116,16 @@ def test_bundled_calibration_was_measured_on_the_bundled_model(capsys):
     """The preset `demo` is what the script measures, up to the rounding of another machine."""
     bundled = read(REPOSITORY / "common/presets/demo.json")
     prompts = bundled.provenance["prompts"]
-    run(capsys, DEV, "--prompt", *prompts, "--seed", bundled.provenance["seed"], "--magcache_calibration", "again.json")
+    run_flux(
+        capsys, DEV, "--prompt", *prompts, "--seed", bundled.provenance["seed"], "--magcache_calibration", "again.json"
+    )
     again = read("again.json")
     assert again.provenance["fingerprint"] == bundled.provenance["fingerprint"]
     assert np.allclose(again.mag_ratios["cond"], bundled.mag_ratios["cond"], atol=1e-3)
 
 
 def test_true_guidance_has_two_branches_that_skip_together(capsys):
-    run(
+    run_flux(
         capsys,
         DEV,
         "--prompt",
@@ -140,7 +138,9 @@ def test_true_guidance_has_two_branches_that_skip_together(capsys):
         "two.json",
     )
     assert read("two.json").mag_ratios.keys() == {"cond", "uncond"}
-    run(capsys, DEV, "--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2, "--mag_ratios", "two.json")
+    run_flux(
+        capsys, DEV, "--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2, "--mag_ratios", "two.json"
+    )
     calls = json.loads(Path("magcache_flux.magcache.json").read_text())["by_call"]
     by_step = {}
     for call in calls:
@@ -151,12 +151,12 @@ def test_true_guidance_has_two_branches_that_skip_together(capsys):
 
 def test_structure_of_flux_dev(capsys, dev_like):
     """57 blocks, embedded guidance, the published table and settings: 9 of 28 steps, as the release."""
-    text = run(capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--prompt", PROMPT)
+    text = run_flux(capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--prompt", PROMPT)
     assert "ratios of flux-dev (published), magcache_thresh 0.24, magcache_K 5, retention_ratio 0.1" in text
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     # The demo's scheduler has shift 3, FLUX.1-dev's 3.16 at 1024 pixels: the ratios are carried over.
     assert report["computed"] + report["reused"] == 28 and report["reused"] >= 18
-    text = run(
+    text = run_flux(
         capsys, DEV, "--model", dev_like, "--mag_ratios", "flux-dev", "--magcache_interp", "nearest", "--prompt", PROMPT
     )
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
@@ -184,14 +184,14 @@ def test_published_schedule_at_the_noise_levels_of_diffusers(name, steps, schedu
 
 def test_half_precision_walks_the_same_steps(capsys):
     """A bfloat16 timestep is off by up to 0.4 %, more than some steps are apart."""
-    run(capsys, DEV, "--prompt", PROMPT, "--steps", 50, "--dtype", "bfloat16")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 50, "--dtype", "bfloat16")
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert [call["step"] for call in report["by_call"]] == list(range(50)) and report["complete"]
     assert "".join("#" if call["kind"] == "computed" else "." for call in report["by_call"]) == report["strip"]
 
 
 def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
-    run(
+    run_flux(
         capsys,
         SCHNELL,
         "--model",
@@ -204,13 +204,15 @@ def test_schnell_skips_the_third_of_four_steps(capsys, dev_like):
         PROMPT,
     )
     assert json.loads(Path("magcache_flux_schnell.magcache.json").read_text())["strip"] == "##.#"
-    text = run(capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--prompt", PROMPT, "--steps", 3)
+    text = run_flux(
+        capsys, SCHNELL, "--model", dev_like, "--mag_ratios", "flux-schnell", "--prompt", PROMPT, "--steps", 3
+    )
     assert "a run of 3 steps has nothing to gain" in text
 
 
 def test_planned_run_computes_as_many_steps_as_asked(capsys):
     """Only latents are kept, and the picture beats the plain sampler with as many steps."""
-    text = run(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--compare", "--magcache_plot", "--magcache_steps", 10)
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["strip"].count("#") == report["computed"] == 10 and report["unplanned"] == {}
     gap = max(map(len, report["strip"].split("#")))  # one held output, two anchors, three latents a skipped step
@@ -219,7 +221,7 @@ def test_planned_run_computes_as_many_steps_as_asked(capsys):
     assert cached["psnr"] > fewer["psnr"] + 3
     assert "corrector on" in text and "no calibration needed" in text
     planned = ("--magcache_predictor", "reuse", "--magcache_corrector", "off")
-    text = run(capsys, DEV, "--prompt", PROMPT, "--magcache_speedup", 2, "--steps", 20, *planned)
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--magcache_speedup", 2, "--steps", 20, *planned)
     assert "corrector off, because it was turned off" in text
     assert "computes 10 of 20" in text
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
@@ -228,13 +230,13 @@ def test_planned_run_computes_as_many_steps_as_asked(capsys):
 
 def test_a_calibration_with_guidance_plans_as_none_does(capsys):
     two = ("--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2)
-    run(capsys, DEV, *two, "--magcache_calibration", "two.json")
+    run_flux(capsys, DEV, *two, "--magcache_calibration", "two.json")
     assert read("two.json").statistics["gram"].keys() == {"cond", "uncond"}
     weighed = ("--magcache_steps", 12, "--magcache_predictor", "linear")
-    text = run(capsys, DEV, *two, "--mag_ratios", "two.json", *weighed, "--compare")
+    text = run_flux(capsys, DEV, *two, "--mag_ratios", "two.json", *weighed, "--compare")
     assert "calibrated with guidance" in text
     planned = Image.open("magcache_flux.png")
-    run(capsys, DEV, *two, "--magcache_steps", 12, "--output", "free.png")
+    run_flux(capsys, DEV, *two, "--magcache_steps", 12, "--output", "free.png")
     assert np.array_equal(planned, Image.open("free.png"))
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["computed"] == 24 and report["unplanned"] == {}
@@ -245,7 +247,7 @@ def test_a_calibration_with_guidance_plans_as_none_does(capsys):
 def test_what_was_refined_serves_the_runs_after_it(capsys):
     """In any task that the checkpoint is found for, by its weights; --no-magcache and other wishes are refused."""
     flags = ("--prompt", PROMPT, "a robot", "--steps", 12, "--magcache_steps", 5)
-    text = run(capsys, DEV, *flags, "--magcache_refine")
+    text = run_flux(capsys, DEV, *flags, "--magcache_refine")
     assert not list(Path().glob("*.png")) and text.count(" dB, worst") == len(MEASURES)
     (path,) = (Path("home")).glob("*.json")
     kept = read(path).statistics["refined"]
@@ -258,7 +260,7 @@ def test_what_was_refined_serves_the_runs_after_it(capsys):
     kept["measure"] = [1.0, 1.0]
     table = read(path)
     write(path, replace(table, statistics={**table.statistics, "refined": kept}))
-    text = run(capsys, DEV, "--prompt", PROMPT, "--steps", 12, "--magcache_steps", 5)
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 12, "--magcache_steps", 5)
     strip = json.loads(Path("magcache_flux.magcache.json").read_text())["strip"]
     chosen = spread_steps(table.sigmas, 5, measure=(1.0, 1.0))
     assert [step for step, kind in enumerate(strip) if kind == "#"] == chosen and "measure (1.0, 1.0)" in text
@@ -274,20 +276,20 @@ def test_what_was_refined_serves_the_runs_after_it(capsys):
 
 def test_prompt_file_seed_and_size(capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\na robot\n")
-    run(capsys, DEV, "--prompt_file", "prompts.txt", "--height", 32, "--width", 48, "--steps", 6, "--seed", 7)
+    run_flux(capsys, DEV, "--prompt_file", "prompts.txt", "--height", 32, "--width", 48, "--steps", 6, "--seed", 7)
     assert Image.open("magcache_flux_2.png").size == (48, 32)
     assert json.loads(Path("magcache_flux_2.magcache.json").read_text())["seed"] == 7
 
 
 def test_group_offload_gives_the_same_picture(capsys):
-    run(capsys, DEV, "--prompt", PROMPT, "--output", "plain.png")
-    run(capsys, DEV, "--prompt", PROMPT, "--offload", "group", "--output", "offloaded.png")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--output", "plain.png")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--offload", "group", "--output", "offloaded.png")
     assert Path("plain.png").read_bytes() == Path("offloaded.png").read_bytes()
 
 
 def test_residuals_in_another_type(capsys):
     kept = ("--magcache_cache_dtype", "bfloat16", "--magcache_cache_device", "cpu", "--magcache_corrector", "off")
-    run(capsys, DEV, "--prompt", PROMPT, *kept)
+    run_flux(capsys, DEV, "--prompt", PROMPT, *kept)
     assert json.loads(Path("magcache_flux.magcache.json").read_text())["extra_bytes"] == 64 * 160 * 2
 
 
@@ -314,12 +316,14 @@ def test_lora_is_another_model(capsys, tmp_path):
     pipe.transformer.add_adapter(config)
     state = peft.get_peft_model_state_dict(pipe.transformer)
     FluxPipeline.save_lora_weights(tmp_path / "lora", transformer_lora_layers=state)
-    text = run(capsys, DEV, "--model", "demo", "--lora", tmp_path / "lora", "--prompt", PROMPT, "--output", "lora.png")
+    text = run_flux(
+        capsys, DEV, "--model", "demo", "--lora", tmp_path / "lora", "--prompt", PROMPT, "--output", "lora.png"
+    )
     assert "The LoRA changes the model" in text
-    run(capsys, DEV, "--prompt", PROMPT, "--output", "plain.png")
+    run_flux(capsys, DEV, "--prompt", PROMPT, "--output", "plain.png")
     assert Path("plain.png").read_bytes() != Path("lora.png").read_bytes()
-    run(capsys, DEV, "--model", "demo", "--lora", tmp_path / "lora", "--prompt", PROMPT, "--magcache_calibration")
-    text = run(capsys, DEV, "--model", "demo", "--lora", tmp_path / "lora", "--prompt", PROMPT)
+    run_flux(capsys, DEV, "--model", "demo", "--lora", tmp_path / "lora", "--prompt", PROMPT, "--magcache_calibration")
+    text = run_flux(capsys, DEV, "--model", "demo", "--lora", tmp_path / "lora", "--prompt", PROMPT)
     assert "The LoRA changes" not in text
 
 
@@ -357,9 +361,9 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
         ),
     )
     arguments = ("--model", folder, "--image", "reference.png", "--prompt", "a robot", "--steps", 8)
-    run(capsys, DEV, *arguments, "--magcache_calibration", "kontext.json")
+    run_flux(capsys, DEV, *arguments, "--magcache_calibration", "kontext.json")
     assert set(counted) == {(64, 128)}
-    run(capsys, DEV, *arguments, "--mag_ratios", "kontext.json", "--magcache_thresh", 9, "--output", "edit.png")
+    run_flux(capsys, DEV, *arguments, "--mag_ratios", "kontext.json", "--magcache_thresh", 9, "--output", "edit.png")
     report = json.loads(Path("edit.magcache.json").read_text())
     assert report["reused"] > 0 and Image.open("edit.png").size == (64, 64)
 
@@ -397,12 +401,12 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
         (["--steps", "1", "--magcache_calibration", "one.json"], "run at least 2"),
     ],
 )
-def test_a_mistake_gets_one_sentence(capsys, arguments, part):
-    assert part in complaint(capsys, DEV, "--prompt", PROMPT, *arguments)
+def test_a_mistake_of_flux_gets_one_sentence(capsys, arguments, part):
+    assert part in flux_complaint(capsys, DEV, "--prompt", PROMPT, *arguments)
 
 
 def test_a_checkpoint_without_a_table_names_the_calibration(capsys, dev_like):
-    text = complaint(capsys, DEV, "--model", dev_like, "--prompt", PROMPT)
+    text = flux_complaint(capsys, DEV, "--model", dev_like, "--prompt", PROMPT)
     assert "--magcache_calibration" in text and "--no-magcache" in text
 
 
@@ -415,7 +419,7 @@ def test_interrupted_calibration_leaves_the_old_file(capsys, monkeypatch):
 
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(capsys, DEV, "--prompt", PROMPT, "--magcache_calibration", "old.json")
+        run_flux(capsys, DEV, "--prompt", PROMPT, "--magcache_calibration", "old.json")
     assert Path("old.json").read_text() == before
 
 

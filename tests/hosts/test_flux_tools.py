@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import model
+from tiny_pipelines import random_model
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 import common
@@ -24,23 +24,25 @@ KINDS = {"FLUX.1-Fill-dev": diffusers.FluxFillPipeline, "FLUX.1-Canny-dev": diff
 
 
 @pytest.fixture(scope="module")
-def demo():
+def demo_flux():
     return diffusers.FluxPipeline.from_pretrained(REPOSITORY / "demo" / "image" / "model").to(torch.float32)
 
 
-def small(pipe, **changes):
+def small_picture(pipe, **changes):
     config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
-    return model("FluxTransformer2DModel", **{**config, "num_layers": 1, "num_single_layers": 1, **changes})
+    return random_model("FluxTransformer2DModel", **{**config, "num_layers": 1, "num_single_layers": 1, **changes})
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=[words[2].partition("/")[2] for words in COMMANDS])
-def test_the_line_renders(demo, command, tmp_path, monkeypatch, capsys):
+def test_the_line_renders(demo_flux, command, tmp_path, monkeypatch, capsys):
     name = command[2].partition("/")[2]
     pipeline = KINDS[name]
-    own = demo.transformer.config.in_channels
-    channels = 2 * own + 4 * demo.vae_scale_factor**2 if "Fill" in name else 2 * own
-    parts = {key: part for key, part in demo.components.items() if key not in ("image_encoder", "feature_extractor")}
-    parts["transformer"] = small(demo, in_channels=channels, out_channels=own)
+    own = demo_flux.transformer.config.in_channels
+    channels = 2 * own + 4 * demo_flux.vae_scale_factor**2 if "Fill" in name else 2 * own
+    parts = {
+        key: part for key, part in demo_flux.components.items() if key not in ("image_encoder", "feature_extractor")
+    }
+    parts["transformer"] = small_picture(demo_flux, in_channels=channels, out_channels=own)
     pipeline(**parts).save_pretrained(tmp_path / name)
     for picture in ("cup.png", "mask.png", "edges.png"):
         Image.radial_gradient("L").convert("RGB").resize((64, 64)).save(tmp_path / picture)
@@ -54,20 +56,23 @@ def test_the_line_renders(demo, command, tmp_path, monkeypatch, capsys):
     assert Image.open(picture).size == (64, 64)
 
 
-def test_redux(demo, monkeypatch):
+def test_redux(demo_flux, monkeypatch):
     monkeypatch.setitem(sys.modules, "magcache", common)
     config = SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
     redux = diffusers.FluxPriorReduxPipeline(
         SiglipVisionModel(config),
         SiglipImageProcessor(size={"height": 224, "width": 224}),
-        model("ReduxImageEncoder", redux_dim=16, txt_in_features=4096),
+        random_model("ReduxImageEncoder", redux_dim=16, txt_in_features=4096),
     )
 
     class Small(diffusers.FluxPipeline):
         def __call__(self, **options):
             return super().__call__(**{**options, "num_inference_steps": 8}, height=64, width=64)
 
-    parts = {**demo.components, "transformer": small(demo, joint_attention_dim=4096, pooled_projection_dim=768)}
+    parts = {
+        **demo_flux.components,
+        "transformer": small_picture(demo_flux, joint_attention_dim=4096, pooled_projection_dim=768),
+    }
     names = {"pipe": Small(**parts), "redux": redux, "picture": Image.radial_gradient("L").convert("RGB")}
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], names)
     assert "4 of 8 model calls computed, 4 reused" in names["cache"].report and names["image"].size == (64, 64)

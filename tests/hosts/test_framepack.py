@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from framepack_cpu import IMAGE_WIDTH, TEXT_WIDTH, tiny_transformer
-from framepack_helpers import PACKED, PUBLISHED, TOKENS, cached, entered, measured, sample
+from framepack_helpers import PACKED, PUBLISHED, TOKENS, cached_sections, entered, measured_sections, sample_section
 
 from common.hosts.diffusers import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
@@ -26,8 +26,8 @@ from common.tables import load, read
 )
 def test_skips_the_steps_that_the_release_skips(package, transformer, name, settings, steps, skipped):
     strip = entered(transformer)
-    with cached(package, transformer, settings, name) as handle:
-        sample(package, transformer, steps)
+    with cached_sections(package, transformer, settings, name) as handle:
+        sample_section(package, transformer, steps)
     assert (
         [step for step, letter in enumerate(strip()) if letter == "."]
         == skipped
@@ -38,8 +38,8 @@ def test_skips_the_steps_that_the_release_skips(package, transformer, name, sett
 
 def test_both_branches_of_guidance_skip_together(package, transformer):
     strip = entered(transformer)
-    with cached(package, transformer) as handle:
-        sample(package, transformer, 25, cfg=3.0)
+    with cached_sections(package, transformer) as handle:
+        sample_section(package, transformer, 25, cfg=3.0)
     planned = handle.reports[0].schedule.strip
     assert strip() == "".join(letter * 2 for letter in planned) and "." in planned
     assert handle.reports[0].computed == 2 * 12
@@ -48,24 +48,24 @@ def test_both_branches_of_guidance_skip_together(package, transformer):
 @pytest.mark.parametrize("settings", [Settings(0.1, 0, 0.2), Settings(0, 3, 0.2), Settings(0.1, 3, 1.0)])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_off_is_the_host_bit_for_bit(package, transformer, settings, cfg):
-    plain = sample(package, transformer, cfg=cfg)
-    with cached(package, transformer, settings) as handle:
-        assert torch.equal(sample(package, transformer, cfg=cfg), plain)
+    plain = sample_section(package, transformer, cfg=cfg)
+    with cached_sections(package, transformer, settings) as handle:
+        assert torch.equal(sample_section(package, transformer, cfg=cfg), plain)
     assert handle.reports[0].reused == 0
-    assert torch.equal(sample(package, transformer, cfg=cfg), plain) and "forward" not in vars(transformer)
+    assert torch.equal(sample_section(package, transformer, cfg=cfg), plain) and "forward" not in vars(transformer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_residual_of_the_section_is_all_that_matters(package, transformer, dtype):
     """The release keeps the residual of all tokens; the packed frames' share of it never reaches the output."""
     transformer = transformer.to(dtype)
-    with cached(package, transformer) as handle:
-        latents = sample(package, transformer, 25)
-    with cached(package, transformer, host=ALL_TOKENS) as all_tokens:
-        assert torch.equal(sample(package, transformer, 25), latents)
+    with cached_sections(package, transformer) as handle:
+        latents = sample_section(package, transformer, 25)
+    with cached_sections(package, transformer, host=ALL_TOKENS) as all_tokens:
+        assert torch.equal(sample_section(package, transformer, 25), latents)
     kept, of_all = handle.reports[0].peak_bytes, all_tokens.reports[0].peak_bytes
     assert kept == TOKENS * 32 * dtype.itemsize and of_all == (TOKENS + PACKED) * 32 * dtype.itemsize
-    assert not torch.equal(sample(package, transformer, 25), latents)
+    assert not torch.equal(sample_section(package, transformer, 25), latents)
 
 
 @pytest.mark.parametrize("settings, steps", [(Target(7), 12), (PUBLISHED, 50), (PUBLISHED, 100)])
@@ -73,22 +73,22 @@ def test_steps_that_round_to_one_timestep_are_told_apart(package, transformer, s
     """In bfloat16 the timesteps of FramePack's first steps are equal."""
     transformer = transformer.to(torch.bfloat16)
     strip = entered(transformer)
-    table = measured(package, transformer)[0] if isinstance(settings, Target) else "framepack"
+    table = measured_sections(package, transformer)[0] if isinstance(settings, Target) else "framepack"
     already = len(strip())
-    with cached(package, transformer, settings, table) as handle:
-        sample(package, transformer, steps, cfg=2.0 if steps == 12 else 1.0)
+    with cached_sections(package, transformer, settings, table) as handle:
+        sample_section(package, transformer, steps, cfg=2.0 if steps == 12 else 1.0)
     planned = handle.reports[0].schedule.strip
     assert strip()[already:] == "".join(letter * (2 if steps == 12 else 1) for letter in planned) and "." in planned
 
 
 def test_dynamic_swap_changes_nothing(package, transformer):
     """The host's way of keeping weights on the CPU gives every module a class of its own."""
-    with cached(package, transformer):
-        latents = sample(package, transformer, 25)
+    with cached_sections(package, transformer):
+        latents = sample_section(package, transformer, 25)
     package.memory.DynamicSwapInstaller.install_model(transformer, device=torch.device("cpu"))
     swapped = type(transformer)
-    with cached(package, transformer) as handle:
-        assert torch.equal(sample(package, transformer, 25), latents)
+    with cached_sections(package, transformer) as handle:
+        assert torch.equal(sample_section(package, transformer, 25), latents)
     assert handle.reports[0].reused == 13 and type(transformer) is swapped
 
 
@@ -98,12 +98,12 @@ def test_dynamic_swap_changes_nothing(package, transformer):
 def test_every_section_begins_anew(package, transformer):
     alone = []
     for history in (None, "before"):
-        with cached(package, transformer):
-            alone.append(sample(package, transformer, 25, history=alone[0] if history else None))
-    with cached(package, transformer) as handle:
-        first = sample(package, transformer, 25)
+        with cached_sections(package, transformer):
+            alone.append(sample_section(package, transformer, 25, history=alone[0] if history else None))
+    with cached_sections(package, transformer) as handle:
+        first = sample_section(package, transformer, 25)
         assert not handle.residuals.kept, "the VAE decodes now"
-        second = sample(package, transformer, 25, history=first)
+        second = sample_section(package, transformer, 25, history=first)
     assert torch.equal(first, alone[0]) and torch.equal(second, alone[1]) and not torch.equal(first, second)
     assert [report.reused for report in handle.reports] == [13, 13]
 
@@ -114,17 +114,17 @@ class Cancelled(KeyboardInterrupt):
 
 def test_a_section_after_a_cancelled_one_is_as_alone(package, transformer):
     other = {"steps": 12, "frames": 3, "cfg": 2.0, "seed": 4}
-    with cached(package, transformer):
-        alone = sample(package, transformer, **other)
+    with cached_sections(package, transformer):
+        alone = sample_section(package, transformer, **other)
 
     def cancel(state):
         if state["i"] == 9:
             raise Cancelled
 
-    with cached(package, transformer) as handle:
+    with cached_sections(package, transformer) as handle:
         with pytest.raises(Cancelled):
-            sample(package, transformer, 25, callback=cancel)
-        assert torch.equal(sample(package, transformer, **other), alone)
+            sample_section(package, transformer, 25, callback=cancel)
+        assert torch.equal(sample_section(package, transformer, **other), alone)
     assert [report.complete for report in handle.reports] == [False, True]
 
 
@@ -142,7 +142,7 @@ def residuals_by_hand(package, model, steps, kept):
             lambda module, args, output: found.append(output[0] - found.pop())
         )
     )
-    sample(package, model, steps)
+    sample_section(package, model, steps)
     for hook in hooks:
         hook.remove()
     return [residual[:, -kept:] for residual in found]
@@ -153,16 +153,16 @@ def test_calibration_is_of_the_section_or_of_all_tokens(package, transformer, ho
     residuals = residuals_by_hand(package, transformer, 12, kept)
     by_hand = [float((new.norm(dim=-1) / old.norm(dim=-1)).mean()) for old, new in zip(residuals, residuals[1:])]
     assert residuals[0].shape == (1, kept, 32)
-    plain = sample(package, transformer)
-    table, (latents,) = measured(package, transformer, host=host)
+    plain = sample_section(package, transformer)
+    table, (latents,) = measured_sections(package, transformer, host=host)
     assert np.allclose(table.mag_ratios["cond"][1:], by_hand, atol=2e-6) and torch.equal(latents, plain)
     assert table.sampler["shift"] == pytest.approx(7, abs=1e-3)
 
 
 def test_calibration_is_the_mean_over_sections(package, transformer, tmp_path):
     runs = [{"seed": 0}, {"seed": 1}, {"seed": 2}]
-    alone = [measured(package, transformer, runs=[run])[0].mag_ratios["cond"] for run in runs]
-    table, _ = measured(package, transformer, tmp_path / "t.json", runs=runs)
+    alone = [measured_sections(package, transformer, runs=[run])[0].mag_ratios["cond"] for run in runs]
+    table, _ = measured_sections(package, transformer, tmp_path / "t.json", runs=runs)
     assert np.allclose(table.mag_ratios["cond"], np.mean(alone, axis=0), atol=2e-6)
     assert table.statistics["runs"] == 3 and read(tmp_path / "t.json").mag_ratios == table.mag_ratios
     assert np.std(alone, axis=0).max() > 1e-4

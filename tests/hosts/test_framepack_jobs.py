@@ -18,7 +18,7 @@ from pathlib import Path
 import magcache_framepack_page as framepack_page
 import pytest
 import torch
-from framepack_helpers import sample
+from framepack_helpers import sample_section
 from magcache_framepack import FramePackJobs, sections
 
 from common.errors import MagCacheError
@@ -61,7 +61,7 @@ class Demo(types.ModuleType):
                         raise KeyboardInterrupt
 
                 self.latents.append(
-                    sample(
+                    sample_section(
                         self.package,
                         self.transformer,
                         int(steps),
@@ -85,27 +85,27 @@ class Demo(types.ModuleType):
         yield None, "ended"
 
 
-def flags(**given):
+def job_flags(**given):
     parser = argparse.ArgumentParser()
     framepack_page.add_framepack_flags(parser)
     return argparse.Namespace(**{**vars(parser.parse_args([])), **given})
 
 
 @pytest.fixture
-def demo(package, transformer, tmp_path, monkeypatch):
+def demo_package(package, transformer, tmp_path, monkeypatch):
     monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
     return Demo(package, transformer, tmp_path)
 
 
-def jobs_of(demo, **given):
-    return FramePackJobs(demo, flags(**given), (0.1, 3, 0.2), "framepack")
+def demo_jobs(demo, **given):
+    return FramePackJobs(demo, job_flags(**given), (0.1, 3, 0.2), "framepack")
 
 
-def plan(jobs, steps, seconds, window, values, teacache=False):
+def job_plan(jobs, steps, seconds, window, values, teacache=False):
     return jobs.plan(steps, seconds, window, teacache, Choice(*values))
 
 
-def run(jobs, values, **changed):
+def run_job(jobs, values, **changed):
     """(latents of each section, the last lines, every yield) of one job."""
     before = len(jobs.demo.latents)
     shown = list(jobs.process(*{**JOB, **changed}.values(), *values))
@@ -118,59 +118,59 @@ def equal(latents, others):
 
 
 @pytest.fixture
-def plain(package, transformer, tmp_path):
+def plain_latents(package, transformer, tmp_path):
     """The latents of the un-cached job, through a demo that MagCache never saw."""
     untouched = Demo(package, copy.deepcopy(transformer), tmp_path)
     list(untouched.process(*{**JOB, "use_teacache": False}.values()))
     return untouched.latents
 
 
-def test_a_job_with_magcache(demo, plain):
-    jobs = jobs_of(demo)
-    latents, lines, shown = run(jobs, ON)
-    assert len(latents) == 2 and not equal(latents, plain) and demo.teacache == [False]
+def test_a_job_with_magcache(demo_package, plain_latents):
+    jobs = demo_jobs(demo_package)
+    latents, lines, shown = run_job(jobs, ON)
+    assert len(latents) == 2 and not equal(latents, plain_latents) and demo_package.teacache == [False]
     assert [line.partition(":")[0] for line in lines] == ["Section 1", "Section 2"]
     assert all("7 of 12 model calls computed, 5 reused" in line and "s saved" in line for line in lines)
     assert [shown[0][0], shown[-1][0]] == [(None, "started"), (None, "ended")]
-    report = json.loads((demo.folder / "1.magcache.json").read_text())
+    report = json.loads((demo_package.folder / "1.magcache.json").read_text())
     assert [section["reused"] for section in report["sections"]] == [5, 5] and report["mag_ratios_of"] == "framepack"
-    assert "forward" not in vars(demo.transformer)
+    assert "forward" not in vars(demo_package.transformer)
 
 
-def test_jobs_without_magcache_are_the_hosts(demo, plain, package):
-    jobs = jobs_of(demo)
-    assert equal(run(jobs, OFF, use_teacache=False)[0], plain)
-    assert equal(run(jobs, (True, False, 0.1, 0, 0.2, "off"))[0], plain)  # magcache_K 0
-    assert equal(run(jobs, CALIBRATE)[0], plain)
-    latents, lines, _ = run(jobs, OFF)
-    assert lines == [] and demo.teacache == [False, False, False, True]
-    teacache = Demo(package, demo.transformer, demo.folder)
+def test_jobs_without_magcache_are_the_hosts(demo_package, plain_latents, package):
+    jobs = demo_jobs(demo_package)
+    assert equal(run_job(jobs, OFF, use_teacache=False)[0], plain_latents)
+    assert equal(run_job(jobs, (True, False, 0.1, 0, 0.2, "off"))[0], plain_latents)  # magcache_K 0
+    assert equal(run_job(jobs, CALIBRATE)[0], plain_latents)
+    latents, lines, _ = run_job(jobs, OFF)
+    assert lines == [] and demo_package.teacache == [False, False, False, True]
+    teacache = Demo(package, demo_package.transformer, demo_package.folder)
     list(teacache.process(*JOB.values()))
     assert equal(latents, teacache.latents)
 
 
-def test_the_job_after_an_ended_one_is_as_alone(demo):
-    jobs = jobs_of(demo)
-    alone, *_ = run(jobs, ON)
+def test_the_job_after_an_ended_one_is_as_alone(demo_package):
+    jobs = demo_jobs(demo_package)
+    alone, *_ = run_job(jobs, ON)
     kept = []
 
     def end_slowly():  # the worker's last word comes while the next job starts
         kept.append(dict(jobs.job.handle.residuals.kept))
         time.sleep(1)
 
-    demo.end_at, demo.when_cancelled = (1, 9), end_slowly
+    demo_package.end_at, demo_package.when_cancelled = (1, 9), end_slowly
     ended = list(jobs.process(*{**JOB, "steps": 25, "seconds": 1.0, "cfg": 2.0}.values(), *ON))
     assert len(ended[-1][1]) == 1 and not jobs.idle.is_set()
-    demo.end_at = None
-    latents, lines, shown = run(jobs, ON)
+    demo_package.end_at = None
+    latents, lines, shown = run_job(jobs, ON)
     assert "still ending" in shown[0][1][0] and kept == [{}]
     assert equal(latents[-2:], alone) and len(lines) == 2 and [outputs[1] for outputs, *_ in shown].count("file") == 2
 
 
-def test_calibration_in_the_page_is_used_from_then_on(demo, tmp_path):
-    jobs = jobs_of(demo)
+def test_calibration_in_the_page_is_used_from_then_on(demo_package, tmp_path):
+    jobs = demo_jobs(demo_package)
     published = jobs.known_table(12)
-    _, lines, shown = run(jobs, CALIBRATE)
+    _, lines, shown = run_job(jobs, CALIBRATE)
     path = jobs.calibration_file
     assert path.parent == tmp_path / "home" and path.name == f"framepack-{jobs.checkpoint}.json"
     assert "Measured in 2 sections" in lines[-1] and shown[-1][0] is None
@@ -182,83 +182,90 @@ def test_calibration_in_the_page_is_used_from_then_on(demo, tmp_path):
         and table.statistics["runs"] == 2
         and table.mag_ratios == jobs.known_table(12).mag_ratios
     )
-    assert plan(jobs, 12, 1, 2, AT_TWICE).summary.startswith("2x: ") and len(run(jobs, AT_TWICE)[0]) == 2
-    again = jobs_of(Demo(demo.package, demo.transformer, demo.folder))  # the page of another day
+    assert job_plan(jobs, 12, 1, 2, AT_TWICE).summary.startswith("2x: ") and len(run_job(jobs, AT_TWICE)[0]) == 2
+    again = demo_jobs(
+        Demo(demo_package.package, demo_package.transformer, demo_package.folder)
+    )  # the page of another day
     assert again.known_table(12).mag_ratios == table.mag_ratios and again.starts_cached()
 
 
-def test_a_calibration_that_breaks_off_saves_what_is_complete(demo):
-    jobs = jobs_of(demo)
-    demo.end_at = (0, 5)
-    _, lines, shown = run(jobs, CALIBRATE)
+def test_a_calibration_that_breaks_off_saves_what_is_complete(demo_package):
+    jobs = demo_jobs(demo_package)
+    demo_package.end_at = (0, 5)
+    _, lines, shown = run_job(jobs, CALIBRATE)
     assert "Nothing was saved" in lines[-1] and not jobs.newly_measured() and not jobs.calibration_file.exists()
     assert jobs.known_table(12).origin == "published"
-    demo.end_at = (1, 5)
-    _, lines, shown = run(jobs, CALIBRATE)
+    demo_package.end_at = (1, 5)
+    _, lines, shown = run_job(jobs, CALIBRATE)
     assert "Measured in 1 section," in lines[-1] and read(jobs.calibration_file).statistics["runs"] == 1
 
 
-def test_flags_name_the_files(demo, tmp_path):
+def test_flags_name_the_files(demo_package, tmp_path):
     target = tmp_path / "deep" / "mine.json"
-    run(jobs_of(demo, magcache_calibration=str(target), magcache_all_tokens=True), CALIBRATE)
+    run_job(demo_jobs(demo_package, magcache_calibration=str(target), magcache_all_tokens=True), CALIBRATE)
     table = read(target)
     assert "all tokens" in table.notes and table.rule == {"max_deviation": 0.06}
     renamed = replace(table, name="renamed")
     write(tmp_path / "other.json", renamed)
-    jobs = jobs_of(Demo(demo.package, demo.transformer, demo.folder), mag_ratios=str(tmp_path / "other.json"))
-    assert jobs.known_table(25).name == "renamed" and "renamed" in " ".join(plan(jobs, 25, 5, 9, ON).lines)
+    jobs = demo_jobs(
+        Demo(demo_package.package, demo_package.transformer, demo_package.folder),
+        mag_ratios=str(tmp_path / "other.json"),
+    )
+    assert jobs.known_table(25).name == "renamed" and "renamed" in " ".join(job_plan(jobs, 25, 5, 9, ON).lines)
 
 
-def test_the_plan_follows_the_controls(demo):
-    jobs = jobs_of(demo)
-    shown = plan(jobs, 25, 5, 9, ON)
+def test_the_plan_follows_the_controls(demo_package):
+    jobs = demo_jobs(demo_package)
+    shown = job_plan(jobs, 25, 5, 9, ON)
     assert shown.strip == "#####..#.#..#..#..#...#.#"
     assert shown.summary == "12 of 25 steps compute, at most 2.08x faster"
     assert shown.lines[:2] == (
         "4 sections: 48 of 100 steps of the job compute",
         "Ratios: framepack (published)",
     )
-    assert plan(jobs, 25, 5, 9, (True, False, 0.15, 4, 0.2, "off")).summary.startswith("11 of 25 steps")
-    longer = plan(jobs, 50, 10, 9, ON)
+    assert job_plan(jobs, 25, 5, 9, (True, False, 0.15, 4, 0.2, "off")).summary.startswith("11 of 25 steps")
+    longer = job_plan(jobs, 50, 10, 9, ON)
     assert longer.strip != shown.strip and longer.lines[0].startswith("8 sections")
-    off = plan(jobs, 25, 5, 9, (True, False, 0.1, 0, 0.2, "off"))
+    off = job_plan(jobs, 25, 5, 9, (True, False, 0.1, 0, 0.2, "off"))
     assert off.summary == "every step computes" and any("magcache_K is 0" in line for line in off.lines)
-    twice = plan(jobs, 25, 5, 9, AT_TWICE)
+    twice = job_plan(jobs, 25, 5, 9, AT_TWICE)
     assert twice.summary == "2x: 13 of 25 steps compute, at most 1.92x faster, the nearest to it"
     assert twice.lines == ("4 sections: 52 of 100 steps of the job compute",)
     assert twice.strip[0] == twice.strip[-1] == "#" and twice.strip.count("#") == 13
-    assert plan(jobs, 25, 5, 9, OFF).summary == "off, every step computes"
-    assert plan(jobs, 25, 5, 9, OFF, teacache=True).summary == "off, TeaCache decides"
-    assert str(jobs.calibration_file) in plan(jobs, 25, 5, 9, CALIBRATE).lines[0]
-    words = [shown, longer, off, twice, plan(jobs, 25, 5, 9, OFF), plan(jobs, 25, 5, 9, CALIBRATE)]
+    assert job_plan(jobs, 25, 5, 9, OFF).summary == "off, every step computes"
+    assert job_plan(jobs, 25, 5, 9, OFF, teacache=True).summary == "off, TeaCache decides"
+    assert str(jobs.calibration_file) in job_plan(jobs, 25, 5, 9, CALIBRATE).lines[0]
+    words = [shown, longer, off, twice, job_plan(jobs, 25, 5, 9, OFF), job_plan(jobs, 25, 5, 9, CALIBRATE)]
     assert not any("--" in line or "payload" in line for one in words for line in (one.summary, *one.lines))
 
 
-def test_a_short_calibration_is_not_used_for_a_long_job(demo, tmp_path):
+def test_a_short_calibration_is_not_used_for_a_long_job(demo_package, tmp_path):
     """And a finer table stays where it is."""
-    jobs = jobs_of(demo)
-    run(jobs, CALIBRATE, steps=2)
+    jobs = demo_jobs(demo_package)
+    run_job(jobs, CALIBRATE, steps=2)
     assert jobs.known_table(8).steps == 2 and jobs.known_table(25).origin == "published"
-    run(jobs, CALIBRATE, steps=12)
-    run(jobs, CALIBRATE, steps=2)
+    run_job(jobs, CALIBRATE, steps=12)
+    run_job(jobs, CALIBRATE, steps=2)
     assert jobs.known_table(12).steps == jobs.known_table(25).steps == 12
     assert sorted(read(path).steps for path in (tmp_path / "home").iterdir()) == [2, 12]
-    again = jobs_of(Demo(demo.package, demo.transformer, demo.folder))
+    again = demo_jobs(Demo(demo_package.package, demo_package.transformer, demo_package.folder))
     assert again.known_table(12).steps == 12
-    run(again, ON, steps=12)
-    assert json.loads((demo.folder / "1.magcache.json").read_text())["mag_ratios_of"] == again.known_table(12).name
+    run_job(again, ON, steps=12)
+    assert (
+        json.loads((demo_package.folder / "1.magcache.json").read_text())["mag_ratios_of"] == again.known_table(12).name
+    )
     again.of_model, again.own = None, [table for table in again.own if table.steps == 2]
     with pytest.raises(MagCacheError, match="were measured at too few steps for this job: tick Calibrate"):
-        run(again, ON, steps=25)
+        run_job(again, ON, steps=25)
 
 
-def test_a_report_that_cannot_be_written_or_is_not_ours(demo):
-    jobs = jobs_of(demo)
-    (demo.folder / "1.magcache.json").write_text('{"whose": "somebody\'s"}')
-    (demo.folder / "0.magcache.json").mkdir()
-    latents, lines, _ = run(jobs, ON)
-    assert len(latents) == 2 and (demo.folder / "1.magcache.json").read_text() == '{"whose": "somebody\'s"}'
-    assert len(json.loads((demo.folder / "1_2.magcache.json").read_text())["sections"]) == 2
+def test_a_report_that_cannot_be_written_or_is_not_ours(demo_package):
+    jobs = demo_jobs(demo_package)
+    (demo_package.folder / "1.magcache.json").write_text('{"whose": "somebody\'s"}')
+    (demo_package.folder / "0.magcache.json").mkdir()
+    latents, lines, _ = run_job(jobs, ON)
+    assert len(latents) == 2 and (demo_package.folder / "1.magcache.json").read_text() == '{"whose": "somebody\'s"}'
+    assert len(json.loads((demo_package.folder / "1_2.magcache.json").read_text())["sections"]) == 2
 
 
 @pytest.mark.parametrize("seconds, window, count", [(1, 9, 1), (5, 9, 4), (2.4, 9, 2), (120, 9, 100), (0.1, 33, 1)])
@@ -266,37 +273,37 @@ def test_sections_are_counted_as_the_host_counts_them(seconds, window, count):
     assert sections(seconds, window) == int(max(round((seconds * 30) / (window * 4)), 1)) == count
 
 
-def test_a_checkpoint_without_a_table_is_told_how_to_get_one(demo):
-    demo.transformer.register_to_config(_name_or_path="somebody/finetune")
-    jobs = jobs_of(demo)
+def test_a_checkpoint_without_a_table_is_told_how_to_get_one(demo_package):
+    demo_package.transformer.register_to_config(_name_or_path="somebody/finetune")
+    jobs = demo_jobs(demo_package)
     assert not jobs.starts_cached()
-    for attempt in (lambda: plan(jobs, 25, 5, 9, ON), lambda: run(jobs, ON)):
+    for attempt in (lambda: job_plan(jobs, 25, 5, 9, ON), lambda: run_job(jobs, ON)):
         with pytest.raises(MagCacheError, match="somebody/finetune are not known: tick Calibrate"):
             attempt()
-    assert not demo.latents and equal(run(jobs, OFF)[0], demo.latents)
-    latents, lines, _ = run(jobs, AT_TWICE)  # needs none
+    assert not demo_package.latents and equal(run_job(jobs, OFF)[0], demo_package.latents)
+    latents, lines, _ = run_job(jobs, AT_TWICE)  # needs none
     assert len(latents) == 2 and all("6 of 12 model calls computed, 6 reused" in line for line in lines)
-    assert json.loads((demo.folder / "1.magcache.json").read_text())["mag_ratios_of"] is None
-    run(jobs, CALIBRATE)
-    assert len(run(jobs, ON)[0]) == 2 and jobs.starts_cached()
+    assert json.loads((demo_package.folder / "1.magcache.json").read_text())["mag_ratios_of"] is None
+    run_job(jobs, CALIBRATE)
+    assert len(run_job(jobs, ON)[0]) == 2 and jobs.starts_cached()
 
 
-def test_wrong_values_are_refused_before_anything_runs(demo):
-    jobs = jobs_of(demo)
+def test_wrong_values_are_refused_before_anything_runs(demo_package):
+    jobs = demo_jobs(demo_package)
     with pytest.raises(MagCacheError, match="retention_ratio"):
-        run(jobs, (True, False, 0.1, 3, 1.5, "off"))
-    assert not demo.latents and len(run(jobs, ON)[0]) == 2
+        run_job(jobs, (True, False, 0.1, 3, 1.5, "off"))
+    assert not demo_package.latents and len(run_job(jobs, ON)[0]) == 2
 
 
 # --- around the page ---
 
 
-def test_the_plan_is_drawn(demo):
-    jobs = jobs_of(demo)
-    drawn = controls.plan_html(plan(jobs, 25, 5, 9, ON))
+def test_the_plan_is_drawn(demo_package):
+    jobs = demo_jobs(demo_package)
+    drawn = controls.plan_html(job_plan(jobs, 25, 5, 9, ON))
     assert drawn.count(": computes") == 12 and drawn.count(": is skipped") == 13 and 'aria-label="#####..#.' in drawn
     assert "4 sections: 48 of 100 steps" in drawn
-    assert controls.plan_html(plan(jobs, 25, 5, 9, OFF)) == "<div>off, every step computes</div>"
+    assert controls.plan_html(job_plan(jobs, 25, 5, 9, OFF)) == "<div>off, every step computes</div>"
     assert controls.in_lines(["a < b"]) == "<div>a &lt; b</div>"
 
 
@@ -375,7 +382,7 @@ def test_importing_the_drop_in_reads_no_environment_of_the_hub():
 )
 def test_flags_are_checked_before_weights_are_loaded(given, sentence):
     with pytest.raises(MagCacheError, match=sentence):
-        framepack_page.check_page_flags(flags(**given))
+        framepack_page.check_page_flags(job_flags(**given))
 
 
 def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
@@ -383,7 +390,7 @@ def test_a_torchvision_that_writes_no_videos_is_named(monkeypatch):
         sys.modules, "torchvision", types.SimpleNamespace(io=types.SimpleNamespace(), __version__="0.28.0")
     )
     with pytest.raises(MagCacheError, match="torchvision 0.28.0"):
-        framepack_page.check_page_flags(flags())
+        framepack_page.check_page_flags(job_flags())
 
 
 def test_install_knows_the_checkout(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hunyuan_checks import (  # noqa: F401
     test_a_calibration_plans_the_next_run,
-    test_a_residual_of_the_same_step_gives_full_computation,
-    test_off_is_the_untouched_model,
-    test_reused_steps_equal_the_oracle,
+    test_hunyuans_residual_of_the_same_step_gives_full_computation,
+    test_hunyuans_reused_steps_equal_the_oracle,
+    test_off_is_the_untouched_hunyuan,
 )
-from hunyuan_helpers import REPOSITORY, STRIPS, Diffusers, Executed, Flow, cached, shaped
+from hunyuan_helpers import REPOSITORY, STRIPS, CallStrip, Diffusers, Flow, cached_flow, shaped
 
 from common.schedule import Settings
 from common.tables import load
@@ -37,8 +37,8 @@ def subject(request):
 @pytest.mark.parametrize("size", STRIPS)
 def test_published_tables_at_step_counts(size, steps):
     subject = shaped()
-    sampler, blocks, table = Flow(subject), Executed(subject), load(f"hunyuanvideo-t2v-{size}")
-    with cached(sampler, table, PUBLISHED) as handle:
+    sampler, blocks, table = Flow(subject), CallStrip(subject), load(f"hunyuanvideo-t2v-{size}")
+    with cached_flow(sampler, table, PUBLISHED) as handle:
         sampler.run(steps=steps)
     assert blocks.strip == handle.reports[0].schedule.strip
     if steps == 50:
@@ -49,7 +49,7 @@ def test_published_tables_at_step_counts(size, steps):
 def test_a_batch_equals_its_videos():
     subject = shaped()
     sampler = Flow(subject)
-    with cached(sampler):
+    with cached_flow(sampler):
         together = sampler.run(videos=2, size=(3, 8, 12))
         alone = torch.cat([sampler.run(seed=seed) for seed in range(2)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
@@ -58,8 +58,8 @@ def test_a_batch_equals_its_videos():
 def test_the_first_latent_may_be_float16():
     """As in the checkout, where the text encoder's dtype is the noise's: the steps after it come in float32."""
     subject = shaped()
-    sampler, blocks = Flow(subject), Executed(subject)
-    with cached(sampler, settings=Settings(1.0, 2, 0.0)) as handle:
+    sampler, blocks = Flow(subject), CallStrip(subject)
+    with cached_flow(sampler, settings=Settings(1.0, 2, 0.0)) as handle:
         sampler.run(dtype=torch.float16)
     assert blocks.strip == "#..#..#..#.." and not handle.reports[0].unplanned
 

@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(runs, tmp_path):
+def generate15(runs, tmp_path):
     Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "cat.png")
 
     def run(*flags, **options):
@@ -77,23 +77,23 @@ def apart(one, other):
     return float((one.latents[0] - other.latents[0]).abs().mean())
 
 
-def test_the_transformer_reuses_what_an_independent_recomputation_gives(runs, tmp_path):
+def test_hunyuan15_reuses_what_an_independent_recomputation_gives(runs, tmp_path):
     (done,) = runs.ranks(Path(__file__).with_name("hunyuan_subjects.py"), "1.5", cwd=tmp_path, count=1)
     assert done.code == 0 and done.output.splitlines()[-1] == "passed", done.output
 
 
 @pytest.mark.parametrize("flags", [(), ("--image_path", "cat.png")], ids=["t2v", "i2v"])
-def test_off_renders_what_generate_renders(generate, tmp_path, flags):
-    (plain,) = generate(*flags, script="generate.py")
+def test_off_renders_what_generate_renders(generate15, tmp_path, flags):
+    (plain,) = generate15(*flags, script="generate.py")
     for off in (("--no-magcache",), ("--magcache_thresh", 0, "--mag_ratios", "hunyuanvideo-1.5-t2v-40steps")):
-        (done,) = generate(*flags, *off)
+        (done,) = generate15(*flags, *off)
         assert torch.equal(done.latents[0], plain.latents[0])
     assert report(tmp_path)["reused"] == 0 and report(tmp_path)["version"].endswith(("t2v", "i2v")[bool(flags)])
 
 
 @pytest.mark.parametrize("steps, preset", [(20, "hunyuanvideo-1.5-t2v-20steps"), (50, "hunyuanvideo-1.5-t2v-40steps")])
-def test_the_published_table_of_the_nearest_step_count(generate, tmp_path, steps, preset):
-    (done,) = generate("--num_inference_steps", steps)
+def test_the_published_table_of_the_nearest_step_count(generate15, tmp_path, steps, preset):
+    (done,) = generate15("--num_inference_steps", steps)
     one = report(tmp_path)
     assert one["mag_ratios_of"] == preset and one["calls"] == steps and not one["unplanned"] and one["complete"]
     assert 0 < one["reused"] and done.entered[BLOCKS] == 3 * one["computed"]
@@ -102,54 +102,54 @@ def test_the_published_table_of_the_nearest_step_count(generate, tmp_path, steps
     assert one["size"] == "848x480" and (tmp_path / "out" / "cat_config.json").is_file()
 
 
-def test_super_resolution_comparison_and_the_video_before_it(generate, tmp_path):
-    (done,) = generate("--sr", "true", "--save_pre_sr_video", "--compare", "--num_inference_steps", 10)
+def test_super_resolution_comparison_and_the_video_before_it(generate15, tmp_path):
+    (done,) = generate15("--sr", "true", "--save_pre_sr_video", "--compare", "--num_inference_steps", 10)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("cat.mp4", "cat.magcache.json", "cat_compare.mp4", "cat_before_sr.mp4", "cat_config.json")
     }
     assert list(report(tmp_path)["quality"])[0] == "un-cached, 10 steps" and "MS-SSIM" in done.output
 
 
-def test_offloading_changes_nothing(generate, tmp_path):
-    (plain,) = generate()
+def test_offloading_changes_nothing(generate15, tmp_path):
+    (plain,) = generate15()
     flags = "--offloading true --group_offloading true --overlap_group_offloading false".split()
-    (offloaded,) = generate(*flags)
+    (offloaded,) = generate15(*flags)
     assert torch.equal(plain.latents[0], offloaded.latents[0])
     assert plain.entered[BLOCKS] == offloaded.entered[BLOCKS] == 3 * report(tmp_path)["computed"]
 
 
-def test_two_ranks_render_what_one_renders(generate, tmp_path):
-    one, other = (generate(count=count)[0] for count in (1, 2))
+def test_two_ranks_render_what_one_renders(generate15, tmp_path):
+    one, other = (generate15(count=count)[0] for count in (1, 2))
     assert not report(tmp_path)["unplanned"]
-    (plain,) = generate("--no-magcache")
+    (plain,) = generate15("--no-magcache")
     assert apart(one, plain) > 0 and apart(one, other) < apart(one, plain) / 20
 
 
-def test_a_calibration_is_found_by_its_checkpoint_and_version(generate, tmp_path):
+def test_a_calibration_is_found_by_its_checkpoint_and_version(generate15, tmp_path):
     """One for image-to-video, for which nothing is published, on one rank and on two."""
     i2v = "--image_path", "cat.png"
-    (refused,) = generate(*i2v, fails=True)
+    (refused,) = generate15(*i2v, fails=True)
     assert "No magnitude ratios are known for hunyuanvideo-1.5-480p_i2v" in refused.output
-    (plain,) = generate(*i2v, script="generate.py")
-    (measured,) = generate(*i2v, "--magcache_calibration")
+    (plain,) = generate15(*i2v, script="generate.py")
+    (measured,) = generate15(*i2v, "--magcache_calibration")
     assert torch.equal(measured.latents[0], plain.latents[0])
     (path,) = (tmp_path / "home").glob("hunyuanvideo-1.5-480p_i2v-*.json")
-    generate(*i2v, "--magcache_calibration", "two.json", count=2)
+    generate15(*i2v, "--magcache_calibration", "two.json", count=2)
     table = read(path)
     assert table.mag_ratios["cond"] == pytest.approx(read(tmp_path / "two.json").mag_ratios["cond"], abs=1e-3)
-    generate(*i2v, "--magcache_steps", 8, "--magcache_predictor", "linear")
+    generate15(*i2v, "--magcache_steps", 8, "--magcache_predictor", "linear")
     assert report(tmp_path)["computed"] == 8 and report(tmp_path)["mag_ratios_of"] == table.name
-    (refused,) = generate("--cfg_distilled", fails=True)
+    (refused,) = generate15("--cfg_distilled", fails=True)
     assert "for hunyuanvideo-1.5-480p_t2v_distilled" in refused.output
 
 
-def test_the_step_distilled_model_runs_as_it_is_until_asked(generate, tmp_path):
+def test_the_step_distilled_model_runs_as_it_is_until_asked(generate15, tmp_path):
     flags = "--image_path", "cat.png", "--enable_step_distill", "--num_inference_steps", 12
-    (done,) = generate(*flags)
+    (done,) = generate15(*flags)
     assert "MagCache is off: the step-distilled model" in done.output and done.entered[BLOCKS] == 36
     assert not (tmp_path / "out" / "cat.magcache.json").exists()
-    generate(*flags, "--magcache_calibration")
-    (done,) = generate(*flags, "--magcache_steps", 9, "--magcache_predictor", "linear")
+    generate15(*flags, "--magcache_calibration")
+    (done,) = generate15(*flags, "--magcache_steps", 9, "--magcache_predictor", "linear")
     assert done.entered[BLOCKS] == 27
 
 
@@ -163,8 +163,8 @@ def test_the_step_distilled_model_runs_as_it_is_until_asked(generate, tmp_path):
         (("--output_path", "cat.txt"), "no ending that can be written"),
     ],
 )
-def test_what_cannot_work_is_one_sentence_before_anything_is_loaded(generate, flags, words):
-    (done,) = generate(*flags, fails=True)
+def test_what_cannot_work_is_one_sentence_before_anything_is_loaded(generate15, flags, words):
+    (done,) = generate15(*flags, fails=True)
     assert words in done.output and "Traceback" not in done.output and "HunyuanVideo Generation Task" not in done.output
 
 
@@ -174,11 +174,11 @@ def commands():
     return [line for line in lines if " magcache_generate.py " in line]
 
 
-def test_the_commands_of_the_readme(runs, generate, tmp_path):
+def test_the_commands_of_hunyuan15s_readme(runs, generate15, tmp_path):
     """In their order, with less to compute."""
     assert runs.command.split("--prompt")[0] == commands()[0].split("--prompt")[0]
     for line in commands():
         starts, flags = line.replace("/path/to/image.png", "cat.png").split(" magcache_generate.py ")
-        generate(*shlex.split(flags), *SMALL[2:], count=1 if starts == "python" else 2)
+        generate15(*shlex.split(flags), *SMALL[2:], count=1 if starts == "python" else 2)
     written = json.loads((tmp_path / "outputs" / "cat.magcache.json").read_text())
     assert written["reused"] > 0 and len(list((tmp_path / "home").iterdir())) == 1

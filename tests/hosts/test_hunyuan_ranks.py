@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hunyuan_helpers import Executed, Flow, cached, gathered, parallelize, shaped
+from hunyuan_helpers import CallStrip, Flow, cached_flow, gathered, parallelize, shaped
 from ranks import two_ranks
 
 from common.hosts.checkouts import HUNYUANVIDEO_CHECKOUT
@@ -10,16 +10,16 @@ from common.patch import magcache_calibration
 from common.tables import read
 
 
-def render(early=True, **run):
+def render_parallel(early=True, **run):
     """(latents, strip of what ran) of a parallelised model, patched before or after."""
     sampler = Flow(shaped())
-    blocks = Executed(sampler.subject)
+    blocks = CallStrip(sampler.subject)
     if early:
-        handle = cached(sampler)
+        handle = cached_flow(sampler)
         parallelize(sampler.subject.model)
     else:
         parallelize(sampler.subject.model)
-        handle = cached(sampler)
+        handle = cached_flow(sampler)
     with handle:
         latents = sampler.run(**run)
     uncached = sampler.run(**run)
@@ -30,9 +30,9 @@ def render(early=True, **run):
 
 def test_a_patch_beneath_parallelising_is_active():
     sampler = Flow(shaped())
-    with cached(sampler):
+    with cached_flow(sampler):
         expected = sampler.run()
-    latents, strip = render()
+    latents, strip = render_parallel()
     assert torch.equal(latents, expected) and strip == "##..#..#..#." + "#" * 12
 
 
@@ -41,15 +41,15 @@ def test_a_patch_above_parallelising_is_an_error():
     subject = shaped()
     parallelize(subject.model)
     sampler = Flow(subject)
-    with pytest.raises((TypeError, AttributeError)), cached(sampler):
+    with pytest.raises((TypeError, AttributeError)), cached_flow(sampler):
         sampler.run()
     torch.testing.assert_close(sampler.run(), Flow(shaped()).run())
 
 
 def one_rank(rank, folder):
-    torch.save(render(cfg=True), folder / f"rank{rank}.pt")
+    torch.save(render_parallel(cfg=True), folder / f"rank{rank}.pt")
     try:
-        render(early=False)
+        render_parallel(early=False)
     except TypeError as error:
         (folder / f"late{rank}").write_text(str(error))
     sampler = Flow(shaped())
@@ -62,7 +62,7 @@ def one_rank(rank, folder):
 
 def test_two_ranks_render_and_measure_what_one_does(tmp_path):
     two_ranks(one_rank, tmp_path)
-    expected, strip = render(cfg=True)
+    expected, strip = render_parallel(cfg=True)
     for rank in range(2):
         latents, its_strip = torch.load(tmp_path / f"rank{rank}.pt")
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)

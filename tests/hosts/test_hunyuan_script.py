@@ -14,7 +14,7 @@ from hunyuan_helpers import (
     REPOSITORY,
     STRIPS,
     Flow,
-    Subject,
+    HunyuanSubject,
     parallelize,
     reports,
     shaped,
@@ -52,7 +52,7 @@ def host_flags():
     return parser.parse_args()
 
 
-class Sampler:
+class PixelSampler:
     """Renders 16x24 pixels and five frames; what surrounds the transformer is as in the checkout."""
 
     def __init__(self, args):
@@ -64,7 +64,7 @@ class Sampler:
         return types.SimpleNamespace(transformer=model, scheduler=None)
 
     def predict(self, prompt, seed, infer_steps, num_videos, cfg_scale):
-        self.pipeline.scheduler = sampler = Flow(Subject(self.pipeline.transformer))
+        self.pipeline.scheduler = sampler = Flow(HunyuanSubject(self.pipeline.transformer))
         latents = sampler.run(steps=infer_steps, seed=seed, videos=num_videos, size=(5, 16, 24), cfg=cfg_scale > 1)
         brightness = torch.linspace(0.3, 0.7, num_videos)[:, None, None, None, None]
         return {
@@ -82,7 +82,7 @@ def save_videos_grid(videos, path, rescale=False, n_rows=1, fps=24):
 
 
 @pytest.fixture
-def checkout(monkeypatch, tmp_path):
+def sample_video(monkeypatch, tmp_path):
     """Runs magcache_sample_video.py with flags; returns what was printed."""
     sample_video = types.ModuleType("sample_video")
 
@@ -109,7 +109,7 @@ def checkout(monkeypatch, tmp_path):
 
     def run(*flags):
         sample_video.parse_args = host_flags
-        sample_video.HunyuanVideoSampler, sample_video.save_videos_grid = Sampler, save_videos_grid
+        sample_video.HunyuanVideoSampler, sample_video.save_videos_grid = PixelSampler, save_videos_grid
         monkeypatch.setattr(
             sys, "argv", ["magcache_sample_video.py", "--prompt", "A cat", "--seed", "3", *map(str, flags)]
         )
@@ -133,8 +133,8 @@ def checkout(monkeypatch, tmp_path):
     ],
     ids=str,
 )
-def test_the_table_of_the_nearest_size(checkout, capsys, size, table):
-    checkout("--flow-reverse", "--video-size", *size)
+def test_the_table_of_the_nearest_size(sample_video, capsys, size, table):
+    sample_video("--flow-reverse", "--video-size", *size)
     printed = capsys.readouterr()
     said = printed.out + printed.err
     assert f"ratios of hunyuanvideo-t2v-{table} (published)" in said and f"  {STRIPS[table]}   # computes" in said
@@ -145,19 +145,19 @@ def test_the_table_of_the_nearest_size(checkout, capsys, size, table):
     assert reports()[0]["strip"] == STRIPS[table] and reports()[0]["mag_ratios_of"] == f"hunyuanvideo-t2v-{table}"
 
 
-def test_off_saves_what_the_host_saves(checkout):
+def test_off_saves_what_the_host_saves(sample_video):
     flags = "--flow-reverse", "--num-videos", 2, "--infer-steps", 12, "--save-path"
-    checkout(*flags, "cached")
-    checkout(*flags, "plain", "--no-magcache")
+    sample_video(*flags, "cached")
+    sample_video(*flags, "plain", "--no-magcache")
     assert list(videos("plain")) == list(videos("cached")) == ["seed3_A cat.mp4", "seed4_A cat.mp4"]
     assert not any(map(np.array_equal, videos("cached").values(), videos("plain").values()))
     for off in ("--magcache_thresh", "--magcache_K"):
-        checkout(*flags, "off", off, 0)
+        sample_video(*flags, "off", off, 0)
         assert all(map(np.array_equal, videos("off").values(), videos("plain").values()))
 
 
-def test_several_videos_with_comparison(checkout, capsys):
-    checkout("--flow-reverse", "--num-videos", 2, "--compare", "--infer-steps", 12, "--cfg-scale", 3)
+def test_several_videos_with_comparison(sample_video, capsys):
+    sample_video("--flow-reverse", "--num-videos", 2, "--compare", "--infer-steps", 12, "--cfg-scale", 3)
     assert len(videos()) == 2 and len(reports()) == 2
     columns = {}
     for name in videos():
@@ -178,17 +178,17 @@ def test_several_videos_with_comparison(checkout, capsys):
     assert not list(Path("results").glob(".*"))
 
 
-def test_a_long_prompt_does_not_lose_the_video(checkout, monkeypatch):
-    checkout("--flow-reverse", "--infer-steps", 8, "--prompt", "雨" * 100, "--magcache_plot")
+def test_a_long_prompt_does_not_lose_the_video(sample_video, monkeypatch):
+    sample_video("--flow-reverse", "--infer-steps", 8, "--prompt", "雨" * 100, "--magcache_plot")
     (name,) = videos()
     assert name.startswith("seed3_雨雨") and len(name.encode()) <= 255
     assert {path.suffix for path in Path("results").iterdir()} == {".mp4", ".json", ".png"}
 
 
-def test_calibration_is_used_from_then_on(checkout, capsys):
+def test_calibration_is_used_from_then_on(sample_video, capsys):
     flags = ["--flow-reverse", "--infer-steps", 20, "--video-size", 544, 960]
-    checkout(*flags, "--no-magcache", "--save-path", "plain")
-    checkout(*flags, "--magcache_calibration", "--save-path", "calibrated")
+    sample_video(*flags, "--no-magcache", "--save-path", "plain")
+    sample_video(*flags, "--magcache_calibration", "--save-path", "calibrated")
     (path,) = Path("home").glob("hunyuanvideo-t2v-960x544x129-*.json")
     assert np.array_equal(*[frames for folder in ("plain", "calibrated") for frames in videos(folder).values()])
     assert read(path).steps == 20 and read(path).settings == {
@@ -198,15 +198,15 @@ def test_calibration_is_used_from_then_on(checkout, capsys):
     }
     capsys.readouterr()
     for payload in ("residual", "output"):
-        checkout(*flags, "--magcache_steps", 10, "--magcache_payload", payload)
+        sample_video(*flags, "--magcache_steps", 10, "--magcache_payload", payload)
         assert reports()[0]["computed"] == 10 and not reports()[0]["unplanned"]
-    checkout(*flags, "--magcache_calibration", "mine.json")
+    sample_video(*flags, "--magcache_calibration", "mine.json")
     assert read("mine.json").mag_ratios == read(path).mag_ratios
 
 
-def test_the_lines_at_the_top_and_the_flags(checkout, monkeypatch):
+def test_the_lines_at_the_top_and_the_flags(sample_video, monkeypatch):
     monkeypatch.setitem(SCRIPT["nearest_published"].__globals__, "MAGCACHE_K", 2)
-    checkout("--flow-reverse", "--magcache_thresh", 0.12)
+    sample_video("--flow-reverse", "--magcache_thresh", 0.12)
     assert reports()[0]["settings"] == {"magcache_thresh": 0.12, "magcache_K": 2, "retention_ratio": 0.2}
     assert reports()[0]["strip"].count(".") == 25
 
@@ -223,10 +223,10 @@ def test_the_lines_at_the_top_and_the_flags(checkout, monkeypatch):
     ],
     ids=str,
 )
-def test_mistakes_are_found_before_loading(checkout, monkeypatch, flags, sentence):
-    monkeypatch.setattr(Sampler, "__init__", lambda self, args: pytest.fail("loaded"))
+def test_mistakes_are_found_before_loading(sample_video, monkeypatch, flags, sentence):
+    monkeypatch.setattr(PixelSampler, "__init__", lambda self, args: pytest.fail("loaded"))
     with pytest.raises(SystemExit, match=re.escape(sentence)):
-        checkout(*flags)
+        sample_video(*flags)
 
 
 @pytest.mark.parametrize(
@@ -238,11 +238,11 @@ def test_mistakes_are_found_before_loading(checkout, monkeypatch, flags, sentenc
         ("--magcache_plot", "matplotlib"),
     ],
 )
-def test_a_missing_package_is_found_before_loading(checkout, monkeypatch, flag, package):
-    monkeypatch.setattr(Sampler, "__init__", lambda self, args: pytest.fail("loaded"))
+def test_a_missing_package_is_found_before_loading(sample_video, monkeypatch, flag, package):
+    monkeypatch.setattr(PixelSampler, "__init__", lambda self, args: pytest.fail("loaded"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=f"pip install {package}"):
-        checkout("--flow-reverse", flag)
+        sample_video("--flow-reverse", flag)
 
 
 def test_ranks_need_a_seed():

@@ -2,28 +2,23 @@
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, run
+from tiny_pipelines import FAMILIES, Stopped, run_pipeline
 
 from common.blocks import BlockStack
 from common.hosts import HOSTS, class_name
 from common.pipeline import enable
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture
-def pipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))
+def tiny_pipe(home):
     return FAMILIES["flux"]()
 
 
 @pytest.mark.parametrize("end", ["complete", "interrupt", "exception"])
-def test_nothing_is_kept_when_the_loop_is_over(pipe, end):
-    pipe, arguments = pipe
-    plain, kept = run(pipe, arguments(1)), []
-    cache = enable(pipe, speedup=2, announce=None)
+def test_nothing_is_kept_when_the_loop_is_over(tiny_pipe, end):
+    tiny_pipe, arguments = tiny_pipe
+    plain, kept = run_pipeline(tiny_pipe, arguments(1)), []
+    cache = enable(tiny_pipe, speedup=2, announce=None)
     (handle,) = cache.handles
 
     def stop(pipe, step, timestep, tensors):
@@ -34,22 +29,22 @@ def test_nothing_is_kept_when_the_loop_is_over(pipe, end):
             raise Stopped
         return {}
 
-    unpack, seen = pipe._unpack_latents, []
-    decode = pipe.vae.decode
-    pipe.vae.decode = lambda *args, **kwargs: seen.append(handle.run) or decode(*args, **kwargs)
+    unpack, seen = tiny_pipe._unpack_latents, []
+    decode = tiny_pipe.vae.decode
+    tiny_pipe.vae.decode = lambda *args, **kwargs: seen.append(handle.run) or decode(*args, **kwargs)
     try:
-        run(pipe, arguments(1), output_type="pt", callback_on_step_end=stop)
+        run_pipeline(tiny_pipe, arguments(1), output_type="pt", callback_on_step_end=stop)
     except Stopped:
         assert end == "exception"
-    assert max(kept) > 0 and handle.run is None and handle.residuals.bytes == 0 and pipe._unpack_latents == unpack
+    assert max(kept) > 0 and handle.run is None and handle.residuals.bytes == 0 and tiny_pipe._unpack_latents == unpack
     assert seen == ([] if end == "exception" else [None]), "the VAE decodes with nothing kept"
     assert handle.reports[-1].complete == (end == "complete")
-    first = run(pipe, arguments(1))
+    first = run_pipeline(tiny_pipe, arguments(1))
     cache.disable()
-    assert "progress_bar" not in vars(pipe) and torch.equal(run(pipe, arguments(1)), plain)
-    with enable(pipe, speedup=2, announce=None):
-        assert torch.equal(run(pipe, arguments(1)), first)
-    assert "progress_bar" not in vars(pipe)
+    assert "progress_bar" not in vars(tiny_pipe) and torch.equal(run_pipeline(tiny_pipe, arguments(1)), plain)
+    with enable(tiny_pipe, speedup=2, announce=None):
+        assert torch.equal(run_pipeline(tiny_pipe, arguments(1)), first)
+    assert "progress_bar" not in vars(tiny_pipe)
 
 
 def test_a_residual_has_the_type_of_the_blocks():
@@ -67,5 +62,5 @@ def test_a_residual_has_the_type_of_the_blocks():
         return output
 
     model.forward = recorded
-    run(pipe, arguments(1), 2)
+    run_pipeline(pipe, arguments(1), 2)
     assert seen[0] == (torch.bfloat16, torch.bfloat16) and seen[1].dtype == torch.bfloat16

@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from tiny_pipelines import ltx2, model
+from tiny_pipelines import TEXT, flux, ltx2, random_model
 
 from common.__main__ import main as command
 
@@ -142,11 +142,11 @@ def test_heads_that_ranks_cannot_share(script):
     assert "has 5 attention heads, which 2 processes cannot share evenly" in ended
 
 
-def picture(path):
+def read_picture(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_a_lora(tmp_path, script):
+def test_a_lora_of_a_pipeline(tmp_path, script):
     pipe = diffusers.DiffusionPipeline.from_pretrained(REPOSITORY / "demo" / "image" / "model")
     torch.manual_seed(0)
     pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -156,8 +156,8 @@ def test_a_lora(tmp_path, script):
         assert (ended is None) == (name != "other")
     assert "nowhere cannot be loaded" in ended
     assert script("--output", "cached.png", "--lora", "lora", "--magcache_steps", "4", *SMALL)[0] is None
-    lora, cached = picture("lora.png"), picture("cached.png")
-    assert np.abs(lora - picture("plain.png")).mean() > 2 * np.abs(lora - cached).mean() > 0
+    lora, cached = read_picture("lora.png"), read_picture("cached.png")
+    assert np.abs(lora - read_picture("plain.png")).mean() > 2 * np.abs(lora - cached).mean() > 0
 
 
 def test_compiled_and_offloaded(tmp_path, script, monkeypatch):
@@ -169,7 +169,7 @@ def test_compiled_and_offloaded(tmp_path, script, monkeypatch):
     offloaded = {"accelerator": lambda: "cpu:0"}
     assert script("--output", "offloaded.png", "--offload", "model", *SMALL, instead=offloaded)[0] is None
     for name in ("compiled", "offloaded"):
-        assert np.abs(picture("plain.png") - picture(f"{name}.png")).max() <= 1
+        assert np.abs(read_picture("plain.png") - read_picture(f"{name}.png")).max() <= 1
 
 
 def test_several_pictures_of_a_prompt_are_all_saved(tmp_path, script):
@@ -183,7 +183,7 @@ def test_several_pictures_of_a_prompt_are_all_saved(tmp_path, script):
 
 def test_a_sound(tmp_path, script):
     """DanceDiffusion takes no prompt; its rate is its own."""
-    unet = model(
+    unet = random_model(
         "UNet1DModel", sample_size=512, sample_rate=16000, in_channels=2, out_channels=2, extra_in_channels=64,
         block_out_channels=(32, 32, 32), down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
         up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"), mid_block_type="UNetMidBlock1D",
@@ -210,6 +210,53 @@ def test_a_video_with_sound(tmp_path, script):
     streams = subprocess.run([ffmpeg, "-i", "x.mp4"], capture_output=True, text=True).stderr
     assert "Video:" in streams and "Audio:" in streams and "16000 Hz" in streams
     assert {path.name for path in tmp_path.iterdir()} == {"x.mp4", "x.magcache.json"}
+
+
+def a_model_without_ratios(args):
+    """A tiny FLUX whose prompts are all alike."""
+    pipe, arguments = flux()
+    call = arguments(1)
+    pipe.encode_prompt = lambda *_, **__: (call["prompt_embeds"], call["pooled_prompt_embeds"], torch.zeros(TEXT, 3))
+    return pipe
+
+
+TINY = ("--height", "16", "--width", "16", "--num_inference_steps", "8")
+RULE = ("--magcache_thresh", "5", "--magcache_K", "1", "--retention_ratio", "0.2")
+MEASURING = "MagCache measuring: this run computes every step; the next one is faster"
+
+
+@pytest.mark.parametrize("wish", [RULE, ("--magcache_max_error", "0.15")], ids=["rule", "max_error"])
+def test_the_first_of_several_prompts_is_measured(tmp_path, script, wish):
+    tiny = {"instead": {"load_model": a_model_without_ratios}}
+    assert script("--no-magcache", "--output", "plain.png", "--prompt", "a cat", *TINY, **tiny)[0] is None
+    ended, said = script("--output", "x.png", "--prompt", "a cat", "a dog", *wish, *TINY, **tiny)
+    assert ended is None and f"{MEASURING} (saved to " in said and "MagCache plan: 8 steps, ratios of Flux" in said
+    assert said.index("Prompt 2 of 2: a dog") < said.index("MagCache plan") and "Run the same command" not in said
+    first, second = (json.loads((tmp_path / f"x_{number}.magcache.json").read_text()) for number in (1, 2))
+    assert first["measuring"].startswith("this run computes every step") and first["reused"] == 0 < second["reused"]
+    assert np.array_equal(read_picture("x_1.png"), read_picture("plain.png"))
+    ended, said = script("--output", "later.png", "--prompt", "a cat", *wish, *TINY, **tiny)
+    assert ended is None and MEASURING not in said and "reused" in said
+    assert np.array_equal(read_picture("later.png"), read_picture("x_2.png"))
+
+
+def test_one_prompt_alone_is_measured_and_says_so(script):
+    tiny = {"instead": {"load_model": a_model_without_ratios}}
+    ended, said = script("--output", "x.png", "--prompt", "a cat", *RULE, *TINY, **tiny)
+    assert ended is None and said.count(MEASURING) == 2  # at the start, and where it is saved
+    assert "Run the same command again to use what was measured, or ask for --magcache_speedup" in said
+
+
+def test_a_measured_run_is_what_the_next_is_compared_with(tmp_path, script):
+    ended, said = script(
+        "--output", "x.png", "--compare", "--prompt", "a cat", *RULE, *TINY,
+        instead={"load_model": a_model_without_ratios},
+    )  # fmt: skip
+    assert ended is None and MEASURING in said and "4 of 8 model calls computed" in said
+    assert "Run the same command" not in said
+    report = json.loads((tmp_path / "x.magcache.json").read_text())
+    assert report["reused"] == 4 and report["quality"]["un-cached"]["psnr"] is None
+    assert report["quality"]["un-cached"]["steps"] == 8 and report["quality"]["MagCache"]["steps"] == 4
 
 
 RANKS = """
@@ -248,7 +295,7 @@ def test_torchrun_with_two_processes(tmp_path, script):
     names = {"mine_1.png", "mine_2.png", "mine_3.png", "shared.png"}
     assert {path.name for path in tmp_path.glob("*.png")} == names
     assert done.stdout.count("computes 3 of 6") == 4, "three prompts, and one plan for the shared picture"
-    assert np.abs(picture("shared.png") - picture("mine_1.png")).max() <= 1
+    assert np.abs(read_picture("shared.png") - read_picture("mine_1.png")).max() <= 1
 
 
 def test_describe_prints_the_facts_of_a_model(capsys):

@@ -33,7 +33,7 @@ RATIOS = RatioTable(
 REUSING = Settings(0.5, 3, 0.2)
 
 
-class Sampler:
+class BatchSampler:
     """Euler steps with the branches of guidance in one batch, as the hosts' samplers drive their model. bare: arguments
     by position; held: the first frames are given (1.2), so that x_mask changes on the way."""
 
@@ -79,10 +79,10 @@ KINDS = {"mmdit": (MMDiT, mmdit(1)), "stdit3": (STDiT3, STDIT3)}
 def kind(request):
     """(how a sampler with a new model is made, the host's facts)"""
     made, host = KINDS[request.param]
-    return lambda dtype=torch.float32, **options: Sampler(made(**options).to(dtype)), host
+    return lambda dtype=torch.float32, **options: BatchSampler(made(**options).to(dtype)), host
 
 
-def cached(sampler, host, settings=REUSING, **options):
+def cached_sampler(sampler, host, settings=REUSING, **options):
     return magcache_forward(sampler.model, host, RATIOS, settings, lambda: sampler.timesteps, announce=None, **options)
 
 
@@ -92,7 +92,7 @@ def cached(sampler, host, settings=REUSING, **options):
 @pytest.mark.parametrize("settings", [Settings(0.0, 3, 0.2), Settings(0.5, 0, 0.2)], ids=["thresh", "K"])
 def test_un_cached_is_bit_equal(kind, settings):
     sampler, host = kind[0](), kind[1]
-    with cached(sampler, host, settings):
+    with cached_sampler(sampler, host, settings):
         result = sampler.run()
     assert torch.equal(result, kind[0]().run())
 
@@ -101,7 +101,7 @@ def test_un_cached_is_bit_equal(kind, settings):
 def test_reused_steps_equal_a_full_computation(kind, dtype):
     sampler, reference, host = kind[0](dtype), kind[0](dtype), kind[1]
     ran = Ran(sampler.model)
-    with cached(sampler, host) as handle:
+    with cached_sampler(sampler, host) as handle:
         result = sampler.run(dtype=dtype)
     strip = handle.reports[0].schedule.strip
     assert strip.count(".") >= 6 and ran.strip == strip and handle.reports[0].unplanned == {}
@@ -114,15 +114,15 @@ def test_steps_whose_timesteps_bfloat16_cannot_tell_apart(kind):
     """Open-Sora 2.0 at 768px: fifty steps, the first of them 0.002 apart and all rounded to 1."""
     sampler, host = kind[0](torch.bfloat16), kind[1]
     ran = Ran(sampler.model)
-    with cached(sampler, host) as handle:
+    with cached_sampler(sampler, host) as handle:
         sampler.run(dtype=torch.bfloat16, steps=50, shift=11.9)
     (report,) = handle.reports
     assert report.complete and report.unplanned == {} and ran.strip == report.schedule.strip and report.reused >= 20
 
 
 def test_frames_that_are_held_on_the_way():
-    sampler, reference = Sampler(STDiT3()), Sampler(STDiT3())
-    with cached(sampler, STDIT3) as handle:
+    sampler, reference = BatchSampler(STDiT3()), BatchSampler(STDiT3())
+    with cached_sampler(sampler, STDIT3) as handle:
         result = sampler.run(held=True)
     Reused(reference.model, handle.reports[0].schedule.strip)
     assert torch.equal(result, reference.run(held=True)) and not torch.equal(result, sampler.run(held=True))
@@ -130,21 +130,21 @@ def test_frames_that_are_held_on_the_way():
 
 def test_a_forward_on_the_instance_by_position():
     """No class has it, so that the names of its arguments are the instance's."""
-    sampler = Sampler(MMDiT())
-    with cached(sampler, mmdit(1)):
+    sampler = BatchSampler(MMDiT())
+    with cached_sampler(sampler, mmdit(1)):
         by_name = sampler.run()
-    with cached(sampler, mmdit(1)) as handle:
+    with cached_sampler(sampler, mmdit(1)) as handle:
         by_position = sampler.run(bare=True)
     assert torch.equal(by_name, by_position) and handle.reports[0].reused > 0
     assert "forward" in vars(sampler.model)
-    assert torch.equal(sampler.run(), Sampler(MMDiT()).run())
+    assert torch.equal(sampler.run(), BatchSampler(MMDiT()).run())
 
 
 def test_clips_one_after_another(kind):
     sampler, host = kind[0](), kind[1]
-    with cached(sampler, host) as handle:
+    with cached_sampler(sampler, host) as handle:
         clips = [sampler.run(seed=seed) for seed in (0, 1)]
-    with cached(sampler, host):
+    with cached_sampler(sampler, host):
         alone = sampler.run(seed=1)
     assert torch.equal(clips[1], alone) and [report.complete for report in handle.reports] == [True, True]
 
@@ -182,14 +182,14 @@ def rank_of_two(rank, folder):
         ("mmdit", lambda: MMDiT().share(), mmdit(2)),
         ("stdit3", lambda: STDiT3(parallel=True), STDIT3),
     ):
-        sampler = Sampler(made())
+        sampler = BatchSampler(made())
         with magcache_calibration(
             sampler.model, host, lambda sampler=sampler: sampler.timesteps, name, folder / f"{name}.json"
         ) as handle:
             plain = sampler.run()
-        with cached(sampler, host) as cache:
+        with cached_sampler(sampler, host) as cache:
             reused = sampler.run()
-        reference = Sampler(made())
+        reference = BatchSampler(made())
         Reused(reference.model, cache.reports[0].schedule.strip)
         results[name] = {
             "plain": plain,
@@ -206,7 +206,7 @@ def test_two_processes_with_unequal_shares_hold_one_table(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, (made, host) in KINDS.items():
         assert first[name]["ratios"] == second[name]["ratios"]
-        whole = Sampler(made())
+        whole = BatchSampler(made())
         with magcache_calibration(whole.model, host, lambda whole=whole: whole.timesteps, name) as handle:
             plain = whole.run()
         assert torch.allclose(first[name]["plain"], plain, atol=1e-4)
@@ -220,7 +220,7 @@ def test_two_processes_with_unequal_shares_hold_one_table(tmp_path):
 # The drop-in in toy checkouts
 
 
-class Toy:
+class ToyCheckout:
     """A toy checkout with the drop-in beside it. `run` and `plain` return what its decoder was given."""
 
     def __init__(self, name, folder, monkeypatch, capsys):
@@ -265,12 +265,12 @@ class Toy:
 
 @pytest.fixture
 def toy2(tmp_path, monkeypatch, capsys):
-    return Toy("open_sora_2", tmp_path / "Open-Sora", monkeypatch, capsys)
+    return ToyCheckout("open_sora_2", tmp_path / "Open-Sora", monkeypatch, capsys)
 
 
 @pytest.fixture
 def toy1(tmp_path, monkeypatch, capsys):
-    return Toy("open_sora_1", tmp_path / "Open-Sora", monkeypatch, capsys)
+    return ToyCheckout("open_sora_1", tmp_path / "Open-Sora", monkeypatch, capsys)
 
 
 CONFIG_2, CONFIG_1 = "configs/256px.py", "configs/sample.py"

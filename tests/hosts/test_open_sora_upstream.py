@@ -46,7 +46,7 @@ class OpenSoraRuns(WanRuns):
 
 
 @pytest.fixture(scope="module")
-def checkouts(tmp_path_factory):
+def opensora_checkouts(tmp_path_factory):
     """variable -> OpenSoraRuns, started at first use."""
     started = {}
 
@@ -86,7 +86,7 @@ def write_lora(folder):
     get_peft_model(named(double_blocks=torch.nn.ModuleList(blocks)), config).save_pretrained(folder)
 
 
-def same(results, others):
+def same_videos(results, others):
     return [torch.equal(one, other) for one, other in zip(results, others, strict=True)]
 
 
@@ -125,19 +125,19 @@ RUNS_2 = {
 
 
 @pytest.mark.parametrize("name", RUNS_2)
-def test_2(checkouts, folder, name):
+def test_2(opensora_checkouts, folder, name):
     """A csv of two prompts. The first video is measured and equals the host's own; the second equals a full computation
     with the residuals of the skipped steps replaced."""
-    runs, (config, flags, count) = checkouts("MAGCACHE_OPENSORA"), RUNS_2[name]
+    runs, (config, flags, count) = opensora_checkouts("MAGCACHE_OPENSORA"), RUNS_2[name]
     flags = (f"configs/diffusion/inference/{config}.py", *SMALL_2, *flags)
     plain = runs.torchrun("scripts/diffusion/inference.py", *flags, cwd=folder, count=count)[0].latents
     first, *others = runs.torchrun(
         "magcache_inference.py", *flags, "--use_magcache", "--magcache_thresh", "0.5", cwd=folder, count=count
     )
-    assert same(first.latents[:-1], plain[:-1]) == [True] * (len(plain) - 1)
+    assert same_videos(first.latents[:-1], plain[:-1]) == [True] * (len(plain) - 1)
     assert not torch.equal(first.latents[-1], plain[-1])
     for other in others:
-        assert same(other.latents, first.latents) == [True] * len(plain)
+        assert same_videos(other.latents, first.latents) == [True] * len(plain)
     reports = sorted(
         (json.loads(path.read_text()) for path in folder.rglob("out/*/*.json")), key=lambda one: one["reused"]
     )
@@ -151,16 +151,16 @@ def test_2(checkouts, folder, name):
     expected = runs.torchrun("scripts/diffusion/inference.py", *flags, cwd=folder, count=count, REUSE=strip)[0].latents
     assert torch.equal(first.latents[-1], expected[-1])
     off = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", "--magcache_K", "0", cwd=folder, count=count)
-    assert same(off[0].latents, plain) == [True] * len(plain)
+    assert same_videos(off[0].latents, plain) == [True] * len(plain)
 
 
-def test_2_data_parallel(checkouts, folder):
+def test_2_data_parallel(opensora_checkouts, folder):
     """Two processes without sequence parallelism render one prompt each, and measure one table together."""
-    runs, flags = checkouts("MAGCACHE_OPENSORA"), ("configs/diffusion/inference/256px.py", *SMALL_2)
+    runs, flags = opensora_checkouts("MAGCACHE_OPENSORA"), ("configs/diffusion/inference/256px.py", *SMALL_2)
     plain = runs.torchrun("scripts/diffusion/inference.py", *flags, cwd=folder, count=2)
     measured = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", cwd=folder, count=2)
     for one, other in zip(plain, measured):
-        assert same(one.latents, other.latents) == [True]
+        assert same_videos(one.latents, other.latents) == [True]
     assert len(list((folder / "home").iterdir())) == 1
     later = runs.torchrun(
         "magcache_inference.py", *flags, "--use_magcache", "--magcache_thresh", "0.5", cwd=folder, count=2
@@ -170,8 +170,8 @@ def test_2_data_parallel(checkouts, folder):
     assert not torch.equal(later[0].latents[0], plain[0].latents[0])
 
 
-def test_2_one_prompt_and_a_comparison(checkouts, folder):
-    runs = checkouts("MAGCACHE_OPENSORA")
+def test_2_one_prompt_and_a_comparison(opensora_checkouts, folder):
+    runs = opensora_checkouts("MAGCACHE_OPENSORA")
     flags = (
         "configs/diffusion/inference/256px.py",
         *SMALL_2[:-2],
@@ -226,34 +226,34 @@ RUNS_1 = {
 
 
 @pytest.mark.parametrize("name", RUNS_1)
-def test_1(checkouts, folder, name):
+def test_1(opensora_checkouts, folder, name):
     """With what is published for 1.2, and measured in a first run for 1.3."""
     variable, config, flags, count = RUNS_1[name]
-    runs, flags = checkouts(variable), (f"configs/{config}.py", *SMALL_1, *flags)
+    runs, flags = opensora_checkouts(variable), (f"configs/{config}.py", *SMALL_1, *flags)
     plain = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count)[0].latents
     if "v1-3" in config:
         measured = runs.torchrun("magcache_inference.py", *flags, "--magcache_calibration", cwd=folder, count=count)[
             0
         ].latents
-        assert same(measured, plain) == [True] * len(plain)
+        assert same_videos(measured, plain) == [True] * len(plain)
     first, *others = runs.torchrun(
         "magcache_inference.py", *flags, "--use_magcache", *PLAIN_RULE, cwd=folder, count=count
     )
     for other in others:  # in 1.3 only the first decodes
-        assert other.latents == [] or same(other.latents, first.latents) == [True] * len(plain)
+        assert other.latents == [] or same_videos(other.latents, first.latents) == [True] * len(plain)
     report = strip_of(folder, "sample_0000")
     assert not report["unplanned"] and report["calls"] == 30
     if "v1-2" in config:
         assert (report["computed"], report["mag_ratios_of"]) == (12, "open-sora-1.2")
     assert len(report.get("earlier_clips", ())) == ("--loop" in flags)
     expected = runs.torchrun("scripts/inference.py", *flags, cwd=folder, count=count, REUSE=report["strip"])[0].latents
-    assert same(first.latents, expected) == [True] * len(plain) and not any(same(first.latents, plain))
+    assert same_videos(first.latents, expected) == [True] * len(plain) and not any(same_videos(first.latents, plain))
     off = runs.torchrun("magcache_inference.py", *flags, "--use_magcache", "--magcache_K", "0", cwd=folder, count=count)
-    assert same(off[0].latents, plain) == [True] * len(plain)
+    assert same_videos(off[0].latents, plain) == [True] * len(plain)
 
 
-def test_1_2_outside_of_torchrun(checkouts, folder):
-    runs = checkouts("MAGCACHE_OPENSORA_1_2")
+def test_1_2_outside_of_torchrun(opensora_checkouts, folder):
+    runs = opensora_checkouts("MAGCACHE_OPENSORA_1_2")
     flags = (runs.folder / "configs/opensora-v1-2/inference/sample.py", *SMALL_1, "--num-frames", "17", "--compare")
     done = runs.run(runs.folder / "magcache_inference.py", *flags, cwd=folder)
     assert done.code == 0, done.output
@@ -262,8 +262,8 @@ def test_1_2_outside_of_torchrun(checkouts, folder):
 
 
 @pytest.mark.parametrize("variable", ["MAGCACHE_OPENSORA", "MAGCACHE_OPENSORA_1_2"])
-def test_help_and_mistyped_flags(checkouts, folder, variable):
-    runs = checkouts(variable)
+def test_help_and_mistyped_flags(opensora_checkouts, folder, variable):
+    runs = opensora_checkouts(variable)
     shown = runs.run(runs.folder / "magcache_inference.py", "--help", cwd=folder)
     assert shown.code == 0 and "--use_magcache" in shown.output and "config" in shown.output
     mistyped = runs.run(runs.folder / "magcache_inference.py", "config.py", "--magcache_tresh", "1", cwd=folder)

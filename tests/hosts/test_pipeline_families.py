@@ -14,25 +14,20 @@ import peft
 import pytest
 import torch
 from ranks import two_ranks
-from tiny_pipelines import FAMILIES, embeds, flux_controlnet, run
+from tiny_pipelines import FAMILIES, Stopped, denoiser, embeds, flux_controlnet, run_pipeline
 
+from common.errors import MagCacheError
 from common.hosts import HOSTS, class_name
-from common.pipeline import enable
+from common.pipeline import disable, enable
 
 STEPS, CPU = 6, torch.device("cpu")
 ALL = pytest.mark.parametrize("family", FAMILIES)
 
 
-@pytest.fixture(autouse=True)
-def own_calibrations(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("home")
 
 
-def denoiser(pipe):
-    return getattr(pipe, "transformer", None) or pipe.unet
-
-
-def close(one, other):
+def weights_are_close(one, other):
     """Weights that went to another type, device or file and back."""
     return torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -67,23 +62,19 @@ def test_another_run_in_between_changes_nothing(family):
     others, alone = other_runs(pipe, arguments), {}
     for name, call in others.items():
         with enable(pipe, speedup=2, announce=None):
-            alone[name] = run(pipe, {"num_inference_steps": STEPS, **call})
+            alone[name] = run_pipeline(pipe, {"num_inference_steps": STEPS, **call})
     with enable(pipe, speedup=2, announce=None) as cache:
-        first = run(pipe, arguments(1), STEPS)
+        first = run_pipeline(pipe, arguments(1), STEPS)
         for name, call in others.items():
-            assert torch.equal(run(pipe, {"num_inference_steps": STEPS, **call}), alone[name]), name
-            assert torch.equal(run(pipe, arguments(1), STEPS), first), name
+            assert torch.equal(run_pipeline(pipe, {"num_inference_steps": STEPS, **call}), alone[name]), name
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), first), name
         own = pipe.scheduler
         pipe.scheduler = type(own).from_config(own.config)  # another object, in the middle of the user's session
-        assert torch.equal(run(pipe, arguments(1), STEPS), first)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), first)
     assert all(report.complete and report.reused and not report.unplanned for report in cache.reports)
 
 
-class Stopped(Exception):
-    pass
-
-
-class Bar:
+class CallingBar:
     """A progress bar that calls a function after each step: for a pipeline without callbacks."""
 
     def __init__(self):
@@ -104,7 +95,7 @@ def test_stopped_at_each_step(family):
     """By an exception and by `pipe._interrupt`: nothing is kept, and the next run is as it would have been."""
     pipe, arguments = FAMILIES[family]()
     has_callback = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
-    pipe.progress_bar = bar = Bar()
+    pipe.progress_bar = bar = CallingBar()
     now = {"way": None, "at": None, "step": 0}
 
     def stop(*_):
@@ -118,19 +109,19 @@ def test_stopped_at_each_step(family):
     bar.update = (lambda: None) if has_callback else stop
     more = {"callback_on_step_end": stop} if has_callback else {}
     with enable(pipe, speedup=2, announce=None) as cache:
-        alone = run(pipe, arguments(1), STEPS)
+        alone = run_pipeline(pipe, arguments(1), STEPS)
         for way in ("exception", "interrupt")[: 1 + hasattr(pipe, "interrupt")]:
             for at in range(1, STEPS + 1):
                 now.update(way=way, at=at, step=0)
                 try:
-                    run(pipe, arguments(2), STEPS, **more)
+                    run_pipeline(pipe, arguments(2), STEPS, **more)
                     assert way == "interrupt"
                 except Stopped:
                     assert way == "exception"
                 assert cache.reports[-1].complete == (at == STEPS), (way, at)
                 assert all(handle.run is None for handle in cache.handles), (way, at)
             now.update(at=None)
-            assert torch.equal(run(pipe, arguments(1), STEPS), alone)
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
 
 
 def model_offload(pipe):
@@ -149,13 +140,13 @@ def sequential_offload(pipe):
 def test_offload_before_or_after(family, offload):
     pipe, arguments = FAMILIES[family]()
     with enable(pipe, speedup=2, announce=None):
-        expected = run(pipe, arguments(1), STEPS)
+        expected = run_pipeline(pipe, arguments(1), STEPS)
     cache = enable(pipe, speedup=2, announce=None)
     offload(pipe)
-    after = [run(pipe, arguments(1), STEPS) for _ in range(2)]
+    after = [run_pipeline(pipe, arguments(1), STEPS) for _ in range(2)]
     cache.disable()
     with enable(pipe, speedup=2, announce=None) as second:
-        before = [run(pipe, arguments(1), STEPS) for _ in range(2)]
+        before = [run_pipeline(pipe, arguments(1), STEPS) for _ in range(2)]
     assert all(torch.equal(one, expected) for one in (*after, *before))
     assert [bool(report.reused) for report in (*cache.reports, *second.reports)] == [True] * 4
 
@@ -164,18 +155,18 @@ def test_offload_before_or_after(family, offload):
 def test_a_lora_put_on_and_taken_off_while_enabled(family):
     pipe, arguments = FAMILIES[family]()
     with enable(pipe, speedup=2, announce=None):
-        before, model = run(pipe, arguments(1), STEPS), denoiser(pipe)
+        before, model = run_pipeline(pipe, arguments(1), STEPS), denoiser(pipe)
         torch.manual_seed(0)
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False), "mine")
-        lora = run(pipe, arguments(1), STEPS)
+        lora = run_pipeline(pipe, arguments(1), STEPS)
         model.disable_adapters()
-        without = run(pipe, arguments(1), STEPS)
+        without = run_pipeline(pipe, arguments(1), STEPS)
         model.enable_adapters()
         model.set_adapters(["mine"], [0.5])
-        half = run(pipe, arguments(1), STEPS)
+        half = run_pipeline(pipe, arguments(1), STEPS)
         assert torch.equal(before, without) and not torch.equal(before, lora) and not torch.equal(lora, half)
     with enable(pipe, speedup=2, announce=None):
-        assert torch.equal(run(pipe, arguments(1), STEPS), half)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), half)
 
 
 @ALL
@@ -185,42 +176,67 @@ def test_saved_while_enabled(family, tmp_path):
     name = "transformer" if getattr(pipe, "transformer", None) else "unet"
     model = getattr(pipe, name)
     with enable(pipe, speedup=2, announce=None):
-        cached = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
         model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
     setattr(pipe, name, loaded.eval())
     with enable(pipe, speedup=2, announce=None):
-        assert close(run(pipe, arguments(1), STEPS), cached)
+        assert weights_are_close(run_pipeline(pipe, arguments(1), STEPS), cached)
 
 
 @ALL
 def test_layerwise_casting(family):
     pipe, arguments = FAMILIES[family]()
     denoiser(pipe).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    plain = run(pipe, arguments(1), STEPS)
+    plain = run_pipeline(pipe, arguments(1), STEPS)
     with enable(pipe, speedup=2, announce=None) as cache:
-        cached = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
     assert cache.reports[0].reused and 0 < (cached - plain).norm() / plain.norm() < 0.15
-    assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
 
 
 @ALL
 def test_two_pipelines_and_two_threads(family):
-    """Two pipelines share a denoiser, and one is enabled: one after the other and at once, each draws what it would
-    alone."""
+    """Two pipelines share a denoiser: one after the other and at once each draws what it would alone, whether one of
+    them is enabled or both, and however they are turned off."""
     pipe, arguments = FAMILIES[family]()
     other = copy.copy(pipe)
     other.scheduler = copy.deepcopy(pipe.scheduler)
-    plain = run(other, arguments(2), STEPS)
-    with enable(pipe, speedup=2, announce=None) as cache:
-        alone = run(pipe, arguments(1), STEPS)
-        assert torch.equal(run(other, arguments(2), STEPS), plain)
+    plain, others_plain = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(other, arguments(2), STEPS)
+    keys, attributes = set(denoiser(pipe).__dict__), set(vars(pipe))
+    with enable(other, steps=4, announce=None):
+        others_alone = run_pipeline(other, arguments(2), STEPS)
+
+    def at_once():
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(run, pipe, arguments(1), STEPS)
-            second = pool.submit(run, other, arguments(2), STEPS)
-        assert torch.equal(first.result(), alone) and torch.equal(second.result(), plain)
-    assert len(cache.reports) == 2 and cache.reports[-1].complete
+            return [
+                future.result()
+                for future in (
+                    pool.submit(run_pipeline, pipe, arguments(1), STEPS),
+                    pool.submit(run_pipeline, other, arguments(2), STEPS),
+                )
+            ]
+
+    first = enable(pipe, speedup=2, announce=None)
+    alone = run_pipeline(pipe, arguments(1), STEPS)
+    assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_plain)
+    drawn = at_once()
+    assert torch.equal(drawn[0], alone) and torch.equal(drawn[1], others_plain)
+    second = enable(other, steps=4, announce=None)
+    for _ in range(2):
+        drawn = at_once()
+        assert torch.equal(drawn[0], alone) and torch.equal(drawn[1], others_alone)
+        assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_alone)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+    assert len(first.reports) == 6 and len(second.reports) == 4
+    assert all(report.complete and not report.unplanned for report in (*first.reports, *second.reports))
+    first.disable()  # which lies beneath the second
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
+    assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_alone)
+    second.disable()
+    assert torch.equal(run_pipeline(other, arguments(2), STEPS), others_plain)
+    assert set(denoiser(pipe).__dict__) == keys and set(vars(pipe)) == attributes == set(vars(other))
 
 
 IMAGE_TO_IMAGE = {
@@ -246,10 +262,10 @@ def test_image_to_image(family, strength):
     call |= {"video": [picture[0].permute(1, 2, 0).numpy()] * 5} if family == "wan" else {"image": picture}
     known = inspect.signature(kind.__call__).parameters
     call = {name: value for name, value in call.items() if name in known}
-    plain = run(pipe, call, 10)
+    plain = run_pipeline(pipe, call, 10)
     with enable(pipe, speedup=2, announce=None) as cache:
-        cached = run(pipe, call, 10)
-        assert torch.equal(run(pipe, call, 10), cached)
+        cached = run_pipeline(pipe, call, 10)
+        assert torch.equal(run_pipeline(pipe, call, 10), cached)
     report = cache.reports[0]
     assert len(report.levels) in (round(10 * strength), round(10 * strength) + 1) and not report.unplanned
     assert report.complete and report.reused and 0 < (cached - plain).norm() / plain.norm() < 0.1
@@ -259,23 +275,23 @@ def test_guidance_with_a_third_call():
     """SD3's skip-layer guidance, for a part of the run: two rows in one call, then one row in another."""
     pipe, arguments = FAMILIES["sd3"]()
     call = {**arguments(1), "skip_guidance_layers": [0], "skip_layer_guidance_stop": 0.7}
-    plain, without = run(pipe, call, 12), run(pipe, arguments(1), 12)
+    plain, without = run_pipeline(pipe, call, 12), run_pipeline(pipe, arguments(1), 12)
     with enable(pipe, speedup=2, announce=None) as cache:
-        cached = run(pipe, call, 12)
-        assert torch.equal(run(pipe, call, 12), cached)
-        assert run(pipe, arguments(1), 12).shape == without.shape
+        cached = run_pipeline(pipe, call, 12)
+        assert torch.equal(run_pipeline(pipe, call, 12), cached)
+        assert run_pipeline(pipe, arguments(1), 12).shape == without.shape
     assert all(report.complete and report.reused for report in cache.reports)
     assert (cached - plain).norm() < 0.5 * (plain - without).norm()
 
 
 def test_a_control_net():
     pipe, arguments = flux_controlnet()
-    plain = run(pipe, arguments(1), STEPS)
+    plain = run_pipeline(pipe, arguments(1), STEPS)
     with enable(pipe, speedup=2, announce=None) as cache:
-        cached = run(pipe, arguments(1), STEPS)
-        assert torch.equal(run(pipe, arguments(1), STEPS), cached)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), cached)
     assert not cache.reports[0].unplanned and 0 < (cached - plain).norm() / plain.norm() < 0.1
-    assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
 
 
 RULE = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}
@@ -305,11 +321,11 @@ def shared_by_ranks(rank, family, share, by_output, folder):
     def drawn():
         for wish in ({"speedup": 2}, RULE):
             with enable(pipe, **wish, announce=None) as cache:
-                yield run(pipe, arguments(1), STEPS), cache.reports[0].reused, cache.reports[0].notes
+                yield run_pipeline(pipe, arguments(1), STEPS), cache.reports[0].reused, cache.reports[0].notes
 
     pipe, arguments = FAMILIES[family]()
     with enable(pipe, calibrate=True, announce=None):
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     torch.distributed.barrier()  # rank 0 has written its file
     name, model = class_name(denoiser(pipe)), denoiser(pipe)
     known = HOSTS[name]
@@ -324,7 +340,7 @@ def two_ranks_draw_what_one_does(family, share, by_output, folder):
     two_ranks(shared_by_ranks, family, share, by_output, folder)
     (alone, first), (_, second) = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     for (expected, count, _), (one, counted, _), (other, *_) in zip(alone, first, second):
-        assert torch.equal(one, other) and close(one, expected) and count == counted > 0
+        assert torch.equal(one, other) and weights_are_close(one, expected) and count == counted > 0
     assert [bool(notes) for _, _, notes in first] == [False, by_output]
 
 
@@ -338,3 +354,87 @@ def test_context_parallel_over_two_ranks(family, by_output, tmp_path):
     """diffusers divides the tokens of Wan and Qwen-Image in a hook of their first block, which a reused step does not
     run: the proof finds that, and the output is predicted."""
     two_ranks_draw_what_one_does(family, context_parallel, by_output, tmp_path)
+
+
+def test_image_to_image_after_text_to_image_with_one_transformer():
+    """As a user has it from `from_pipe`: one scheduler for both. Each has its own wish, and is turned off alone."""
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    assert edit.transformer is pipe.transformer and edit.scheduler is pipe.scheduler
+    call = {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.6}
+    plain, edited_plain = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(edit, call, 10)
+    with enable(pipe, speedup=2, announce=None):
+        alone = run_pipeline(pipe, arguments(1), STEPS)
+    with enable(edit, steps=4, announce=None):
+        edited_alone = run_pipeline(edit, call, 10)
+    with enable(pipe, speedup=2, announce=None) as drawing, enable(edit, steps=4, announce=None) as editing:
+        with pytest.raises(MagCacheError, match="patched already"):
+            enable(pipe, speedup=3)
+        for _ in range(2):
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+            assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+        disable(pipe)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
+        with pytest.raises(MagCacheError, match="not enabled on this FluxPipeline"):
+            disable(pipe)
+        with enable(pipe, speedup=2, announce=None):  # above the other now
+            assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+        assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+    assert torch.equal(run_pipeline(edit, call, 10), edited_plain) and "forward" not in pipe.transformer.__dict__
+    assert (len(drawing.reports), len(editing.reports)) == (2, 3)
+
+
+def test_a_loop_of_ones_own_beside_two_pipelines_is_neithers():
+    """With one pipeline enabled a call of no pipeline is its; with two nobody could say whose."""
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    caught, model = [], pipe.transformer
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: caught.append(kwargs), with_kwargs=True)
+    run_pipeline(pipe, arguments(1), STEPS)
+    hook.remove()
+    with torch.no_grad():
+        plain = [model(**kwargs)[0] for kwargs in caught]
+        with enable(pipe, speedup=2, announce=None) as first, enable(edit, speedup=2, announce=None) as second:
+            assert all(torch.equal(model(**kwargs)[0], made) for kwargs, made in zip(caught, plain))
+            run_pipeline(pipe, arguments(1), STEPS)
+            run_pipeline(edit, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.9}, STEPS)
+    assert len(first.reports) == 1 == len(second.reports)
+
+
+@pytest.mark.parametrize("offload", [model_offload, sequential_offload], ids=["model", "sequential"])
+def test_two_pipelines_with_one_offloaded_model(offload):
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    call = {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.6}
+    with enable(pipe, speedup=2, announce=None):
+        alone = run_pipeline(pipe, arguments(1), STEPS)
+    with enable(edit, steps=4, announce=None):
+        edited_alone = run_pipeline(edit, call, 10)
+    first = enable(pipe, speedup=2, announce=None)
+    offload(pipe)
+    second = enable(edit, steps=4, announce=None)
+    for _ in range(2):
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+        assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+    first.disable()
+    assert torch.equal(run_pipeline(edit, call, 10), edited_alone)
+    second.disable()
+    with enable(pipe, speedup=2, announce=None):
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), alone)
+
+
+def test_a_class_nobody_described_is_for_one_pipeline(monkeypatch):
+    """Until its first run has shown its facts."""
+    pipe, arguments = FAMILIES["flux"]()
+    edit = diffusers.FluxImg2ImgPipeline.from_pipe(pipe)
+    monkeypatch.delitem(HOSTS, class_name(pipe.transformer))
+    with enable(pipe, **RULE, announce=None):
+        with pytest.raises(MagCacheError, match="patched already"):
+            enable(edit, speedup=2)
+        run_pipeline(pipe, arguments(1), STEPS)
+        with enable(edit, speedup=2, announce=None):
+            run_pipeline(pipe, arguments(1), STEPS)
+    with enable(edit, speedup=2, announce=None):
+        with pytest.raises(MagCacheError, match="patched already"):
+            enable(pipe, **RULE)
+        run_pipeline(edit, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": 0.9}, STEPS)

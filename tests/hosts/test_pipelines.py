@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, run
+from tiny_pipelines import FAMILIES, denoiser, run_pipeline
 
 from common.discover import discover, first_call, host_line, wrong
 from common.errors import MagCacheError
@@ -21,20 +21,14 @@ from common.planner import Target
 STEPS = 8
 
 
-@pytest.fixture(autouse=True)
-def own_calibrations(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     """(pipeline, function of a prompt's seed: its arguments, un-cached latents of prompt 1)."""
     pipe, arguments = FAMILIES[request.param]()
-    return pipe, arguments, run(pipe, arguments(1), STEPS)
-
-
-def denoiser(pipe):
-    return getattr(pipe, "transformer", None) or pipe.unet
+    return pipe, arguments, run_pipeline(pipe, arguments(1), STEPS)
 
 
 class Calls:
@@ -53,20 +47,20 @@ def test_a_plain_speedup(family):
     pipe, arguments, plain = family
     keys, plans = set(denoiser(pipe).__dict__), []
     with enable(pipe, speedup=2, announce=plans.append) as cache:
-        cached = run(pipe, arguments(1), STEPS)
-        again = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
+        again = run_pipeline(pipe, arguments(1), STEPS)
     report = cache.reports[0]
     assert report.schedule.computed == STEPS // 2 and report.reused * 2 == len(report.calls) and not report.unplanned
     assert torch.equal(cached, again) and len(plans) == len(cache.reports) == 2
     assert 0 < (cached - plain).norm() / plain.norm() < 0.1
-    assert set(denoiser(pipe).__dict__) == keys and torch.equal(run(pipe, arguments(1), STEPS), plain)
+    assert set(denoiser(pipe).__dict__) == keys and torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
     assert "of " in cache.report and "reused" in cache.report
 
 
 def test_all_steps_computed_is_bit_equal(family):
     pipe, arguments, plain = family
     with enable(pipe, steps=STEPS, announce=None):
-        assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
 
 
 def test_calibrated_and_by_the_papers_rule(family):
@@ -78,15 +72,15 @@ def test_calibrated_and_by_the_papers_rule(family):
             enable(pipe, calibrate=True)
         return
     with pytest.raises(MagCacheError, match="measure them with enable.pipe, calibrate=True"):
-        enable(pipe, thresh=0.5)
+        enable(pipe, thresh=0.5, K=1, retention_ratio=0.2, calibrate=False)
     with pytest.raises(MagCacheError, match="calibrate=True computes everything"):
         enable(pipe, speedup=2, calibrate=True)
     with enable(pipe, calibrate=True, announce=None):
-        assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
     with pytest.raises(MagCacheError, match="no published settings; give magcache_K, retention_ratio too"):
         enable(pipe, thresh=0.5)
     with enable(pipe, thresh=5.0, K=1, retention_ratio=0.2, announce=None) as cache:
-        cached = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
     report = cache.reports[0]
     assert report.reused and not report.unplanned and not report.notes
     assert report.verified and "facts verified on this model" in cache.report
@@ -140,23 +134,23 @@ def test_wrong_facts_never_make_a_wrong_picture(what, monkeypatch):
     family, facts = WRONG[what]
     pipe, arguments = FAMILIES[family]()
     model = pipe.transformer
-    plain, said = run(pipe, arguments(1), STEPS), []
+    plain, said = run_pipeline(pipe, arguments(1), STEPS), []
     with enable(pipe, calibrate=True, announce=None):
-        run(pipe, arguments(2), STEPS)
+        run_pipeline(pipe, arguments(2), STEPS)
     rule, known = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}, HOSTS[class_name(model)]
     monkeypatch.setitem(HOSTS, class_name(model), replace(known, blocks=(), final_layer=None))
     with enable(pipe, **rule, announce=None) as outputs:
-        by_output = run(pipe, arguments(1), STEPS)
+        by_output = run_pipeline(pipe, arguments(1), STEPS)
     monkeypatch.setitem(HOSTS, class_name(model), replace(known, **facts))
     with enable(pipe, **rule, announce=said.append) as cache:
-        cached = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
     assert sum("do not hold for this model" in text for text in said) == 1 == len(cache.reports[0].notes)
     assert not cache.reports[0].verified
     assert cache.reports[0].reused == outputs.reports[0].reused and torch.equal(cached, by_output)
     with pytest.raises(MagCacheError, match="residuals cannot be measured"):
         with enable(pipe, calibrate=True, announce=None):
-            run(pipe, arguments(2), STEPS)
-    assert torch.equal(run(pipe, arguments(1), STEPS), plain)
+            run_pipeline(pipe, arguments(2), STEPS)
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
 
 
 def test_every_class_is_known_by_its_facts_or_by_a_reason():
@@ -171,12 +165,12 @@ def test_another_scheduler_put_in_while_enabled(scheduler):
 
     pipe, arguments = FAMILIES["sdxl"]()
     with enable(pipe, speedup=2, announce=None) as cache:
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
         pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
-        cached = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
     report = cache.reports[-1]
     assert report.complete and report.schedule.computed == STEPS // 2 == report.reused and not report.unplanned
-    plain, fewer = run(pipe, arguments(1), STEPS), run(pipe, arguments(1), STEPS // 2)
+    plain, fewer = run_pipeline(pipe, arguments(1), STEPS), run_pipeline(pipe, arguments(1), STEPS // 2)
     assert 0 < (cached - plain).norm() < (fewer - plain).norm()
 
 
@@ -194,7 +188,7 @@ def test_a_pipeline_tells_its_step(tells, monkeypatch):
 
     pipe, arguments = FAMILIES["wan"]()
     pipe.scheduler = Uncounted(shift=3.0)
-    plain, told = run(pipe, arguments(1), STEPS), type(pipe.transformer).cache_context
+    plain, told = run_pipeline(pipe, arguments(1), STEPS), type(pipe.transformer).cache_context
 
     def tell_less(model, name, step_index, sigma, num_inference_steps):
         if tells == "sigma":
@@ -204,7 +198,7 @@ def test_a_pipeline_tells_its_step(tells, monkeypatch):
     if tells != "step_index":
         monkeypatch.setattr(type(pipe.transformer), "cache_context", tell_less)
     with enable(pipe, speedup=2, announce=None) as cache:
-        cached = run(pipe, arguments(1), STEPS)
+        cached = run_pipeline(pipe, arguments(1), STEPS)
         copied = copy.deepcopy(pipe.transformer)
         assert copied.cache_context.__self__ is copied
     report = cache.reports[0]
@@ -229,13 +223,13 @@ def test_another_cache_is_refused_on_either_side():
 
 def test_disable_and_what_cannot_be_enabled():
     pipe, arguments = FAMILIES["wan22"]()
-    plain = run(pipe, arguments(1), STEPS)
+    plain = run_pipeline(pipe, arguments(1), STEPS)
     cache = enable(pipe, speedup=2, announce=None)
     with pytest.raises(MagCacheError, match="patched already"):
         enable(pipe, steps=3)
-    assert not torch.equal(run(pipe, arguments(1), STEPS), plain)
+    assert not torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
     disable(pipe)
-    assert torch.equal(run(pipe, arguments(1), STEPS), plain) and len(cache.reports) == 1
+    assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain) and len(cache.reports) == 1
     with pytest.raises(MagCacheError, match="not enabled"):
         disable(pipe)
     pipe.transformer = pipe.transformer_2 = None
@@ -249,7 +243,7 @@ def test_a_published_table_gives_the_settings_of_the_release(monkeypatch):
     pipe.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
     plans = []
     with enable(pipe, thresh=0.24, announce=plans.append) as cache:
-        run(pipe, arguments(1), 28)
+        run_pipeline(pipe, arguments(1), 28)
     assert cache.reports[0].schedule.computed == 9 and "ratios of flux-dev (published)" in plans[0]
     assert not cache.reports[0].notes
 
@@ -258,16 +252,16 @@ def test_a_class_nobody_described_is_looked_at(monkeypatch):
     """Under the paper's rule, at its first call; a speed-up needs nothing."""
     pipe, arguments = FAMILIES["sd3"]()
     with enable(pipe, calibrate=True, announce=None):
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     rule = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2, "announce": None}
     with enable(pipe, **rule):
-        known = run(pipe, arguments(1), STEPS)
+        known = run_pipeline(pipe, arguments(1), STEPS)
     monkeypatch.delitem(HOSTS, class_name(pipe.transformer))
     with enable(pipe, **rule) as cache:
-        assert torch.equal(run(pipe, arguments(1), STEPS), known)
+        assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), known)
     assert cache.reports[0].reused and "forward" not in pipe.transformer.__dict__
     with enable(pipe, speedup=2, announce=None) as cache:
-        run(pipe, arguments(1), STEPS)
+        run_pipeline(pipe, arguments(1), STEPS)
     assert cache.reports[0].reused == STEPS // 2
 
 
@@ -279,14 +273,14 @@ def test_compiled_blocks(family):
     if HOSTS[class_name(model)].blocks:
         wishes.append({"thresh": 5.0, "K": 1, "retention_ratio": 0.2})
         with enable(pipe, calibrate=True, announce=None):
-            run(pipe, arguments(1), STEPS)
+            run_pipeline(pipe, arguments(1), STEPS)
     for wish in wishes:
         with enable(pipe, **wish, announce=None):
-            plain.append(run(pipe, arguments(1), STEPS))
+            plain.append(run_pipeline(pipe, arguments(1), STEPS))
     (model.compile_repeated_blocks if getattr(model, "_repeated_blocks", None) else model.compile)(backend="eager")
     for wish, expected in zip(wishes, plain):
         with enable(pipe, **wish, announce=None) as cache:
-            assert torch.allclose(run(pipe, arguments(1), STEPS), expected, rtol=1e-4, atol=1e-4)
+            assert torch.allclose(run_pipeline(pipe, arguments(1), STEPS), expected, rtol=1e-4, atol=1e-4)
         assert cache.reports[0].reused and not cache.reports[0].notes
 
 
@@ -297,7 +291,7 @@ def test_the_times_of_the_facts_are_those_of_the_scheduler(name):
     pipe, arguments = FAMILIES[name]()
     model = denoiser(pipe)
     with enable(pipe, steps=4, announce=None) as cache:
-        expected = run(pipe, arguments(1), STEPS)
+        expected = run_pipeline(pipe, arguments(1), STEPS)
     with magcache_forward(
         model,
         HOSTS[class_name(model)],
@@ -307,6 +301,6 @@ def test_the_times_of_the_facts_are_those_of_the_scheduler(name):
         announce=None,
         scheduler=lambda: pipe.scheduler,
     ) as handle:
-        drawn = run(pipe, arguments(1), STEPS)
+        drawn = run_pipeline(pipe, arguments(1), STEPS)
     assert [report.schedule.strip for report in handle.reports] == [cache.reports[0].schedule.strip]
     assert torch.equal(drawn, expected) and handle.reports[0].complete

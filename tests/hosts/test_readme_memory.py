@@ -15,13 +15,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MIB, GIB = 2**20, 2**30
 
 
-def wan(dim, frames, height, width, side=16, every=4):
+def wan_bytes(dim, frames, height, width, side=16, every=4):
     """Pixels; side: of a patch; every: frames in one of the latent."""
     tokens = ((frames - 1) // every + 1) * (height // side) * (width // side)
     return WAN.residual_shape(SimpleNamespace(dim=dim), {"x": [None], "seq_len": tokens})
 
 
-def hunyuan(height, width):
+def hunyuan_bytes(height, width):
     model = SimpleNamespace(patch_size=[1, 2, 2], hidden_size=3072)
     latent = torch.empty(1, 16, 33, height // 8, width // 8, device="meta")
     return HUNYUANVIDEO_CHECKOUT.residual_shape(model, {"x": latent})
@@ -58,7 +58,7 @@ def framepack():
     return FRAMEPACK.residual_shape(SimpleNamespace(config=config), {"hidden_states": latent})
 
 
-def flux():
+def flux_bytes():
     tokens = torch.empty(1, 4096, 64, device="meta")
     return FLUX.residual_shape(SimpleNamespace(inner_dim=3072), {"hidden_states": tokens})
 
@@ -66,13 +66,13 @@ def flux():
 @pytest.mark.parametrize(
     "folder, said, shape, bytes_each, unit",
     [
-        ("MagCache4FLUX", "24 MiB in bfloat16", flux(), 2, MIB),
+        ("MagCache4FLUX", "24 MiB in bfloat16", flux_bytes(), 2, MIB),
         ("MagCache4FLUX", "0.5 MiB each", (4096, 64), 2, MIB),
-        ("MagCache4Wan2.1", "1.44 GiB for each of the two calls", wan(5120, 81, 720, 1280), 4, GIB),
-        ("MagCache4Wan2.2", "1.44 GiB", wan(5120, 81, 720, 1280), 4, GIB),
-        ("MagCache4Wan2.2", "0.31 GiB", wan(3072, 121, 704, 1280, side=32), 4, GIB),
-        ("MagCache4HunyuanVideo", "696 MiB in bfloat16 at 720x1280", hunyuan(720, 1280), 2, MIB),
-        ("MagCache4HunyuanVideo", "394 MiB at 544x960", hunyuan(544, 960), 2, MIB),
+        ("MagCache4Wan2.1", "1.44 GiB for each of the two calls", wan_bytes(5120, 81, 720, 1280), 4, GIB),
+        ("MagCache4Wan2.2", "1.44 GiB", wan_bytes(5120, 81, 720, 1280), 4, GIB),
+        ("MagCache4Wan2.2", "0.31 GiB", wan_bytes(3072, 121, 704, 1280, side=32), 4, GIB),
+        ("MagCache4HunyuanVideo", "696 MiB in bfloat16 at 720x1280", hunyuan_bytes(720, 1280), 2, MIB),
+        ("MagCache4HunyuanVideo", "394 MiB at 544x960", hunyuan_bytes(544, 960), 2, MIB),
         ("MagCache4HunyuanVideo-1.5", "385 MiB at 848x480", hunyuan15(480, 848), 2, MIB),
         ("MagCache4HunyuanVideo-1.5", "872 MiB at 1280x720", hunyuan15(720, 1280), 2, MIB),
         ("MagCache4Open-Sora", "146 MiB", open_sora(192, 336), 2, MIB),

@@ -62,7 +62,7 @@ DROP_IN = {"MAGCACHE_WAN21": "MagCache4Wan2.1", "MAGCACHE_WAN22": "MagCache4Wan2
 
 
 @pytest.fixture(scope="module")
-def checkouts(tmp_path_factory):
+def wan_checkouts(tmp_path_factory):
     """variable -> WanRuns, started at first use."""
     started = {}
 
@@ -82,12 +82,12 @@ def checkouts(tmp_path_factory):
 
 
 @pytest.fixture
-def command(checkouts, tmp_path):
+def wan21_command(wan_checkouts, tmp_path):
     """Run the drop-in, or the checkout's own generate.py, in a folder of its own."""
 
     def run(name, *flags, script="magcache_generate.py", ranks=1, code=0):
         variable, kind, _, task = RUNS[name]
-        runs = checkouts(variable)
+        runs = wan_checkouts(variable)
         Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "cat.png")
         argv = (runs.folder / script, "--ckpt_dir", runs.checkpoint(kind), *SMALL, *task, *flags)
         done = [runs.run(*argv, cwd=tmp_path)] if ranks == 1 else runs.ranks(*argv, cwd=tmp_path, count=ranks)
@@ -110,25 +110,25 @@ def written(folder):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_off_is_the_checkouts_own_command(command, name, tmp_path):
+def test_off_is_the_checkouts_own_command(wan21_command, name, tmp_path):
     """The same latents to the bit, and the checkout's own name for the file."""
     suffix = "png" if name == "t2i" else "mp4"
-    plain = command(name, "--save_file", f"plain.{suffix}", script="generate.py")
-    off = command(name)
+    plain = wan21_command(name, "--save_file", f"plain.{suffix}", script="generate.py")
+    off = wan21_command(name)
     assert torch.equal(off.latents[0], plain.latents[0]) and len(off.latents) == len(plain.latents) == 1
     assert "MagCache is off; --use_magcache turns it on." in off.output and off.entered == plain.entered
     (default,) = set(written(tmp_path)) - {f"plain.{suffix}"}
     task = RUNS[name][3][2]
     assert re.fullmatch(re.escape(task) + r"_\d+\*\d+_1(_1)?_a_cat___a_dog_\d+_\d+\." + suffix, default)
     assert (tmp_path / default).read_bytes() == (tmp_path / f"plain.{suffix}").read_bytes()
-    named = command(name, "--no-magcache", "--use_magcache", "--save_file", f"named.{suffix}")
+    named = wan21_command(name, "--no-magcache", "--use_magcache", "--save_file", f"named.{suffix}")
     assert torch.equal(named.latents[0], plain.latents[0]) and "MagCache" not in named.output
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v", "vace"])
-def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_blocks(checkouts, kind, tmp_path):
+def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_blocks(wan_checkouts, kind, tmp_path):
     """VACE too, whose hint blocks run in that forward and must have no effect."""
-    runs = checkouts("MAGCACHE_WAN21")
+    runs = wan_checkouts("MAGCACHE_WAN21")
     runs.checkpoint(kind)
     done = runs.run(
         Path(__file__).parent / "wan_cases.py",
@@ -146,9 +146,9 @@ def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_bl
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_cached(command, name, solver, tmp_path):
+def test_cached_wan21(wan21_command, name, solver, tmp_path):
     preset = RUNS[name][2]
-    done = command(name, "--use_magcache", "--mag_ratios", preset, *REUSING, "--sample_solver", solver)
+    done = wan21_command(name, "--use_magcache", "--mag_ratios", preset, *REUSING, "--sample_solver", solver)
     report_name, video = written(tmp_path)
     report = json.loads((tmp_path / report_name).read_text())
     assert video.startswith(f"magcache_{RUNS[name][3][2]}_") and report_name == video.replace(".mp4", ".magcache.json")
@@ -164,32 +164,32 @@ def test_cached(command, name, solver, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])
-def test_compare_into_a_file_that_is_named(command, name, tmp_path):
-    done = command(name, "--compare", "--mag_ratios", RUNS[name][2], *REUSING, "--save_file", "out/cat.mp4")
+def test_compare_into_a_file_that_is_named(wan21_command, name, tmp_path):
+    done = wan21_command(name, "--compare", "--mag_ratios", RUNS[name][2], *REUSING, "--save_file", "out/cat.mp4")
     assert written(tmp_path / "out") == ["cat.magcache.json", "cat.mp4", "cat_compare.mp4"]
     uncached, cached, fewer = json.loads((tmp_path / "out" / "cat.magcache.json").read_text())["quality"].values()
     assert uncached["steps"] == 10 and cached["steps"] == fewer["steps"] < 10
     assert 0 < cached["psnr"] < 100 and 0 < cached["ssim"] <= 1
-    plain = command(name, "--save_file", "plain.mp4", script="generate.py")
+    plain = wan21_command(name, "--save_file", "plain.mp4", script="generate.py")
     assert [torch.equal(plain.latents[0], latents) for latents in done.latents] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", UNPUBLISHED)
-def test_a_task_without_a_table_says_so_then_calibrates(command, name, tmp_path):
-    refused = command(name, "--use_magcache", code=1)
+def test_a_task_without_a_table_says_so_then_calibrates(wan21_command, name, tmp_path):
+    refused = wan21_command(name, "--use_magcache", code=1)
     task = RUNS[name][3][2]
     assert f"No magnitude ratios are known for {task} with this checkpoint" in refused.output
     assert "--magcache_calibration" in refused.output and "Traceback" not in refused.output and not written(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["flf2v", "t2i", "i2v", "vace", "2.2 ti2v"])
-def test_a_calibration_serves_the_next_run(command, name, tmp_path):
-    measured = command(name, "--magcache_calibration")
+def test_a_calibration_serves_the_next_command(wan21_command, name, tmp_path):
+    measured = wan21_command(name, "--magcache_calibration")
     assert not [file for file in written(tmp_path) if file.startswith("magcache_") or file.endswith(".json")]
     (path,) = (tmp_path / "home").iterdir()
     table = read(path)
     assert table.steps == 10 and list(table.mag_ratios) == ["cond", "uncond"] and measured.output.count(str(path)) == 1
-    planned = command(name, "--magcache_steps", "5", "--magcache_predictor", "linear")
+    planned = wan21_command(name, "--magcache_steps", "5", "--magcache_predictor", "linear")
     report = json.loads(next(tmp_path.glob("magcache_*.json")).read_text())
     assert report["mag_ratios_of"] == table.name and report["computed"] == 10 and report["unplanned"] == {}
     assert blocks_entered(planned)[0] == 40 and not torch.equal(planned.latents[0], measured.latents[0])
@@ -201,10 +201,10 @@ def test_a_calibration_serves_the_next_run(command, name, tmp_path):
     ids=["ulysses", "fsdp", "both"],
 )
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])
-def test_two_processes_render_what_one_does(command, name, flags, tmp_path):
+def test_two_processes_render_what_one_does(wan21_command, name, flags, tmp_path):
     cached = ("--mag_ratios", RUNS[name][2], *REUSING, "--save_file")
-    one = command(name, *cached, "one.mp4")
-    first, second = command(name, *cached, "two.mp4", *flags, ranks=2)
+    one = wan21_command(name, *cached, "one.mp4")
+    first, second = wan21_command(name, *cached, "two.mp4", *flags, ranks=2)
     reports = [json.loads((tmp_path / f"{which}.magcache.json").read_text()) for which in ("one", "two")]
     assert reports[0]["strip"] == reports[1]["strip"] and reports[1]["unplanned"] == {} and reports[1]["reused"] >= 6
     torch.testing.assert_close(first.latents[0], one.latents[0], rtol=0, atol=1e-3)
@@ -214,10 +214,10 @@ def test_two_processes_render_what_one_does(command, name, flags, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])
-def test_two_processes_measure_what_one_does(command, name, tmp_path):
+def test_two_processes_measure_what_one_does(wan21_command, name, tmp_path):
     odd = () if name == "vace" else ("--size", "480*832", "--frame_num", "9")  # 45 tokens, filled up to 46
-    command(name, "--magcache_calibration", "one.json", "--save_file", "one.mp4", *odd)
-    command(
+    wan21_command(name, "--magcache_calibration", "one.json", "--save_file", "one.mp4", *odd)
+    wan21_command(
         name,
         "--magcache_calibration",
         "two.json",

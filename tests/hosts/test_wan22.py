@@ -47,21 +47,21 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def wan22(tmp_path_factory):
-    package = packages.unpacked(*WAN22_WHEEL) / "wan"
+def wan22_runs(tmp_path_factory):
+    package = packages.unpacked_package(*WAN22_WHEEL) / "wan"
     runs = WanRuns(tmp_path_factory.mktemp("wan22"), package, HERE / "wan22_generate.py", "MagCache4Wan2.2")
     yield runs
     runs.close()
 
 
 @pytest.fixture
-def case(wan22, tmp_path):
+def case(wan22_runs, tmp_path):
     """Run a case of wan_cases.py; what it returns."""
 
     def run(name, *arguments):
         for kind in set(CHECKPOINTS.values()):
-            wan22.checkpoint(kind)
-        done = wan22.run(HERE / "wan_cases.py", name, wan22.checkpoints, *arguments, cwd=tmp_path)
+            wan22_runs.checkpoint(kind)
+        done = wan22_runs.run(HERE / "wan_cases.py", name, wan22_runs.checkpoints, *arguments, cwd=tmp_path)
         assert done.code == 0, done.output
         return json.loads((tmp_path / "result.json").read_text())
 
@@ -69,7 +69,7 @@ def case(wan22, tmp_path):
 
 
 @pytest.fixture
-def command(wan22, tmp_path):
+def wan22_command(wan22_runs, tmp_path):
     """Run the drop-in, or another script beside it, as a user does, in a folder of its own."""
 
     def run(kind, *flags, script="magcache_generate.py", ranks=1, code=0, checkpoint=None):
@@ -77,14 +77,16 @@ def command(wan22, tmp_path):
             Image.radial_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "cat.png")
             flags = ("--image", "cat.png", *flags)
         argv = (
-            wan22.folder / script,
+            wan22_runs.folder / script,
             *TASKS[kind],
             *SMALL,
             "--ckpt_dir",
-            checkpoint or wan22.checkpoint(CHECKPOINTS[kind]),
+            checkpoint or wan22_runs.checkpoint(CHECKPOINTS[kind]),
             *flags,
         )
-        done = [wan22.run(*argv, cwd=tmp_path)] if ranks == 1 else wan22.ranks(*argv, cwd=tmp_path, count=ranks)
+        done = (
+            [wan22_runs.run(*argv, cwd=tmp_path)] if ranks == 1 else wan22_runs.ranks(*argv, cwd=tmp_path, count=ranks)
+        )
         assert [one.code for one in done] == [code] * ranks, "\n".join(one.output for one in done)
         return done[0] if ranks == 1 else done
 
@@ -103,7 +105,7 @@ def test_off_is_the_host_to_the_bit(case, kind):
 @pytest.mark.parametrize(
     "kind, solver", [("t2v", "unipc"), ("t2v", "dpm++"), ("i2v", "unipc"), ("ti2v-t2v", "dpm++"), ("ti2v-i2v", "unipc")]
 )
-def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_blocks(case, kind, solver):
+def test_a_reused_call_of_wan22_is_the_hosts_forward_with_the_residual(case, kind, solver):
     for run in case("reused_calls_are_the_hosts_forward_with_the_residual", kind, solver):
         assert run["cond"] == run["uncond"] == run["planned"] and "." in run["planned"]
         assert run["unplanned"] == {} and run["runs"] == 1 and run["complete"]
@@ -173,12 +175,12 @@ def test_calibration_serves_a_planned_run(case, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_magcache_it_is_the_hosts_command(command, kind, tmp_path):
-    plain = command(kind, "--save_file", "plain.mp4", script="generate.py")
-    off = command(kind)
+def test_without_magcache_it_is_the_hosts_command(wan22_command, kind, tmp_path):
+    plain = wan22_command(kind, "--save_file", "plain.mp4", script="generate.py")
+    off = wan22_command(kind)
     assert "MagCache is off; --use_magcache turns it on." in off.output
     assert torch.equal(off.latents[0], plain.latents[0]) and len(off.latents) == len(plain.latents) == 1
-    assert "MagCache" not in command(kind, "--no-magcache", "--use_magcache").output
+    assert "MagCache" not in wan22_command(kind, "--no-magcache", "--use_magcache").output
     task = TASKS[kind][1]
     assert {path.name for path in tmp_path.iterdir()} - {"cat.png"} == {"plain.mp4", f"{task}_1.mp4"}
     assert (tmp_path / "plain.mp4").read_bytes() == (tmp_path / f"{task}_1.mp4").read_bytes()
@@ -193,9 +195,9 @@ PRESET = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cached(command, kind, tmp_path):
+def test_cached_wan22(wan22_command, kind, tmp_path):
     settings = ("--magcache_thresh", "0.5", "--magcache_K", "3", "--retention_ratio", "0.2")
-    done = command(kind, "--use_magcache", "--mag_ratios", PRESET[kind], *settings)
+    done = wan22_command(kind, "--use_magcache", "--mag_ratios", PRESET[kind], *settings)
     report = json.loads((tmp_path / f"magcache_{TASKS[kind][1]}_1.magcache.json").read_text())
     assert report["calls"] == 24 and 0 < report["reused"] and report["unplanned"] == {} and report["complete"]
     models = 1 if kind.startswith("ti2v") else 2
@@ -209,8 +211,8 @@ def test_cached(command, kind, tmp_path):
     assert done.output.count(report["strip"]) == 1 and "MagCache:" in done.output
 
 
-def test_published_settings_are_the_default_and_printed(command, tmp_path):
-    done = command(
+def test_published_settings_are_the_default_and_printed(wan22_command, tmp_path):
+    done = wan22_command(
         "t2v", "--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--sample_steps", "40", "--sample_shift", "12"
     )
     assert "magcache_thresh 0.06, magcache_K 2, retention_ratio 0.4" in done.output
@@ -218,8 +220,8 @@ def test_published_settings_are_the_default_and_printed(command, tmp_path):
     assert strip == PUBLISHED["wan2.2-t2v-a14b"]
 
 
-def test_compare(command, tmp_path):
-    done = command(
+def test_compare(wan22_command, tmp_path):
+    done = wan22_command(
         "t2v",
         "--compare",
         "--mag_ratios",
@@ -248,55 +250,59 @@ def test_compare(command, tmp_path):
     video, fps = read_frames(tmp_path / "out" / "cat.mp4")
     sheet, sheet_fps = read_frames(tmp_path / "out" / "cat_compare.mp4")
     assert len(sheet) == len(video) and sheet_fps == fps and sheet.shape[2] >= 3 * video.shape[2]
-    plain = command("t2v", "--save_file", "plain.mp4", script="generate.py")
+    plain = wan22_command("t2v", "--save_file", "plain.mp4", script="generate.py")
     assert [torch.equal(plain.latents[0], latents) for latents in done.latents] == [False, True, False]
 
 
-def test_calibration_is_found_by_the_next_run(command, tmp_path):
-    measured = command("i2v", "--magcache_calibration")
+def test_calibration_is_found_by_the_next_run(wan22_command, tmp_path):
+    measured = wan22_command("i2v", "--magcache_calibration")
     (path,) = (tmp_path / "home").iterdir()
     assert str(path) in measured.output and path.name.startswith("i2v-A14B-832x480x5-")
-    assert torch.equal(measured.latents[0], command("i2v", "--save_file", "plain.mp4", script="generate.py").latents[0])
+    assert torch.equal(
+        measured.latents[0], wan22_command("i2v", "--save_file", "plain.mp4", script="generate.py").latents[0]
+    )
     table = read(path)
     assert table.origin == "measured" and table.steps == 12 and table.sampler["boundary"] == 0.9
     assert list(table.mag_ratios) == ["cond", "uncond"]
-    planned = command("i2v", "--magcache_steps", "6", "--magcache_predictor", "linear")
+    planned = wan22_command("i2v", "--magcache_steps", "6", "--magcache_predictor", "linear")
     report = json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())
     assert report["mag_ratios_of"] == table.name and report["planned_computed"] == 6 and report["computed"] == 12
     assert planned.entered["WanAttentionBlock"] == 4 * 12
-    command("i2v", "--use_magcache", "--magcache_thresh", "9")
+    wan22_command("i2v", "--use_magcache", "--magcache_thresh", "9")
     assert json.loads((tmp_path / "magcache_i2v-A14B_1.magcache.json").read_text())["reused"] > 0
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-def test_a_speedup_needs_no_calibration_and_is_corrected(command, solver):
+def test_a_speedup_needs_no_calibration_and_is_corrected(wan22_command, solver):
     """Wan's own schedulers are followed, in both experts; with the corrector the latents come nearer."""
     flags = ("--sample_solver", solver, "--save_file")
-    (plain,) = command("t2v", *flags, "plain.mp4", script="generate.py").latents
+    (plain,) = wan22_command("t2v", *flags, "plain.mp4", script="generate.py").latents
     missed = {}
     for corrector in ("on", "off"):
-        done = command("t2v", *flags, f"{corrector}.mp4", "--magcache_speedup", "2", "--magcache_corrector", corrector)
+        done = wan22_command(
+            "t2v", *flags, f"{corrector}.mp4", "--magcache_speedup", "2", "--magcache_corrector", corrector
+        )
         assert "no calibration needed" in done.output and f"corrector {corrector}" in done.output
         missed[corrector] = float((done.latents[0] - plain).norm())
     assert missed["on"] < missed["off"]
 
 
-def test_calibration_goes_to_the_file_that_is_named(command, tmp_path):
-    done = command("ti2v-t2v", "--magcache_calibration", "mine.json")
+def test_calibration_goes_to_the_file_that_is_named(wan22_command, tmp_path):
+    done = wan22_command("ti2v-t2v", "--magcache_calibration", "mine.json")
     assert read(tmp_path / "mine.json").steps == 12 and not (tmp_path / "home").exists()
     assert "use it with --mag_ratios mine.json" in done.output
-    command("ti2v-t2v", "--magcache_steps", "6", "--magcache_predictor", "linear", "--mag_ratios", "mine.json")
+    wan22_command("ti2v-t2v", "--magcache_steps", "6", "--magcache_predictor", "linear", "--mag_ratios", "mine.json")
     assert json.loads((tmp_path / "magcache_ti2v-5B_1.magcache.json").read_text())["planned_computed"] == 6
 
 
-def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path):
-    command("t2v", "--magcache_calibration")
+def test_a_table_of_another_checkpoint_is_not_borrowed(wan22_command, wan22_runs, tmp_path):
+    wan22_command("t2v", "--magcache_calibration")
     other = tmp_path / "swapped"
     other.mkdir()
-    plain = wan22.checkpoint("t2v-experts")
+    plain = wan22_runs.checkpoint("t2v-experts")
     (other / "low_noise_model").symlink_to(plain / "high_noise_model")
     (other / "high_noise_model").symlink_to(plain / "low_noise_model")
-    done = command("t2v", "--use_magcache", checkpoint=other, code=1)
+    done = wan22_command("t2v", "--use_magcache", checkpoint=other, code=1)
     assert "No magnitude ratios are known for t2v-A14B with this checkpoint" in done.output and not done.latents
 
 
@@ -332,12 +338,12 @@ def test_a_table_of_another_checkpoint_is_not_borrowed(command, wan22, tmp_path)
         ),
     ],
 )
-def test_a_mistake_gets_one_sentence_and_costs_nothing(command, wan22, flags, part, tmp_path):
+def test_a_mistake_gets_one_sentence_and_costs_nothing(wan22_command, wan22_runs, flags, part, tmp_path):
     weightless = tmp_path / "checkpoint"
     (weightless / "high_noise_model").mkdir(parents=True)
-    config = wan22.checkpoint("t2v-experts") / "high_noise_model" / "config.json"
+    config = wan22_runs.checkpoint("t2v-experts") / "high_noise_model" / "config.json"
     (weightless / "high_noise_model" / "config.json").write_bytes(config.read_bytes())
-    done = command("t2v", *flags, code=1, checkpoint=weightless)  # loading it would be another error
+    done = wan22_command("t2v", *flags, code=1, checkpoint=weightless)  # loading it would be another error
     last = done.output.strip().splitlines()[-1]
     assert last.startswith("magcache_generate.py: ") and part in last and last.endswith(".")
     assert "Traceback" not in done.output and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -356,14 +362,14 @@ def test_a_save_that_fails_says_so_and_leaves_the_old_file(tmp_path):
     assert (tmp_path / "cat.mp4").read_text() == "old" and not list(tmp_path.glob("*.part.mp4"))
 
 
-def test_no_generate_py_beside_the_script(wan22, tmp_path):
+def test_no_generate_py_beside_the_script(wan22_runs, tmp_path):
     lonely = tmp_path / "lonely"
     lonely.mkdir()
     for name in ("magcache_generate.py", "common", "wan"):
-        (lonely / name).symlink_to(wan22.folder / name)
+        (lonely / name).symlink_to(wan22_runs.folder / name)
     (lonely / "magcache_generate.py").unlink()
-    (lonely / "magcache_generate.py").write_bytes((wan22.folder / "magcache_generate.py").read_bytes())
-    done = wan22.run(lonely / "magcache_generate.py", "--use_magcache", cwd=tmp_path)
+    (lonely / "magcache_generate.py").write_bytes((wan22_runs.folder / "magcache_generate.py").read_bytes())
+    done = wan22_runs.run(lonely / "magcache_generate.py", "--use_magcache", cwd=tmp_path)
     assert done.code == 1 and "There is no generate.py of Wan2.2 beside this script" in done.output
     assert "python -m common install MagCache4Wan2.2" in done.output and "Traceback" not in done.output
 
@@ -381,13 +387,13 @@ ODD = ("--size", "480*832", "--frame_num", "9")
         ("ti2v-t2v", ("--dit_fsdp",)),
     ],
 )
-def test_two_processes_render_what_one_does(command, kind, flags, tmp_path):
+def test_two_processes_of_wan22_render_what_one_does(wan22_command, kind, flags, tmp_path):
     cached = ("--mag_ratios", PRESET[kind], "--magcache_thresh", "0.5")
     name = f"magcache_{TASKS[kind][1]}_1.magcache.json"
-    one = command(kind, *cached, *(ODD if "480*832" in flags else ()))
+    one = wan22_command(kind, *cached, *(ODD if "480*832" in flags else ()))
     report = json.loads((tmp_path / name).read_text())
     (tmp_path / name).unlink()
-    first, second = command(kind, *cached, *flags, ranks=2)
+    first, second = wan22_command(kind, *cached, *flags, ranks=2)
     assert json.loads((tmp_path / name).read_text())["strip"] == report["strip"] and report["reused"] > 0
     torch.testing.assert_close(first.latents[0], one.latents[0], rtol=0, atol=1e-3)
     assert not second.latents
@@ -397,9 +403,9 @@ def test_two_processes_render_what_one_does(command, kind, flags, tmp_path):
     assert len(list(tmp_path.glob("*.json"))) == 1 and len(list(tmp_path.glob("*.mp4"))) == 1
 
 
-def test_two_processes_measure_what_one_does(command, tmp_path):
-    command("t2v", "--magcache_calibration", "one.json", *ODD)
-    command("t2v", "--magcache_calibration", "two.json", *ODD, "--ulysses_size", "2", "--dit_fsdp", ranks=2)
+def test_two_processes_of_wan22_measure_what_one_does(wan22_command, tmp_path):
+    wan22_command("t2v", "--magcache_calibration", "one.json", *ODD)
+    wan22_command("t2v", "--magcache_calibration", "two.json", *ODD, "--ulysses_size", "2", "--dit_fsdp", ranks=2)
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     for branch, ratios in one.mag_ratios.items():
         assert two.mag_ratios[branch] == pytest.approx(ratios, rel=1e-3)
@@ -410,15 +416,15 @@ def test_two_processes_measure_what_one_does(command, tmp_path):
 
 
 @pytest.mark.parametrize("kind, calls", [("s2v", 2), ("animate", 1)])
-def test_segments_by_command(command, kind, calls, tmp_path):
+def test_segments_by_command(wan22_command, kind, calls, tmp_path):
     """Calibrated over both segments, on one rank and on two; planned; and the ranks render what one renders."""
     flags = ("--frame_num", "9", "--save_file")
     measured, planned = {}, {}
     for ranks in (1, 2):
         parallel = ("--ulysses_size", ranks)
-        command(kind, *flags, "a.mp4", *parallel, "--magcache_calibration", f"{ranks}.json", ranks=ranks)
+        wan22_command(kind, *flags, "a.mp4", *parallel, "--magcache_calibration", f"{ranks}.json", ranks=ranks)
         measured[ranks] = read(tmp_path / f"{ranks}.json")
-        planned[ranks] = command(
+        planned[ranks] = wan22_command(
             kind, *flags, f"{ranks}.mp4", *parallel, "--mag_ratios", "1.json", "--magcache_steps", "6", ranks=ranks
         )
     table, shared = measured.values()
@@ -431,6 +437,6 @@ def test_segments_by_command(command, kind, calls, tmp_path):
     last, of_two, plain = (
         planned[1].latents[-1],
         planned[2][0].latents[-1],
-        command(kind, *flags, "plain.mp4").latents[-1],
+        wan22_command(kind, *flags, "plain.mp4").latents[-1],
     )
     assert 0 < (last - plain).abs().mean() and (last - of_two).abs().mean() < (last - plain).abs().mean() / 10

@@ -17,6 +17,8 @@ from common.scripts.quality import VIDEO_SUFFIXES
 from common.scripts.wan import checkpoint_config, wan_host, wan_session
 from common.tables import calibrations_folder, load
 
+pytestmark = pytest.mark.usefixtures("home")
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 T2V_1, T2V_14, I2V_14 = ("t2v", 1536), ("t2v", 5120), ("i2v", 5120)
 CASES = [
@@ -39,7 +41,7 @@ CASES = [
 ]
 
 
-def session(tmp_path, folder, task, size, frames, image, config):
+def table_session(tmp_path, folder, task, size, frames, image, config):
     checkpoint = tmp_path / "Wan-T2V-14B-720P-VACE"  # says nothing
     place = checkpoint / "high_noise_model" if "A14B" in task else checkpoint
     place.mkdir(parents=True)
@@ -62,15 +64,9 @@ def session(tmp_path, folder, task, size, frames, image, config):
     return wan_session(args, argparse.Namespace(**host), script["SETTINGS"], script["TABLES"])
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize("folder, task, size, frames, image, config, preset", CASES)
 def test_table_and_settings(tmp_path, folder, task, size, frames, image, config, preset):
-    made = session(tmp_path, folder, task, size, frames, image, config)
+    made = table_session(tmp_path, folder, task, size, frames, image, config)
     assert made.preset == preset
     if preset:
         made.check("output")
@@ -85,7 +81,7 @@ def test_table_and_settings(tmp_path, folder, task, size, frames, image, config,
     [case for case in CASES if case[-1] and (case[1], case[5]) != ("t2v-14B", T2V_1)],
 )
 def test_the_scripts_lines_are_what_was_published(tmp_path, folder, task, size, frames, image, config, preset):
-    assert session(tmp_path, folder, task, size, frames, image, config).script_settings == load(preset).settings
+    assert table_session(tmp_path, folder, task, size, frames, image, config).script_settings == load(preset).settings
 
 
 def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
@@ -105,16 +101,16 @@ def test_an_own_calibration_wins_and_the_nearest_size_of_several(tmp_path):
                 }
             )
         )
-    made = session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 61, None, T2V_1)
+    made = table_session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 61, None, T2V_1)
     assert made.find_table("a").name == "t2v-1.3B-832x480x81-a"
     assert made.find_table("b").name == "wan2.1-t2v-1.3b"
-    small = session(tmp_path / "small", "MagCache4Wan2.1", "t2v-1.3B", "832*480", 9, None, T2V_1)
+    small = table_session(tmp_path / "small", "MagCache4Wan2.1", "t2v-1.3B", "832*480", 9, None, T2V_1)
     assert small.find_table("a").name == "t2v-1.3B-832x480x5-a"
 
 
 def test_a_task_that_is_not_known(tmp_path):
     with pytest.raises(MagCacheError, match=r"MagCache knows the tasks .*, not x2v-14B; leave out --use_magcache\."):
-        session(tmp_path, "MagCache4Wan2.2", "x2v-14B", "1024*704", 80, None, ("x2v", 5120))
+        table_session(tmp_path, "MagCache4Wan2.2", "x2v-14B", "1024*704", 80, None, ("x2v", 5120))
 
 
 def test_a_mistyped_checkpoint_is_told_as_such(tmp_path, capsys):
@@ -127,7 +123,7 @@ def test_a_mistyped_checkpoint_is_told_as_such(tmp_path, capsys):
 
 def test_one_frame_may_be_a_video_and_a_picture_may_not(tmp_path):
     """generate.py writes an mp4 of one frame, and stills of its own task."""
-    one = session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 1, None, T2V_1)
+    one = table_session(tmp_path, "MagCache4Wan2.1", "t2v-1.3B", "832*480", 1, None, T2V_1)
     one.args.magcache_speedup = 2.0
     one.check("x.mp4", VIDEO_SUFFIXES)
     with pytest.raises(MagCacheError, match="has no ending that can be written: use .mp4"):

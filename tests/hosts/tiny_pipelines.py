@@ -13,7 +13,7 @@ import torch
 TEXT, WIDTH = 6, 16  # tokens of a prompt, and their width
 
 
-def model(name, seed=0, **config):
+def random_model(name, seed=0, **config):
     torch.manual_seed(seed)
     made = attrgetter(name)(diffusers)(**config).eval().requires_grad_(False)
     for parameter in made.parameters():  # a fresh final layer is often zero, and pads are uninitialised
@@ -32,7 +32,7 @@ def flow(**config):
 
 
 def small_vae(channels):
-    return model(
+    return random_model(
         "AutoencoderKL", block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=channels, norm_num_groups=1,
         shift_factor=0.06, scaling_factor=1.5,
@@ -50,7 +50,7 @@ FLUX = {
 
 
 def flux():
-    transformer = model("FluxTransformer2DModel", **FLUX)
+    transformer = random_model("FluxTransformer2DModel", **FLUX)
     pipe = diffusers.FluxPipeline(flow(shift=3.0), small_vae(4), transformer=transformer, **no_text("", "_2"))
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "pooled_prompt_embeds": embeds(seed, 1, WIDTH),
@@ -61,19 +61,19 @@ def flux():
 def flux_controlnet():
     pipe, arguments = flux()
     parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
-    pipe = diffusers.FluxControlNetPipeline(controlnet=model("FluxControlNetModel", 1, **FLUX), **parts)
+    pipe = diffusers.FluxControlNetPipeline(controlnet=random_model("FluxControlNetModel", 1, **FLUX), **parts)
     return pipe, lambda seed: {**arguments(seed), "control_image": embeds(seed, 1, 3, 16, 16)}
 
 
-def wan_transformer(seed=0):
-    return model(
+def tiny_wan_transformer(seed=0):
+    return random_model(
         "WanTransformer3DModel", seed, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
         text_dim=WIDTH, freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
 
 
 def wan_vae():
-    return model(
+    return random_model(
         "AutoencoderKLWan", base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4,
         temperal_downsample=[False, True, True], latents_std=[1.0] * 4,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def wan(two=False):
     )
     pipe = diffusers.WanPipeline(
         None, None, wan_vae(), scheduler,
-        wan_transformer(), wan_transformer(1) if two else None, boundary_ratio=0.7 if two else None,
+        tiny_wan_transformer(), tiny_wan_transformer(1) if two else None, boundary_ratio=0.7 if two else None,
     )  # fmt: skip
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "negative_prompt_embeds": embeds(99, 1, TEXT, WIDTH),
@@ -98,11 +98,11 @@ def wan22():
 
 
 def qwen_image():
-    transformer = model(
+    transformer = random_model(
         "QwenImageTransformer2DModel", in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(8, 4, 4),
     )  # fmt: skip
-    vae = model(
+    vae = random_model(
         "AutoencoderKLQwenImage", base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
         temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def qwen_image():
 
 
 def sd3():
-    transformer = model(
+    transformer = random_model(
         "SD3Transformer2DModel", sample_size=32, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
         out_channels=4,
@@ -133,11 +133,11 @@ def sd3():
 
 
 def ltx():
-    transformer = model(
+    transformer = random_model(
         "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8,
         cross_attention_dim=32, num_layers=2, caption_channels=WIDTH,
     )  # fmt: skip
-    vae = model(
+    vae = random_model(
         "AutoencoderKLLTXVideo", latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, timestep_conditioning=False, patch_size=1,
         spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
@@ -153,7 +153,7 @@ def ltx():
 
 def ltx2():
     """Video and sound, four calls a step by its own defaults of guidance."""
-    transformer = model(
+    transformer = random_model(
         "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, patch_size=1, patch_size_t=1,
         num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
         audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2,
@@ -161,25 +161,25 @@ def ltx2():
     )  # fmt: skip
     of_each = {"num_attention_heads": 4, "attention_head_dim": 4, "num_layers": 1, "num_learnable_registers": None}
     kinds = {f"{kind}_connector_{name}": value for kind in ("video", "audio") for name, value in of_each.items()}
-    connectors = model(
+    connectors = random_model(
         "pipelines.ltx2.connectors.LTX2TextConnectors", caption_channels=WIDTH, text_proj_in_factor=1, **kinds,
         connector_rope_base_seq_len=32, rope_double_precision=False, causal_temporal_positioning=False,
         rope_type="split",
     )  # fmt: skip
-    vae = model(
+    vae = random_model(
         "AutoencoderKLLTX2Video", latent_channels=4, block_out_channels=(8,), decoder_block_out_channels=(8,),
         layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,),
         decoder_spatio_temporal_scaling=(True,), decoder_inject_noise=(False, False), downsample_type=("spatial",),
         upsample_residual=(False,), upsample_factor=(1,), timestep_conditioning=False, patch_size=1, patch_size_t=1,
         encoder_causal=True, decoder_causal=False,
     )  # fmt: skip
-    audio_vae = model(
+    audio_vae = random_model(
         "AutoencoderKLLTX2Audio", base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1,
         attn_resolutions=None, in_channels=2, resolution=32, latent_channels=2, norm_type="pixel",
         causality_axis="height", mid_block_add_attention=False, sample_rate=16000, mel_hop_length=160, is_causal=True,
         mel_bins=8,
     )  # fmt: skip
-    vocoder = model(
+    vocoder = random_model(
         "pipelines.ltx2.vocoder.LTX2Vocoder", in_channels=16, hidden_channels=32, out_channels=2,
         upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2], resnet_kernel_sizes=[3],
         resnet_dilations=[[1, 3, 5]], leaky_relu_negative_slope=0.1, output_sampling_rate=16000,
@@ -194,7 +194,7 @@ def ltx2():
 
 
 def z_image():
-    transformer = model(
+    transformer = random_model(
         "ZImageTransformer2DModel", in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=WIDTH, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
     )  # fmt: skip
@@ -206,12 +206,12 @@ def z_image():
 
 
 def cogvideox():
-    transformer = model(
+    transformer = random_model(
         "CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
         time_embed_dim=8, text_embed_dim=WIDTH, num_layers=2, sample_width=2, sample_height=2, sample_frames=9,
         max_text_seq_length=TEXT,
     )  # fmt: skip
-    vae = model(
+    vae = random_model(
         "AutoencoderKLCogVideoX", block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1,
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, norm_num_groups=2,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def cogvideox():
 
 
 def lumina2():
-    transformer = model(
+    transformer = random_model(
         "Lumina2Transformer2DModel", sample_size=4, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2,
         num_kv_heads=1, multiple_of=16, axes_dim_rope=[4, 2, 2], axes_lens=[64, 64, 64], cap_feat_dim=WIDTH,
     )  # fmt: skip
@@ -240,12 +240,12 @@ def lumina2():
 
 
 def hunyuanvideo15():
-    transformer = model(
+    transformer = random_model(
         "HunyuanVideo15Transformer3DModel", in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16,
         num_layers=2, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1, text_embed_dim=WIDTH, text_embed_2_dim=WIDTH,
         image_embed_dim=12, rope_axes_dim=(4, 6, 6), target_size=16, task_type="t2v",
     )  # fmt: skip
-    vae = model(
+    vae = random_model(
         "AutoencoderKLHunyuanVideo15", latent_channels=4, block_out_channels=(16, 16), layers_per_block=1,
         spatial_compression_ratio=4, temporal_compression_ratio=2, downsample_match_channel=False,
         upsample_match_channel=False,
@@ -267,7 +267,7 @@ def hunyuanvideo15():
 
 
 def sdxl():
-    unet = model(
+    unet = random_model(
         "UNet2DConditionModel", block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
@@ -290,9 +290,17 @@ FAMILIES = {
 }
 
 
-def run(pipe, arguments, steps=8, seed=0, **more):
+def run_pipeline(pipe, arguments, steps=8, seed=0, **more):
     """The latents of one run."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     arguments = {"num_inference_steps": steps, "output_type": "latent", "generator": generator, **arguments, **more}
     return pipe(**arguments)[0]
+
+
+def denoiser(pipe):
+    return getattr(pipe, "transformer", None) or pipe.unet
+
+
+class Stopped(Exception):
+    """A user's callback that ends a run."""

@@ -62,7 +62,7 @@ def pipeline(kind, session=None):
     )
 
 
-def draw(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat"):
+def draw_video(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat"):
     """A video of 5 frames (FLF2V: its 81) of 96x64 pixels; of S2V and Animate one of two segments."""
     picture = Image.radial_gradient("L").convert("RGB").resize((96, 64))
     sampling = {"shift": shift, "sample_solver": solver, "sampling_steps": steps, "seed": seed}
@@ -98,7 +98,7 @@ def draw(pipe, kind, steps=9, shift=5.0, solver="unipc", seed=1, prompt="a cat")
 
 
 @contextmanager
-def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
+def patched_wan(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
     models = experts_of(pipe)
     with (
         timesteps_noted(schedulers_of(type(pipe))) as timesteps,
@@ -115,7 +115,7 @@ def patched(pipe, mag_ratios=RATIOS, settings=REUSES_MUCH):
         yield handle
 
 
-def session(*flags, task="t2v-A14B"):
+def session_of_task(*flags, task="t2v-A14B"):
     args, _ = flags_and_rest(add_opt_in_flags, flags)
     script_settings = {"magcache_thresh": 1.0, "magcache_K": 2, "retention_ratio": 0.2}
     return Session(args, script_settings, task, "96x64", 5, 9, None, {})
@@ -164,7 +164,7 @@ class Repetition:
 
     def __call__(self, handle, *args, **options):
         self.handle, self.residuals, self.calls = handle, {}, []
-        return draw(*args, **options)
+        return draw_video(*args, **options)
 
 
 def strip(calls, branch=0):
@@ -174,15 +174,15 @@ def strip(calls, branch=0):
 
 def uncached_is_the_same_to_the_bit(kind):
     pipe = pipeline(kind)
-    plain, before = draw(pipe, kind), [set(vars(model)) for model in experts_of(pipe)]
-    with patched(pipe, settings=OFF) as handle:
-        off = draw(pipe, kind)
-    with patched(pipe):
-        cached_video = draw(pipe, kind)
+    plain, before = draw_video(pipe, kind), [set(vars(model)) for model in experts_of(pipe)]
+    with patched_wan(pipe, settings=OFF) as handle:
+        off = draw_video(pipe, kind)
+    with patched_wan(pipe):
+        cached_video = draw_video(pipe, kind)
     assert [set(vars(model)) for model in experts_of(pipe)] == before, "the patch left something behind"
     return {
         "equal": torch.equal(plain, off),
-        "equal_after": torch.equal(plain, draw(pipe, kind)),
+        "equal_after": torch.equal(plain, draw_video(pipe, kind)),
         "cached_differs": not torch.equal(plain, cached_video),
         "reused": handle.reports[-1].reused,
     }
@@ -192,7 +192,7 @@ def reused_calls_are_the_hosts_forward_with_the_residual(kind, solver):
     pipe = pipeline(kind)
     repetition, results = Repetition(pipe), []
     for steps, shift in ((10, 5.0), (8, 8.0)):
-        with patched(pipe) as handle:
+        with patched_wan(pipe) as handle:
             repetition(handle, pipe, kind, steps=steps, shift=shift, solver=solver)
         report = handle.reports[-1]
         results.append(
@@ -214,8 +214,8 @@ def published_schedule(preset, solver):
     table = load(preset)
     kind = {"wan2.2-t2v-a14b": "t2v", "wan2.2-i2v-a14b": "i2v"}.get(preset, "ti2v-t2v")
     pipe = pipeline(kind)
-    with patched(pipe, table, Settings(**table.settings)) as handle:
-        draw(pipe, kind, steps=table.steps, shift=table.sampler["shift"], solver=solver)
+    with patched_wan(pipe, table, Settings(**table.settings)) as handle:
+        draw_video(pipe, kind, steps=table.steps, shift=table.sampler["shift"], solver=solver)
     (report,) = handle.reports
     by_branch = [
         "".join(".#"[what != "reused"] for _, this, what, *_ in report.calls if this == branch) for branch in (0, 1)
@@ -227,12 +227,12 @@ def any_boundary(kind):
     """The switch at no step, exactly on noise levels, and at the end; nothing passes from one expert to the other."""
     pipe = pipeline(kind)
     with timesteps_noted(schedulers_of(type(pipe))) as timesteps:
-        draw(pipe, kind, steps=8)
+        draw_video(pipe, kind, steps=8)
         levels = [level / 1000 for level in timesteps().tolist()]
     repetition, results = Repetition(pipe), []
     for boundary in (0.0, levels[0], levels[1], levels[4], levels[7], 1.1):
         pipe.boundary = boundary
-        with patched(pipe) as handle:
+        with patched_wan(pipe) as handle:
             repetition(handle, pipe, kind, steps=8)
         first = [number for _, branch, _, number in repetition.calls if branch == 0]
         results.append(
@@ -258,11 +258,13 @@ def runs_after_another(kind):
         "other steps and shift": {"steps": 7, "shift": 8.0},
         "other solver, prompt": {"solver": "dpm++", "prompt": "a dog"},
     }
-    alone = {name: draw(pipeline(kind, session(*flags)), kind, **options) for name, options in others.items()}
-    one = session(*flags)
+    alone = {
+        name: draw_video(pipeline(kind, session_of_task(*flags)), kind, **options) for name, options in others.items()
+    }
+    one = session_of_task(*flags)
     pipe = pipeline(kind, one)
-    draw(pipe, kind)
-    results = {name: torch.equal(draw(pipe, kind, **options), alone[name]) for name, options in others.items()}
+    draw_video(pipe, kind)
+    results = {name: torch.equal(draw_video(pipe, kind, **options), alone[name]) for name, options in others.items()}
     results["reused"] = one.report.reused
 
     def stop(module, args):
@@ -273,12 +275,14 @@ def runs_after_another(kind):
     for model in experts_of(pipe):
         calls, hook = [], model.head.register_forward_pre_hook(stop)
         try:
-            draw(pipe, kind)
+            draw_video(pipe, kind)
             results["broken off"] = False
         except KeyboardInterrupt:
             results["broken off"] = "forward" not in vars(model) and "blocks" not in vars(model)
         hook.remove()
-        results["after a break"] = results.get("after a break", True) and torch.equal(draw(pipe, kind), alone["again"])
+        results["after a break"] = results.get("after a break", True) and torch.equal(
+            draw_video(pipe, kind), alone["again"]
+        )
     return results
 
 
@@ -287,7 +291,7 @@ def without_guidance():
     pipe = pipeline("t2v")
     pipe.lightning = True
     repetition = Repetition(pipe)
-    with patched(pipe) as handle:
+    with patched_wan(pipe) as handle:
         repetition(handle, pipe, "t2v")
     (report,) = handle.reports
     return {
@@ -301,19 +305,19 @@ def without_guidance():
 
 def calibration_serves_a_planned_run(kind):
     """Calibrates, then asks for a speed-up: the table is found by the checkpoint's fingerprint."""
-    plain = draw(pipeline(kind), kind, steps=16)
-    measuring = session("--magcache_calibration")
-    same = torch.equal(draw(pipeline(kind, measuring), kind, steps=16), plain)
+    plain = draw_video(pipeline(kind), kind, steps=16)
+    measuring = session_of_task("--magcache_calibration")
+    same = torch.equal(draw_video(pipeline(kind, measuring), kind, steps=16), plain)
     (path,) = Path(os.environ["MAGCACHE_HOME"]).glob("*.json")
     table = load(str(path))
-    planned = session("--magcache_steps", "8", "--magcache_predictor", "linear")
+    planned = session_of_task("--magcache_steps", "8", "--magcache_predictor", "linear")
     pipe = pipeline(kind, planned)
-    video, used = draw(pipe, kind, steps=16), planned.table
+    video, used = draw_video(pipe, kind, steps=16), planned.table
     boundary = table.sampler.get("boundary")
     switch = sum(sigma >= boundary for sigma in table.sigmas) if boundary else 0
     ratios = [row[switch] for row in table.mag_ratios.values()]
-    other = session("--magcache_steps", "5", "--magcache_predictor", "linear")
-    draw(pipeline(kind, other), kind, steps=10, shift=3.0)
+    other = session_of_task("--magcache_steps", "5", "--magcache_predictor", "linear")
+    draw_video(pipeline(kind, other), kind, steps=10, shift=3.0)
     return {
         "uncached": same,
         "found": used.name == table.name,

@@ -12,7 +12,7 @@ import wan_cpu
 SIZES = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "text_len": 16}
 
 
-class Float32Torch(wan_cpu.CpuTorch):
+class Float32CpuTorch(wan_cpu.CpuTorch):
     """torch, where every device is the CPU, whose autocast does not know layer norms: all is float32."""
 
     bfloat16 = torch.float32
@@ -32,7 +32,7 @@ class AudioEncoder:
         return path
 
     def get_audio_embed_bucket_fps(self, path, fps, batch_frames, m):
-        sound = torch.randn(2 * batch_frames, self.layers, self.width, generator=wan_cpu.seeded(str(path)))
+        sound = torch.randn(2 * batch_frames, self.layers, self.width, generator=wan_cpu.generator_of(str(path)))
         return sound, 2
 
 
@@ -63,7 +63,7 @@ def center_crop(size):
     return crop
 
 
-def compose(steps):
+def compose_transforms(steps):
     def composed(picture):
         for step in steps:
             picture = step(picture)
@@ -82,7 +82,7 @@ def transforms():
         "Resize": resize,
         "CenterCrop": center_crop,
         "ToTensor": lambda: wan_cpu.picture_tensor,
-        "Compose": compose,
+        "Compose": compose_transforms,
         "Normalize": normalize,
     }
 
@@ -96,17 +96,13 @@ def source(self, src_pose_path, src_face_path, src_ref_path):
 
 def replace(wan):
     """Put the stand-ins in, where the package has these pipelines."""
-    from wan.configs import WAN_CONFIGS
-
     speech, animate = sys.modules["wan.speech2video"], sys.modules["wan.animate"]
-    speech.torch = animate.torch = Float32Torch("torch")
+    speech.torch = animate.torch = Float32CpuTorch("torch")
     speech.AudioEncoder = AudioEncoder
     speech.transforms = types.SimpleNamespace(**transforms())
     sys.modules["wan.modules.animate.model_animate"].Generator = MotionEncoder
-    sys.modules["wan.modules.animate.face_blocks"].flash_attn_func = wan_cpu.attention
+    sys.modules["wan.modules.animate.face_blocks"].flash_attn_func = wan_cpu.padded_attention
     wan.WanAnimate.prepare_source = source
-    for task in ("s2v-14B", "animate-14B"):
-        WAN_CONFIGS[task].param_dtype = torch.float32
 
 
 def tiny(kind):

@@ -7,6 +7,7 @@ the VAE, CLIP, the attention kernel and the packages that they import and a test
 Under WORLD_SIZE > 1 the process group is gloo's.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -46,6 +47,9 @@ ABSENT = (
 )
 
 
+WIDTHS = {"dim": 48, "ffn_dim": 64, "num_heads": 2}
+
+
 class EasyDict(dict):
     __getattr__ = dict.__getitem__
     __setattr__ = dict.__setitem__
@@ -60,7 +64,7 @@ def grid(tensor, nrow=8, normalize=False, value_range=None):
     return (tensor[0].clamp(low, high) - low) / (high - low)
 
 
-def save_image(tensor, path, **kwargs):
+def write_picture(tensor, path, **kwargs):
     from PIL import Image
 
     Image.fromarray((grid(tensor, **kwargs) * 255).byte().permute(1, 2, 0).cpu().numpy()).save(path)
@@ -82,7 +86,7 @@ def torchvision():
         StandIn("torchvision.transforms"),
         StandIn("io"),
     )
-    package.utils.make_grid, package.utils.save_image = grid, save_image
+    package.utils.make_grid, package.utils.save_image = grid, write_picture
     functional.to_tensor = picture_tensor
     functional.normalize = normalize
     package.transforms.functional = functional
@@ -95,29 +99,29 @@ def torchvision():
     }
 
 
-def attention(q, k, v, *args, k_lens=None, **kwargs):
+def padded_attention(q, k, v, *args, k_lens=None, **kwargs):
     """The flash attention kernel's place: [batch, tokens, heads, width], without the padding keys."""
     kept = slice(None) if k_lens is None else slice(int(k_lens[0]))
     q, k, v = (part.transpose(1, 2).float() for part in (q, k[:, kept], v[:, kept]))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
-def seeded(text):
+def generator_of(text):
     return torch.Generator().manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:8], 16))
 
 
-class TextEncoder:
+class WanTextEncoder:
     def __init__(self, *args, **kwargs):
         self.model = torch.nn.Module()
 
     def __call__(self, texts, device):
-        return [torch.randn(12, 4096, generator=seeded(text)) for text in texts]
+        return [torch.randn(12, 4096, generator=generator_of(text)) for text in texts]
 
 
 decoded = []  # the latents of every video of this process
 
 
-class VAE:
+class WanPoolVAE:
     """Frames are pooled to latents and back; 4 frames a latent, `stride` pixels."""
 
     channels, stride = 16, 8
@@ -145,7 +149,7 @@ class VAE:
         ]
 
 
-class LargeVAE(VAE):
+class LargeVAE(WanPoolVAE):
     channels, stride = 48, 16
 
 
@@ -172,7 +176,7 @@ def small_source(self, src_video, src_mask, src_ref_images, num_frames, image_si
     """An empty video to be filled and the reference pictures; the original insists on full size."""
     width, height = image_size
     references = src_ref_images[0] and [
-        torch.randn(3, 1, height, width, generator=seeded(path)) for path in src_ref_images[0]
+        torch.randn(3, 1, height, width, generator=generator_of(path)) for path in src_ref_images[0]
     ]
     return [torch.zeros(3, num_frames, height, width)], [torch.ones(3, num_frames, height, width)], [references]
 
@@ -187,7 +191,7 @@ def sequence_parallelism():
 
     class LongContextAttention:
         def __call__(self, _, query, key, value, window_size):
-            return attention(query, all_gather(key, 1), all_gather(value, 1))
+            return padded_attention(query, all_gather(key, 1), all_gather(value, 1))
 
     group, distributed = types.SimpleNamespace(all_gather=all_gather), StandIn("xfuser.core.distributed")
     distributed.get_sequence_parallel_world_size, distributed.get_sequence_parallel_rank = (
@@ -219,17 +223,18 @@ def import_wan():
     dist.init_process_group = lambda *args, **kwargs: init_process_group(**{**kwargs, "backend": "gloo"})
     import wan
     import wan.modules.attention
+    from wan.modules.model import WanModel
 
     pipelines = [
         module for name, module in sys.modules.items() if name.startswith("wan.") and hasattr(module, "T5EncoderModel")
     ]
     for name, module in list(sys.modules.items()):
         if name.startswith("wan.") and hasattr(module, "flash_attention"):
-            module.flash_attention = attention
+            module.flash_attention = padded_attention
     replaced = {
-        "T5EncoderModel": TextEncoder,
-        "WanVAE": VAE,
-        "Wan2_1_VAE": VAE,
+        "T5EncoderModel": WanTextEncoder,
+        "WanVAE": WanPoolVAE,
+        "Wan2_1_VAE": WanPoolVAE,
         "Wan2_2_VAE": LargeVAE,
         "CLIPModel": Clip,
     }
@@ -244,11 +249,15 @@ def import_wan():
             module.shard_model = lambda model, plain=plain, **kwargs: plain(
                 model, device_id=torch.device("cpu"), param_dtype=torch.float32, sync_module_states=False
             )
-    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS
+    from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, WAN_CONFIGS
 
-    SIZE_CONFIGS["832*480"] = SIZE_CONFIGS["1280*704"] = (96, 64)
+    for size in {"832*480", "1280*720", "1280*704", "1024*704"} & SIZE_CONFIGS.keys():
+        SIZE_CONFIGS[size], MAX_AREA_CONFIGS[size] = (96, 64), 96 * 64
     SIZE_CONFIGS["480*832"] = (48, 80)  # 15 tokens a latent frame: two processes have to fill up
-    MAX_AREA_CONFIGS["832*480"] = MAX_AREA_CONFIGS["1280*704"] = 96 * 64
+    for config in WAN_CONFIGS.values():  # of --convert_model_dtype
+        config.param_dtype = torch.float32
+    for model in {WanModel, getattr(sys.modules.get("wan.modules.vace_model"), "VaceWanModel", WanModel)}:
+        model.__init__ = tiny_for_published(model.__init__)
     if hasattr(wan, "WanVace"):
         wan.WanVace.prepare_source = small_source
     if hasattr(wan, "WanS2V"):
@@ -258,14 +267,24 @@ def import_wan():
     return wan
 
 
-def tiny_model(kind, seed=0):
+def tiny_for_published(init):
+    """A transformer's __init__ that makes a tiny one of the config.json of a published checkpoint."""
+
+    @functools.wraps(init)
+    def tiny_init(self, *args, **config):
+        init(self, *args, **{**config, **(WIDTHS if config.get("dim", 0) > 1000 else {})})
+
+    return tiny_init
+
+
+def tiny_wan(kind, seed=0):
     """A WanModel (or VaceWanModel) with random weights, none of them zero. Few text tokens where the class does not
     insist."""
     import wan
 
     torch.manual_seed(seed)
     text_len = 512 if kind in ("i2v", "flf2v") and not hasattr(wan, "WanTI2V") else 16
-    sizes = {"dim": 48, "ffn_dim": 64, "num_heads": 2, "num_layers": 4, "text_len": text_len}
+    sizes = {**WIDTHS, "num_layers": 4, "text_len": text_len}
     if kind == "vace":
         from wan.modules.vace_model import VaceWanModel
 
@@ -285,18 +304,18 @@ def tiny_model(kind, seed=0):
     return model.eval().requires_grad_(False)
 
 
-def write_checkpoint(kind, folder):
+def write_wan(kind, folder):
     """A checkpoint that from_pretrained loads; "t2v-experts" and "i2v-experts" have two, "demo-video" is trained."""
     folder = Path(folder)
     if kind == "demo-video":
         import wan_demo
 
-        return wan_demo.write_checkpoint(Path(__file__).resolve().parents[2] / "demo" / "video" / "model", folder)
+        return wan_demo.write_wan_demo(Path(__file__).resolve().parents[2] / "demo" / "video" / "model", folder)
     if kind.endswith("-experts"):
         for seed, name in enumerate(("low_noise_model", "high_noise_model")):
-            tiny_model(kind.removesuffix("-experts"), seed).save_pretrained(folder / name)
+            tiny_wan(kind.removesuffix("-experts"), seed).save_pretrained(folder / name)
         return
-    model = tiny_model(kind)
+    model = tiny_wan(kind)
     model.save_pretrained(folder)
     if kind == "vace":  # save_pretrained mixes up this class's config
         (folder / "config.json").write_text(
@@ -357,7 +376,7 @@ def forked(argv, cwd, env, log):
 
             wan_demo.use(env["DEMO_VIDEO"], decoded)
         if argv[0] == "--checkpoint":
-            write_checkpoint(*argv[1:])
+            write_wan(*argv[1:])
         else:
             run_script(*argv)
         code = 0

@@ -36,7 +36,7 @@ def wans_name(name):
     return name
 
 
-def write_checkpoint(demo, folder):
+def write_wan_demo(demo, folder):
     """A checkpoint for WanModel.from_pretrained, of the diffusers folder `demo`."""
     from diffusers import WanTransformer3DModel
     from wan.modules.model import WanModel

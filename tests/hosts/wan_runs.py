@@ -103,9 +103,16 @@ class WanRuns:
         )
 
     def checkpoint(self, kind):
-        """The folder of a tiny checkpoint (`wan_cpu.write_checkpoint`), written at first use."""
+        """The folder of a tiny checkpoint (`wan_cpu.write_wan`), written at first use."""
         folder = self.checkpoints / kind
         if not folder.is_dir():
             written = self.run("--checkpoint", kind, folder, cwd=self.folder)
             assert written.code == 0, written.output
         return folder
+
+    def published(self, kind, width, folder):
+        """A copy of a tiny checkpoint with the width of a published one in its config.json, by which the scripts know
+        it (`wan_cpu.tiny_for_published` reads it all the same)."""
+        shutil.copytree(self.checkpoint(kind), folder)
+        for path in folder.rglob("config.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), "dim": width}))

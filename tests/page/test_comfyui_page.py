@@ -35,7 +35,7 @@ INPUTS = [
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def comfyui_address(tmp_path_factory):
     """The served page's."""
     base, more = tmp_path_factory.mktemp("comfyui"), packages("requirements-comfyui-page.txt")
     settings = base / "user" / "default" / "comfy.settings.json"
@@ -59,11 +59,11 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def page(address, browser):
+def page(comfyui_address, browser):
     opened = browser.new_page(viewport={"width": 1400, "height": 640})
     opened.mistakes = []
     opened.on("pageerror", lambda error: opened.mistakes.append(str(error)))
-    opened.goto(address)
+    opened.goto(comfyui_address)
     ready(opened)
     return opened
 
@@ -72,7 +72,7 @@ def ready(page):
     page.wait_for_function("window.app?.graph && window.app.extensionManager?.workflow?.activeWorkflow", timeout=60_000)
 
 
-def load(page, workflow):
+def load_workflow(page, workflow):
     """Open a workflow in the place of the one that is open."""
     page.evaluate(
         "workflow => app.loadGraphData(workflow, true, true, app.extensionManager.workflow.activeWorkflow)", workflow
@@ -95,10 +95,10 @@ BUILD = """([nodes, links]) => {
 }"""
 
 
-def build(page, between, seed):
+def build_workflow(page, between, seed):
     """A text-to-image workflow of the tests' own nodes. between: [type, position, values], the node on the model's
     way."""
-    load(page, EMPTY)
+    load_workflow(page, EMPTY)
     name, position, values = between
     nodes = [
         ["model", "TinyModel", [20, 60], {"family": "flux"}, [240, 60]],
@@ -122,7 +122,7 @@ def build(page, between, seed):
     page.evaluate(BUILD, [nodes, links])
 
 
-def run(page, text, index=0):
+def press_run(page, text, index=0):
     """Press Run; wait until a node of MagCache shows a text."""
     page.get_by_role("button", name="Run", exact=True).first.click()
     page.wait_for_function(
@@ -150,7 +150,7 @@ SHOWN = """() => {
 }"""
 
 
-def picture(page, name):
+def screenshot(page, name):
     """Of the workflow, into the folder for pictures if one is given."""
     folder = os.environ.get("MAGCACHE_SCREENSHOTS")
     if folder:
@@ -171,8 +171,8 @@ def test_a_run_shows_its_plan_and_what_it_saved(page, nodes):
     page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", nodes == "2.0")
     page.reload()
     ready(page)
-    build(page, ["MagCache", [310, 60], {"speedup": 2}], seed=1 + 100 * (nodes == "2.0"))
-    run(page, "s saved (")
+    build_workflow(page, ["MagCache", [310, 60], {"speedup": 2}], seed=1 + 100 * (nodes == "2.0"))
+    press_run(page, "s saved (")
     page.wait_for_function("!document.querySelector('.magcache-said').textContent.includes('NaN')")
     page.wait_for_timeout(500)  # laid out
     shown = page.evaluate(SHOWN)
@@ -186,7 +186,7 @@ def test_a_run_shows_its_plan_and_what_it_saved(page, nodes):
       of("KSampler").widgets.find((widget) => widget.name === "seed").value += 1;
       of("MagCache").widgets.find((widget) => widget.name === "speedup").value = 3;
     }""")
-    run(page, "4 of 12 model calls computed")
+    press_run(page, "4 of 12 model calls computed")
     page.wait_for_timeout(500)
     again = page.evaluate(SHOWN)
     assert again["text"].count("MagCache plan") == again["text"].count("s saved") == 1, again
@@ -194,7 +194,7 @@ def test_a_run_shows_its_plan_and_what_it_saved(page, nodes):
     if nodes == "2.0":
         assert page.get_by_text("Show advanced inputs").count() == 1
         assert page.get_by_text("magcache_thresh").count() == 0  # folded away
-        picture(page, "node.png")
+        screenshot(page, "node.png")
     assert not page.mistakes
 
 
@@ -203,7 +203,7 @@ def test_the_slider_is_drawn_with_the_mouse(page):
     page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", False)
     page.reload()
     ready(page)
-    build(page, ["MagCache", [310, 60], {}], seed=1)
+    build_workflow(page, ["MagCache", [310, 60], {}], seed=1)
     page.wait_for_timeout(500)
     start, end, y = page.evaluate("""() => {
       const node = app.graph.nodes.find((node) => node.type === "MagCache");
@@ -224,7 +224,7 @@ def test_the_slider_is_drawn_with_the_mouse(page):
 
 
 def test_a_node_in_a_subgraph_shows_its_plan(page):
-    build(page, ["MagCache", [310, 60], {"speedup": 2}], seed=7)
+    build_workflow(page, ["MagCache", [310, 60], {"speedup": 2}], seed=7)
     page.evaluate("""() => {
       const node = app.graph.nodes.find((node) => node.type === "MagCache");
       app.graph.convertToSubgraph(new Set([node]));
@@ -241,7 +241,7 @@ def test_a_calibration_shows_its_ratios_and_its_plot(page):
     page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", True)
     page.reload()
     ready(page)
-    build(page, ["MagCacheCalibration", [310, 60], {}], seed=3)
+    build_workflow(page, ["MagCacheCalibration", [310, 60], {}], seed=3)
     page.evaluate(
         BUILD,
         [[["result", "MagCacheCalibrationResult", [990, 170], {}, [330, 330]]], []],
@@ -252,11 +252,11 @@ def test_a_calibration_shows_its_ratios_and_its_plot(page):
       of("MagCacheCalibration").connect(1, of("MagCacheCalibrationResult"), "calibration");
       of("KSampler").connect(0, of("MagCacheCalibrationResult"), "latent");
     }""")
-    run(page, "written; MagCache nodes take it")
+    press_run(page, "written; MagCache nodes take it")
     page.wait_for_timeout(1000)
     shown = page.evaluate(SHOWN)
     assert re.search(r"cond: 1\.0+, [\d., ]+\nuncond: 1\.0+, ", shown["text"]) and shown["cut"] < 2, shown
-    picture(page, "calibration.png")
+    screenshot(page, "calibration.png")
 
 
 # {nodes: types of all nodes, unknown: those among them that the page does not know, MagCache: values by name}
@@ -279,7 +279,7 @@ OPENED = """() => {
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_opens(page, path):
     workflow = json.loads(path.read_text())
-    load(page, workflow)
+    load_workflow(page, workflow)
     opened = page.evaluate(OPENED)
     ours = [node["widgets_values"] for node in workflow["nodes"] if node["type"] == "MagCache"]
     assert not opened["unknown"] and len(opened["types"]) == len(workflow["nodes"])
@@ -295,7 +295,7 @@ def test_released_workflows_open(page):
         workflow = json.loads(path.read_text())
         parts = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
         saved = [node for part in parts for node in part["nodes"] if node["type"] == "MagCache"]
-        load(page, workflow)
+        load_workflow(page, workflow)
         opened = page.evaluate(OPENED)
         assert not [name for name in opened["unknown"] if name.startswith(("MagCache", "Compile"))], (path, opened)
         assert len(opened["values"]) == len(saved)
@@ -354,7 +354,7 @@ def test_templates_open_and_take_the_node(page):
     assert len(found) == 212
     every = 1 if os.environ.get("MAGCACHE_ALL_TEMPLATES") else 4
     for name, workflow in list(found.items())[::every]:
-        load(page, workflow)
+        load_workflow(page, workflow)
         opened, connected = page.evaluate(OPENED), page.evaluate(CONNECT)
         unknown = set(opened["unknown"]) - {"Reroute", "Note", "MarkdownNote", "PrimitiveNode"}
         assert not unknown and connected and all(connected), (name, unknown, connected)

@@ -67,12 +67,12 @@ def workflow(*between, seed=0, family="flux", steps=12):
     return prompt
 
 
-def released(thresh=0.24):
+def released_inputs(thresh=0.24):
     """The inputs that a workflow of the released node has."""
     return "MagCache", {"model_type": "flux", "magcache_thresh": thresh, "retention_ratio": 0.1, "magcache_K": 5}
 
 
-def picture(answer, node="save"):
+def answered_picture(answer, node="save"):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["pictures"][node]))))
 
 
@@ -86,15 +86,17 @@ def test_workflow_over_http(server):
     recommended = {"model_type": "auto", "magcache_thresh": -1, "retention_ratio": -1, "magcache_K": -1}
     answer = run(
         workflow(),
-        workflow(released()),
-        workflow(released(), seed=1),
-        workflow(released(0.0)),
+        workflow(released_inputs()),
+        workflow(released_inputs(), seed=1),
+        workflow(released_inputs(0.0)),
         workflow(("MagCache", {**recommended, "mag_ratios": "no-such"})),
     )
     assert set(answer["nodes"]) == {"MagCache", "MagCacheCalibration", "MagCacheCalibrationResult", "CompileModel"}
     plain, cached, queued_again, off, mistaken = answer["answers"]
     assert all(one["error"] is None for one in (plain, cached, queued_again, off)), answer
-    assert (picture(off) == picture(plain)).all() and (picture(cached) != picture(plain)).any()
+    assert (answered_picture(off) == answered_picture(plain)).all() and (
+        answered_picture(cached) != answered_picture(plain)
+    ).any()
     assert answer["scripts"] == ["/extensions/ComfyUI-MagCache/magcache.js"]
     texts = shown(cached), shown(queued_again)
     # The node itself is not run again when only the seed changes; it caches and reports all the same.
@@ -124,12 +126,12 @@ def test_calibration_over_http(server):
         calibration,
         workflow(("MagCache", {"model_type": "auto", "magcache_thresh": 1.0, "retention_ratio": 0.2, "magcache_K": 2})),
     )["answers"]
-    assert measured["error"] is None and (picture(measured) == picture(plain)).all()
+    assert measured["error"] is None and (answered_picture(measured) == answered_picture(plain)).all()
     (file,) = home.glob("*.json")
     assert "written; MagCache nodes take it" in shown(measured)["MagCacheCalibration"]
     (text,) = measured["outputs"]["result"]["text"]
     assert re.fullmatch(r"cond: 1\.0+, .*\nuncond: 1\.0+, .*", text)
-    plot = picture(measured, "result")
+    plot = answered_picture(measured, "result")
     assert plot.shape[0] > 300 and len(np.unique(plot.reshape(-1, 3), axis=0)) > 50
     assert (
         f"ratios of {file.stem} (measured)" in cached["texts"][0][1] and "reused; transformer" in cached["texts"][-1][1]
@@ -147,17 +149,17 @@ def test_compiled_over_http(server):
                     "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
                 }
             }
-            for order in ((wan(),), (wan(), compile_node), (compile_node, wan()))
+            for order in ((wan_workflow(),), (wan_workflow(), compile_node), (compile_node, wan_workflow()))
         ]
     )["answers"]
     assert [one["error"] for one in answers] == [None] * 3
-    alone, *compiled = [picture(one).astype(int) for one in answers]
+    alone, *compiled = [answered_picture(one).astype(int) for one in answers]
     counts = [re.search(r"(\d+) of 12 model calls computed", one["texts"][-1][1])[1] for one in answers]
     assert len(set(counts)) == 1 and int(counts[0]) < 12
     assert all(abs(one - alone).max() <= 2 for one in compiled)
 
 
-def wan():
+def wan_workflow():
     return "MagCache", {
         "model_type": "wan2.1_t2v_14B",
         "magcache_thresh": 0.24,

@@ -43,7 +43,7 @@ JOB = {"steps": 12, "seconds": 2.4}  # two sections
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def framepack_checkout(tmp_path_factory):
     """A copy of the checkout's code with the drop-in installed."""
     folder = tmp_path_factory.mktemp("checkouts") / "FramePack"
     folder.mkdir()
@@ -54,7 +54,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def environment(folder, **changes):
+def demo_environment(folder, **changes):
     return {
         **os.environ,
         "PYTHONPATH": str(installed("framepack-demo", *PINS)),
@@ -66,13 +66,13 @@ def environment(folder, **changes):
     }
 
 
-def run_jobs(checkout, script, jobs, *flags, **changes):
+def jobs_in_a_process(checkout, script, jobs, *flags, **changes):
     """What came of each job in one process of the demo."""
     (checkout / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
         [sys.executable, TESTS / "framepack_cpu.py", "--jobs", "jobs.json", script, *flags],
         cwd=checkout,
-        env=environment(checkout, **changes),
+        env=demo_environment(checkout, **changes),
         capture_output=True,
         text=True,
         timeout=600,
@@ -82,9 +82,9 @@ def run_jobs(checkout, script, jobs, *flags, **changes):
 
 
 @pytest.mark.parametrize("page, free_gb", [("demo_gradio", "80"), ("demo_gradio", "20"), ("demo_gradio_f1", "80")])
-def test_jobs(checkout, page, free_gb):
-    plain, teacache, guided = run_jobs(
-        checkout, f"{page}.py", [JOB, {**JOB, "teacache": True}, {**JOB, "cfg": 2.0}], FREE_GB=free_gb
+def test_framepack_jobs(framepack_checkout, page, free_gb):
+    plain, teacache, guided = jobs_in_a_process(
+        framepack_checkout, f"{page}.py", [JOB, {**JOB, "teacache": True}, {**JOB, "cfg": 2.0}], FREE_GB=free_gb
     )
     jobs = {
         "off": {"ours": OFF},
@@ -100,7 +100,12 @@ def test_jobs(checkout, page, free_gb):
         "twice": {"ours": TWICE},
     }
     done = dict(
-        zip(jobs, run_jobs(checkout, f"magcache_{page}.py", [{**JOB, **job} for job in jobs.values()], FREE_GB=free_gb))
+        zip(
+            jobs,
+            jobs_in_a_process(
+                framepack_checkout, f"magcache_{page}.py", [{**JOB, **job} for job in jobs.values()], FREE_GB=free_gb
+            ),
+        )
     )
     sections = {name: job["sections"] for name, job in done.items()}
     assert len(plain["sections"]) == 2 and len(set(plain["sections"])) == 2
@@ -111,17 +116,17 @@ def test_jobs(checkout, page, free_gb):
     assert sections["guided, off"] == guided["sections"] and not set(sections["guided"]) & set(guided["sections"])
     assert len(sections["ended"]) == 1 and len(sections["twice"]) == 2
     assert "Measured in 2 sections" in done["calibrated"]["text"] and "reused nothing" in done["K 0"]["text"]
-    report = json.loads((checkout / done["on"]["video"]).with_suffix(".magcache.json").read_text())
+    report = json.loads((framepack_checkout / done["on"]["video"]).with_suffix(".magcache.json").read_text())
     assert [section["complete"] for section in report["sections"]] == [True, True]
-    (saved,) = (checkout / "home").glob("*.json")
+    (saved,) = (framepack_checkout / "home").glob("*.json")
     assert read(saved).rule == {"max_deviation": 0.06} and read(saved).statistics["runs"] == 2
     saved.unlink()
 
 
-def test_a_job_started_before_the_last_one_has_ended(checkout):
+def test_a_job_started_before_the_last_one_has_ended(framepack_checkout):
     """The host's worker tells the newest stream of its end; without our waiting, this ends the next job at once."""
     jobs = [{**JOB, "ours": ON}, {**JOB, "ours": ON, "end_at": [0, 5], "seconds_to_end": 2}, {**JOB, "ours": ON}]
-    alone, ended, after = run_jobs(checkout, "magcache_demo_gradio.py", jobs)
+    alone, ended, after = jobs_in_a_process(framepack_checkout, "magcache_demo_gradio.py", jobs)
     assert not ended["sections"] and after["sections"] == alone["sections"] and after["video"]
 
 
@@ -156,13 +161,13 @@ except Exception:
 """
 
 
-def test_weights_that_the_user_has_are_found(checkout, tmp_path):
+def test_weights_that_the_user_has_are_found(framepack_checkout, tmp_path):
     """demo_gradio.py keeps them in hf_download, beside it, by setting HF_HOME before it imports what reads that. Here
     lies the first of the models that it loads, and no other."""
     folder = tmp_path / "FramePack"
-    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("outputs", "home"))
+    shutil.copytree(framepack_checkout, folder, ignore=shutil.ignore_patterns("outputs", "home"))
     pins = installed("framepack-demo", *PINS)
-    changes = environment(tmp_path, PYTHONPATH=f"{pins}:{TESTS}:{folder}")
+    changes = demo_environment(tmp_path, PYTHONPATH=f"{pins}:{TESTS}:{folder}")
 
     def python(code, *arguments):
         command = [sys.executable, "-c", code, *arguments]
@@ -184,7 +189,7 @@ def test_the_windows_version(tmp_path):
     shutil.copytree(windows, folder, ignore=shutil.ignore_patterns(".git"))
     assert install("MagCache4FramePack", folder) == "python magcache_demo_gradio.py --server 127.0.0.1 --inbrowser"
     assert not (folder / "magcache_demo_gradio_f1.py").exists()
-    (cached,) = run_jobs(folder, "magcache_demo_gradio.py", [{**JOB, "ours": ON}])
+    (cached,) = jobs_in_a_process(folder, "magcache_demo_gradio.py", [{**JOB, "ours": ON}])
     assert len(cached["sections"]) == 2 and "5 reused" in cached["text"]
 
 
@@ -196,9 +201,9 @@ def test_the_windows_version(tmp_path):
         ({"gradio==5.23.0": "gradio==4.44.1"}, "pins gradio 4.44.1"),
     ],
 )
-def test_a_changed_page_gets_one_sentence(checkout, tmp_path, changes, sentence):
+def test_a_changed_framepack_page_gets_one_sentence(framepack_checkout, tmp_path, changes, sentence):
     changed = tmp_path / "FramePack"
-    shutil.copytree(checkout, changed, ignore=shutil.ignore_patterns("outputs", "home"))
+    shutil.copytree(framepack_checkout, changed, ignore=shutil.ignore_patterns("outputs", "home"))
     for path in (changed / "demo_gradio.py", changed / "requirements.txt"):
         text = path.read_text()
         for old, new in changes.items():
@@ -207,7 +212,7 @@ def test_a_changed_page_gets_one_sentence(checkout, tmp_path, changes, sentence)
     done = subprocess.run(
         [sys.executable, TESTS / "framepack_cpu.py", "magcache_demo_gradio.py"],
         cwd=changed,
-        env=environment(changed),
+        env=demo_environment(changed),
         capture_output=True,
         text=True,
         timeout=300,
@@ -219,7 +224,7 @@ def test_a_changed_page_gets_one_sentence(checkout, tmp_path, changes, sentence)
 
 
 @pytest.fixture
-def address(checkout, tmp_path):
+def framepack_address(framepack_checkout, tmp_path):
     """The served page."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -235,8 +240,8 @@ def address(checkout, tmp_path):
             "--port",
             str(port),
         ],
-        cwd=checkout,
-        env=environment(tmp_path),
+        cwd=framepack_checkout,
+        env=demo_environment(tmp_path),
         stdout=log,
         stderr=log,
     )
@@ -255,7 +260,7 @@ def address(checkout, tmp_path):
         log.close()
 
 
-def picture(path):
+def draw_hills(path):
     """A sun over hills, 256 x 256."""
     y, x = np.mgrid[:256, :256]
     sky = np.stack([90 + y / 3, 140 + y / 4, 235 - y / 5], axis=-1)
@@ -265,7 +270,7 @@ def picture(path):
     return path
 
 
-def test_in_a_browser(address, tmp_path):
+def test_framepack_in_a_browser(framepack_address, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = os.environ.get("MAGCACHE_CHROMIUM") or shutil.which("chromium")
     if not chromium:
@@ -274,13 +279,13 @@ def test_in_a_browser(address, tmp_path):
         browser = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1240, "height": 1000})
         try:
-            click_through(page, address, tmp_path, playwright.expect)
+            click_through_framepack(page, framepack_address, tmp_path, playwright.expect)
         finally:
             page.screenshot(path=tmp_path / "last.png", full_page=True)
             browser.close()
 
 
-def click_through(page, address, tmp_path, expect):
+def click_through_framepack(page, address, tmp_path, expect):
     page.goto(address)
     boxes = {name: page.get_by_label(name, exact=True) for name in ("Use TeaCache", "Use MagCache", "Calibrate")}
 
@@ -336,7 +341,7 @@ def click_through(page, address, tmp_path, expect):
     boxes["Use MagCache"].check(timeout=5_000)
     ticked("Use MagCache")
 
-    page.locator("input[type=file]").first.set_input_files(picture(tmp_path / "picture.png"))
+    page.locator("input[type=file]").first.set_input_files(draw_hills(tmp_path / "picture.png"))
     page.get_by_label("Prompt", exact=True).fill("The sun sets behind the hills.")
     start.click()
     shows("Section 2: MagCache: 12 of 25 model calls computed", 120)

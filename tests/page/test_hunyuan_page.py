@@ -44,7 +44,7 @@ JOBS = {
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def hunyuan_checkout(tmp_path_factory):
     """A copy of the checkout's code with the drop-in installed, and tiny weights."""
     folder = tmp_path_factory.mktemp("hunyuan")
     shutil.copytree(Path(CHECKOUT) / "hyvideo", folder / "hyvideo")
@@ -56,15 +56,15 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture
-def served(checkout, tmp_path):
-    return Served(checkout, tmp_path, installed("gradio-6.31.0", "gradio==6.31.0"))
+def served_hunyuan(hunyuan_checkout, tmp_path):
+    return Served(hunyuan_checkout, tmp_path, installed("gradio-6.31.0", "gradio==6.31.0"))
 
 
-def test_jobs(served, checkout, tmp_path):
-    (plain,) = served.jobs([{"inputs": INPUTS}], "gradio_server.py", *FLAGS)
+def test_hunyuan_jobs(served_hunyuan, hunyuan_checkout, tmp_path):
+    (plain,) = served_hunyuan.jobs([{"inputs": INPUTS}], "gradio_server.py", *FLAGS)
     jobs = [{"inputs": INPUTS, **job} for job in JOBS.values()]
     plan = {"press": "plan", "inputs": INPUTS, "ours": ON}
-    planned, *done = served.jobs([plan, *jobs], *OURS)
+    planned, *done = served_hunyuan.jobs([plan, *jobs], *OURS)
     done = dict(zip(JOBS, done))
     latents = {name: job["latents"] for name, job in done.items()}
     assert len(plain["latents"]) == 1 and not plain["error"]
@@ -91,17 +91,17 @@ def test_jobs(served, checkout, tmp_path):
         (("magcache_gradio_server.py", "--flow-reverse", "--mag_ratios", "flux-dev"), "the ratios of another model"),
     ],
 )
-def test_a_mistake_gets_one_sentence(served, arguments, sentence):
-    code, said = served.run(*arguments)
+def test_a_mistake_on_hunyuans_page_gets_one_sentence(served_hunyuan, arguments, sentence):
+    code, said = served_hunyuan.run(*arguments)
     assert code == 1 and sentence in said and "Traceback" not in said, said
 
 
-def test_in_a_browser(served, tmp_path):
-    with served.address(*OURS, "--use-cpu-offload") as address:
-        in_chromium(click_through, address, tmp_path)
+def test_hunyuan_in_a_browser(served_hunyuan, tmp_path):
+    with served_hunyuan.address(*OURS, "--use-cpu-offload") as address:
+        in_chromium(click_through_hunyuan, address, tmp_path)
 
 
-def click_through(page, expect):
+def click_through_hunyuan(page, expect):
     def shows(text, seconds=60):
         expect(page.get_by_text(text).first).to_be_visible(timeout=1000 * seconds)
 

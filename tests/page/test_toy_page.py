@@ -16,7 +16,7 @@ INPUTS = {"Prompt": "a cat", "Diffusion steps": 12}
 
 
 @pytest.fixture
-def served(tmp_path):
+def served_toy(tmp_path):
     folder = tmp_path / "host"
     shutil.copytree(HARNESS.parent / "toy_page", folder)
     tests = HARNESS.parents[1]
@@ -25,9 +25,9 @@ def served(tmp_path):
     )
 
 
-def test_jobs(served, tmp_path):
+def test_toy_jobs(served_toy, tmp_path):
     off, enhanced, before = {"inputs": INPUTS}, {"press": "Prompt", "inputs": INPUTS}, {"press": "plan"}
-    host = served.jobs([off, enhanced], "page.py")
+    host = served_toy.jobs([off, enhanced], "page.py")
     names = ("off", "unknown", "planned 2x", "twice", "planned", "enhanced", "calibrated", "on", "off again")
     jobs = [
         {**off, "ours": OFF},
@@ -40,7 +40,7 @@ def test_jobs(served, tmp_path):
         {**off, "ours": ON},
         {**off, "ours": OFF},
     ]
-    done = dict(zip(names, served.jobs(jobs, "magcache_page.py", "page.py")))
+    done = dict(zip(names, served_toy.jobs(jobs, "magcache_page.py", "page.py")))
     drawn = {name: job["outputs"][1] for name, job in done.items() if len(job["outputs"]) == 3}
     assert drawn["off"] == drawn["calibrated"] == drawn["off again"] == host[0]["outputs"][1]
     assert len({drawn["off"], drawn["twice"], drawn["on"]}) == 3
@@ -57,8 +57,8 @@ def test_jobs(served, tmp_path):
     assert not (tmp_path / "host" / "example.magcache.json").exists()
 
 
-def test_a_changed_page_gets_one_sentence(served):
-    page = served.checkout / "page.py"
+def test_a_changed_toy_page_gets_one_sentence(served_toy):
+    page = served_toy.checkout / "page.py"
     page.write_text(page.read_text().replace("Diffusion steps", "Quality"))
-    code, said = served.run("magcache_page.py", "page.py")
+    code, said = served_toy.run("magcache_page.py", "page.py")
     assert code == 1 and "0 of its buttons take a number of steps" in said and "Traceback" not in said, said

@@ -42,7 +42,7 @@ VACE = {
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
+def wan_checkout(tmp_path_factory):
     """A copy of the checkout's pages with the drop-in installed, and tiny checkpoints."""
     folder = tmp_path_factory.mktemp("checkouts") / "Wan2.1"
     runs = WanRuns(folder, Path(WAN) / "wan", Path(WAN) / "generate.py", "MagCache4Wan2.1")
@@ -55,11 +55,11 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture
-def served(checkout, tmp_path):
-    return Served(checkout, tmp_path, installed("gradio-6.31.0", "gradio==6.31.0"))
+def served_wan(wan_checkout, tmp_path):
+    return Served(wan_checkout, tmp_path, installed("gradio-6.31.0", "gradio==6.31.0"))
 
 
-def jobs_of(inputs, **jobs):
+def page_jobs(inputs, **jobs):
     return [{"inputs": inputs, **job} for job in jobs.values()]
 
 
@@ -84,11 +84,11 @@ JOBS = {
         ("vace.py", ("--ckpt_dir", "checkpoints/vace", "--model_name", "vace-1.3B"), VACE),
     ],
 )
-def test_jobs(served, page, flags, inputs, tmp_path):
-    (plain,) = served.jobs([{"inputs": inputs}], f"gradio/{page}", *flags)
+def test_wan_jobs(served_wan, page, flags, inputs, tmp_path):
+    (plain,) = served_wan.jobs([{"inputs": inputs}], f"gradio/{page}", *flags)
     jobs = [{"inputs": inputs, **job} for job in JOBS.values()]
     plan = {"press": "plan", "inputs": inputs, "ours": ON}
-    *done, planned = served.jobs([*jobs, plan], "magcache_gradio.py", f"gradio/{page}", *flags)
+    *done, planned = served_wan.jobs([*jobs, plan], "magcache_gradio.py", f"gradio/{page}", *flags)
     done = dict(zip(JOBS, done))
     latents = {name: job["latents"] for name, job in done.items()}
     assert len(plain["latents"]) == 1 and not plain["error"]
@@ -112,29 +112,29 @@ def test_jobs(served, page, flags, inputs, tmp_path):
     assert "." in strip and "(measured)" in planned["outputs"][1]
 
 
-def test_a_report_lies_beside_the_video_that_it_is_of(served, checkout):
+def test_a_report_lies_beside_the_video_that_it_is_of(served_wan, wan_checkout):
     """This page has one name for all of its videos."""
     command = ("magcache_gradio.py", "t2v_1.3B_singleGPU.py", "--ckpt_dir", "checkpoints/t2v")
-    served.jobs([{"inputs": T2V, "ours": TWICE}], *command)
-    report = json.loads((checkout / "example.magcache.json").read_text())
+    served_wan.jobs([{"inputs": T2V, "ours": TWICE}], *command)
+    report = json.loads((wan_checkout / "example.magcache.json").read_text())
     assert report["computed"] == 12 and report["prompt"] == "a cat" and report["complete"]
-    served.jobs([{"inputs": T2V, "ours": OFF}], *command)
-    assert (checkout / "example.mp4").is_file() and not (checkout / "example.magcache.json").exists()
+    served_wan.jobs([{"inputs": T2V, "ours": OFF}], *command)
+    assert (wan_checkout / "example.mp4").is_file() and not (wan_checkout / "example.magcache.json").exists()
 
 
 @pytest.mark.parametrize(
     "page, kind, size",
     [("i2v_14B_singleGPU.py", "i2v", "480P"), ("fl2v_14B_singleGPU.py", "flf2v", "720P")],
 )
-def test_a_page_that_loads_its_model_when_a_size_is_chosen(served, checkout, page, kind, size):
+def test_a_page_that_loads_its_model_when_a_size_is_chosen(served_wan, wan_checkout, page, kind, size):
     labels = ("Upload Input Image", "Upload First Frame", "Upload Last Frame")
     inputs = {"Prompt": "a cat", "Negative Prompt": "", "Diffusion steps": 12, "Seed": 3, "Resolution": size}
     flags = ["--ckpt_dir_720p", f"checkpoints/{kind}", *(["--ckpt_dir_480p", f"checkpoints/{kind}"] * (kind == "i2v"))]
     inputs |= dict.fromkeys(labels, "cat.png")
     load = {"press": "Resolution", "inputs": {"Resolution": size}}
-    _, plain = served.jobs([load, {"inputs": inputs}], f"gradio/{page}", *flags)
+    _, plain = served_wan.jobs([load, {"inputs": inputs}], f"gradio/{page}", *flags)
     plan = {"press": "plan", "inputs": {"Resolution": size, "Diffusion steps": 12}, "ours": TWICE}
-    before, loaded, after, off, twice, other, again = served.jobs(
+    before, loaded, after, off, twice, other, again = served_wan.jobs(
         [
             plan,
             {**load, "ours": TWICE},
@@ -157,10 +157,10 @@ def test_a_page_that_loads_its_model_when_a_size_is_chosen(served, checkout, pag
     assert {job["models"] for job in (loaded, off, twice, other, again)} == {1}  # the other size's model is let go
 
 
-def test_the_other_buttons_do_what_they_did(served):
+def test_the_other_buttons_do_what_they_did(served_wan):
     enhance = {"press": "Target language of prompt enhance", "inputs": {"Prompt": "a cat"}}
     for page in (["gradio/t2v_14B_singleGPU.py"], ["magcache_gradio.py", "gradio/t2v_14B_singleGPU.py"]):
-        (done,) = served.jobs([enhance], *page, "--ckpt_dir", "checkpoints/t2v")
+        (done,) = served_wan.jobs([enhance], *page, "--ckpt_dir", "checkpoints/t2v")
         assert done["outputs"] == ["a cat, in the evening sun"]
 
 
@@ -174,24 +174,24 @@ def test_the_other_buttons_do_what_they_did(served):
         (("vace.py", "--magcache_speedup", "2"), "There is no flag --magcache_speedup"),
     ],
 )
-def test_a_mistake_gets_one_sentence(served, arguments, sentence):
-    code, said = served.run("magcache_gradio.py", *arguments)
+def test_a_mistake_on_wans_pages_gets_one_sentence(served_wan, arguments, sentence):
+    code, said = served_wan.run("magcache_gradio.py", *arguments)
     assert code == 1 and sentence in said and "Traceback" not in said, said
 
 
-def test_a_changed_page_gets_one_sentence(served, checkout):
-    page = (checkout / "gradio" / "t2v_14B_singleGPU.py").read_text()
-    (checkout / "gradio" / "changed.py").write_text(page.replace("Diffusion steps", "Quality"))
-    code, said = served.run("magcache_gradio.py", "gradio/changed.py", "--ckpt_dir", "checkpoints/t2v")
+def test_a_changed_wan_page_gets_one_sentence(served_wan, wan_checkout):
+    page = (wan_checkout / "gradio" / "t2v_14B_singleGPU.py").read_text()
+    (wan_checkout / "gradio" / "changed.py").write_text(page.replace("Diffusion steps", "Quality"))
+    code, said = served_wan.run("magcache_gradio.py", "gradio/changed.py", "--ckpt_dir", "checkpoints/t2v")
     assert code == 1 and "0 of its buttons take a number of steps" in said and "Traceback" not in said, said
 
 
-def test_in_a_browser(served, tmp_path):
+def test_wan_in_a_browser(served_wan, tmp_path):
     command = ("magcache_gradio.py", "gradio/t2v_1.3B_singleGPU.py", "--ckpt_dir", "checkpoints/t2v")
-    with served.address(*command, "--mag_ratios", "wan2.1-t2v-1.3b") as address:
-        in_chromium(click_through, address, tmp_path)
-    with served.address(*command) as address:
-        in_chromium(measure, address, tmp_path)
+    with served_wan.address(*command, "--mag_ratios", "wan2.1-t2v-1.3b") as address:
+        in_chromium(click_through_wan, address, tmp_path)
+    with served_wan.address(*command) as address:
+        in_chromium(measure_in_browser, address, tmp_path)
 
 
 def shows(page, expect, text, seconds=60):
@@ -204,7 +204,7 @@ def number(page, label, value):
     field.press("Tab")
 
 
-def click_through(page, expect):
+def click_through_wan(page, expect):
     use = page.get_by_label("Use MagCache", exact=True)
     expect(use).to_be_checked(timeout=30_000)
     folded = page.get_by_role("button", name=re.compile("MagCache: "))
@@ -245,7 +245,7 @@ def click_through(page, expect):
     shows(page, expect, "off, every step computes")
 
 
-def measure(page, expect):
+def measure_in_browser(page, expect):
     """A checkpoint whose ratios are not known."""
     use, calibrate = (page.get_by_label(name, exact=True) for name in ("Use MagCache", "Calibrate"))
     expect(use).not_to_be_checked(timeout=30_000)

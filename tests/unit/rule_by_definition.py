@@ -35,7 +35,7 @@ def by_definition(ratios, settings, rule, retained):
     return reused, errors
 
 
-def plan(name, steps=None, switch_step=None, **settings):
+def plan_by_definition(name, steps=None, switch_step=None, **settings):
     preset = load(name)
     ratios = preset.at(preset.levels(steps or preset.steps), "nearest")
     return magcache_schedule(ratios, Settings(**{**preset.settings, **settings}), rule_of(preset), switch_step)

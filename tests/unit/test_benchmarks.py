@@ -24,7 +24,7 @@ from common.hosts import host_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def demo():
+def loaded_demo():
     return demo_model.load_demo()
 
 
@@ -38,8 +38,8 @@ def test_a_planned_run_is_above_the_rule_and_fewer_steps_by_the_measured_margins
 CALL = {"height": 64, "width": 64, "max_sequence_length": 16}
 
 
-def test_the_short_mode_names_a_missed_margin(demo, monkeypatch):
-    pipe, table = demo
+def test_the_short_mode_names_a_missed_margin(loaded_demo, monkeypatch):
+    pipe, table = loaded_demo
     monkeypatch.setattr(quality_benchmark, "MARGINS", {"no calibration": ("fewer steps", 60.0)})
     subject = quality_benchmark.Subject(pipe, CALL, [(prompt, 1) for prompt in demo_model.PROMPTS[:2]])
     (missed,) = quality_benchmark.short(subject, table)
@@ -47,13 +47,13 @@ def test_the_short_mode_names_a_missed_margin(demo, monkeypatch):
     assert missed.endswith("above fewer steps, which should be 60.0 or more.")
 
 
-def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
-    pipe, table = demo
+def test_rows_count_what_ran_and_measure_memory(loaded_demo, tmp_path):
+    pipe, table = loaded_demo
     subject = quality_benchmark.Subject(pipe, CALL, [(prompt, 1) for prompt in demo_model.PROMPTS[:2]])
     reference = quality_benchmark.references(subject, 28)
     plain = subject.peak_bytes(quality_benchmark.nullcontext, 28)
     rows = [row for row in quality_benchmark.own_rows(subject, table, 28, [7]) if "released" not in row.family]
-    results = [quality_benchmark.measured(subject, row, reference, plain, 28) for row in rows]
+    results = [quality_benchmark.measured_row(subject, row, reference, plain, 28) for row in rows]
     assert [round(one["computed"]) for one in results] == [7] * 9
     by_family = {one["family"]: one for one in results}
     assert by_family["no calibration"]["psnr"] > by_family["paper's rule"]["psnr"]
@@ -61,12 +61,12 @@ def test_rows_count_what_ran_and_measure_memory(demo, tmp_path):
     assert by_family["planned, linear, off"]["bytes"] >= 2 * 64 * 160 * 4 and by_family["no calibration"]["bytes"] > 0
     text = quality_benchmark.table_text(results, 28)
     assert "MS-SSIM" not in text and "±" in text
-    quality_benchmark.draw({(1.0, 28): results}, tmp_path / "figure.png")
+    quality_benchmark.draw_quality({(1.0, 28): results}, tmp_path / "figure.png")
 
 
-def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, demo):
+def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_again(tmp_path, monkeypatch, loaded_demo):
     """With two kinds of this project's rows and the hooks of diffusers; cache-dit is not on every machine."""
-    measured, done = quality_benchmark.measured, []
+    measured, done = quality_benchmark.measured_row, []
 
     def run(*more, breaks_after=None):
         done.clear()
@@ -77,15 +77,15 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
             done.append(row.family)
             return measured(subject, row, *rest)
 
-        monkeypatch.setattr(quality_benchmark, "measured", counted)
+        monkeypatch.setattr(quality_benchmark, "measured_row", counted)
         only = ["--only", "fewer steps", "no calibration", "diffusers"]
         argv = ["quality.py", "--guidance", "1", "3", "--steps", "6", "--prompts", "2", "--output", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", [*argv, "--seeds", "1", *only, *more])
         quality_benchmark.main()
         return (tmp_path / "quality_table.md").read_text()
 
-    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: demo)
-    monkeypatch.setattr(quality_benchmark.Subject, "calibrated", lambda *_: demo[1])
+    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: loaded_demo)
+    monkeypatch.setattr(quality_benchmark.Subject, "calibrated", lambda *_: loaded_demo[1])
     monkeypatch.setattr(quality_benchmark, "SHARES", (0.7, 0.5))
     monkeypatch.setattr(peers, "HALVINGS", 2)
     monkeypatch.setattr(quality_benchmark, "cache_dit_rows", lambda *_: ())
@@ -98,7 +98,7 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
     for family, count in (("plain sampler", 4), ("no calibration", 4), ("FirstBlockCache", 2), ("TaylorSeer", 6)):
         assert sum(family in row for row in rows) >= count, family
     with monkeypatch.context() as searched_once:
-        searched_once.setattr(peers, "computed", lambda *_: pytest.fail("a threshold was searched again"))
+        searched_once.setattr(peers, "computed_a_picture", lambda *_: pytest.fail("a threshold was searched again"))
         assert run() == table and not done
         searched_once.setattr(quality_benchmark, "digest_of_code", lambda files: "other")
         run()
@@ -128,8 +128,8 @@ def test_code_is_told_from_its_comments(tmp_path):
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "dpm"])
-def test_a_sampler_has_the_noise_levels_of_the_models_own(demo, scheduler):
-    pipe, _ = demo
+def test_a_sampler_has_the_noise_levels_of_the_models_own(loaded_demo, scheduler):
+    pipe, _ = loaded_demo
     own = pipe.scheduler
     try:
         subject = quality_benchmark.Subject(
@@ -143,9 +143,9 @@ def test_a_sampler_has_the_noise_levels_of_the_models_own(demo, scheduler):
         pipe.scheduler = own
 
 
-def test_experiments_run(demo, monkeypatch, capsys):
+def test_experiments_run(loaded_demo, monkeypatch, capsys):
     monkeypatch.setitem(experiments.PROMPTS, "demo", experiments.PROMPTS["demo"][:2])
-    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: demo)
+    monkeypatch.setattr(quality_benchmark, "load_demo", lambda: loaded_demo)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
     experiments.main()
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:14]}

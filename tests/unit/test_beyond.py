@@ -20,7 +20,7 @@ from common.tables import read
 
 
 @pytest.fixture
-def planned(model, euler, calibrating, host):
+def planned_run(model, euler, calibrating, host):
     """`magcache_forward` with a target, calibrated on another prompt, with guidance or without."""
 
     def patch(sampler, target, announce=None, guided=False, **options):
@@ -53,11 +53,11 @@ class Outputs:
 
 
 @pytest.mark.parametrize("run", [{}, {"cfg": True}, {"batch": 2, "cfg": True}], ids=["one branch", "cfg", "batch"])
-def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, executed, run):
+def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned_run, executed, run):
     sampler, oracle = euler(copy.deepcopy(model)), euler(model)
     entered = []
     sampler.model.x_embedder.register_forward_hook(lambda *_: entered.append(None))
-    with planned(sampler, Target(5, predictor="linear", payload="output")) as handle:
+    with planned_run(sampler, Target(5, predictor="linear", payload="output")) as handle:
         result = sampler.run(**run)
     report = handle.reports[0]
     branches = 2 if run.get("cfg") else 1
@@ -67,11 +67,11 @@ def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned, exe
     assert report.peak_bytes == 2 * branches * 64 * 16 * 4 * run.get("batch", 1) and handle.residuals.bytes == 0
 
 
-def test_plan_states_the_memory_of_the_payload(model, euler, planned, host):
+def test_plan_states_the_memory_of_the_payload(model, euler, planned_run, host):
     plans = []
     for payload, width in (("residual", 32), ("output", 16)):
         sampler = euler(copy.deepcopy(model))
-        with planned(sampler, Target(5, predictor="linear", payload=payload), plans.append):
+        with planned_run(sampler, Target(5, predictor="linear", payload=payload), plans.append):
             sampler.run()
         assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
 
@@ -147,18 +147,18 @@ def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
 # The guard
 
 
-def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned):
+def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned_run):
     plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
-    with planned(plain, Target(6, predictor="linear")):
+    with planned_run(plain, Target(6, predictor="linear")):
         result = plain.run(prompt=7)
-    with planned(guarded, Target(6, magcache_guard=3)) as handle:
+    with planned_run(guarded, Target(6, magcache_guard=3)) as handle:
         assert torch.equal(guarded.run(prompt=7), result)
     assert handle.reports[0].reused == 6 and not handle.reports[0].unplanned
 
 
 @pytest.mark.parametrize("payload", ["residual", "output"])
 @pytest.mark.parametrize("cfg", [False, True])
-def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, euler, planned, cfg, payload):
+def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, euler, planned_run, cfg, payload):
     """From step 5 on the model is another one: the next computed step shows it, and everything after it computes."""
     sampler, weights, expected = euler(model), copy.deepcopy(model.state_dict()), euler(copy.deepcopy(model))
 
@@ -168,7 +168,7 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
                 block.proj_out.weight.mul_(-5)
         return {}
 
-    with planned(sampler, Target(7, magcache_guard=3, payload=payload), guided=cfg) as handle:
+    with planned_run(sampler, Target(7, magcache_guard=3, payload=payload), guided=cfg) as handle:
         result = sampler.run(cfg=cfg, extra=disturb)
         model.load_state_dict(weights)
         again = sampler.run(cfg=cfg)
@@ -185,7 +185,7 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
         why.startswith(f"the guard saw step {seen} predicted ") and calls == branches * int(reuse[seen + 1 :].sum()) > 0
     )
     assert f"{calls} computed unplanned (the guard saw" in report.line()
-    with planned(expected, Target(7, magcache_guard=3, payload=payload), guided=cfg):
+    with planned_run(expected, Target(7, magcache_guard=3, payload=payload), guided=cfg):
         assert torch.equal(again, expected.run(cfg=cfg))  # the next run starts anew
 
 

@@ -21,6 +21,7 @@ from common.report import RunReport, write_report
 from common.schedule import Settings, compute_all
 from common.steps import Call
 from common.tables import RatioTable, read
+from common.timing import Lap
 
 # Calibration
 
@@ -39,7 +40,7 @@ class Measured(Tokens):
 
     def rows(self, branch):
         rows = [(1.0, 0.0, 0.0)]
-        for old, new in itertools.pairwise(self.residuals[branch]):
+        for old, new in zip(self.residuals[branch], self.residuals[branch][1:]):
             ratio = (new.pow(2).sum(-1).sqrt() / old.pow(2).sum(-1).sqrt()).flatten()
             cosine = (new * old).sum(-1) / (new.pow(2).sum(-1) * old.pow(2).sum(-1)).sqrt()
             rows.append((ratio.mean().item(), ratio.std().item(), 1 - cosine.mean().item()))
@@ -193,7 +194,7 @@ def test_calibration_of_one_step_is_refused(model, euler, calibrating):
         euler(model).run(steps=1)
 
 
-class Toy(torch.nn.Module):
+class TwoRankModel(torch.nn.Module):
     """Small enough for two processes."""
 
     def __init__(self):
@@ -208,7 +209,11 @@ class Toy(torch.nn.Module):
 
 def calibrate_toy(rank, folder):
     torch.manual_seed(0)
-    model, timesteps, latents = Toy().requires_grad_(False), torch.tensor([1000.0, 500.0]), torch.randn(1, 3, 4)
+    model, timesteps, latents = (
+        TwoRankModel().requires_grad_(False),
+        torch.tensor([1000.0, 500.0]),
+        torch.randn(1, 3, 4),
+    )
     host = Host(blocks=("blocks",), final_layer="head", image_tokens=0)
     with magcache_calibration(model, host, lambda: timesteps, "toy", f"{folder}/rank{rank}.json") as handle:
         for timestep in timesteps:
@@ -297,9 +302,29 @@ def test_what_the_first_calls_compile_is_no_loss():
     for step, (kind, seconds) in enumerate(
         [("computed", 20.0), ("computed", 2.0), ("reused", 14.0), ("computed", 2.0), ("reused", 0.1), ("reused", 0.1)]
     ):
-        report.add(Call(step, 0), kind, lambda seconds=seconds: seconds)
+        report.add(Call(step, 0), kind, Lap(lambda seconds=seconds: seconds))
     spent, saved = report.seconds()
     assert np.isclose(spent, 38.2) and np.isclose(saved, 3 * (2.0 - 0.1))
+
+
+@pytest.mark.parametrize(
+    "laps, saved, why",
+    [
+        # (kind, seconds, whether torch.compile was at work)
+        ([("computed", 9, 1), ("computed", 2, 0), ("computed", 8, 1), ("reused", 7, 1), ("reused", 0.5, 0)], 3.0, ""),
+        ([("computed", 9, 1), ("computed", 2, 0), ("reused", 15, 1)], 0.0, "torch.compile was at work"),
+        ([("computed", 9, 1), ("computed", 8, 1), ("reused", 1, 0)], 0.0, "torch.compile was at work"),
+        ([("computed", 2, 0), ("computed", 2, 0), ("reused", 2.5, 0)], -0.5, "took as long as a computed one"),
+    ],
+)
+def test_a_compiled_run_reports_no_negative_saving(laps, saved, why):
+    report = RunReport(compute_all(6), [1.0, 0.8, 0.6, 0.5, 0.3, 0.1])
+    for step, (kind, seconds, compiled) in enumerate(laps):
+        report.add(Call(step, 0), kind, Lap(lambda seconds=seconds: seconds, bool(compiled)))
+    assert np.isclose(report.seconds()[1], saved)
+    line = report.line()
+    assert f" {max(saved, 0.0):.2f} s saved (" in line and ("no time was saved: " in line) == bool(why), line
+    assert why in line and "-" not in line, line
 
 
 def test_the_report_of_a_calibration(model, euler, calibrating):

@@ -19,10 +19,7 @@ from common.tables import preset_names
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def say(capsys, *arguments):
@@ -30,7 +27,7 @@ def say(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def complaint(*arguments):
+def cli_complaint(*arguments):
     with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
     text = str(end.value)
@@ -38,7 +35,7 @@ def complaint(*arguments):
     return text
 
 
-def picture(seed=0, size=(64, 48), frames=1):
+def noise_picture(seed=0, size=(64, 48), frames=1):
     return np.random.default_rng(seed).integers(0, 256, (frames, size[1], size[0], 3), dtype=np.uint8)
 
 
@@ -67,10 +64,10 @@ def test_plan_for_a_number_of_steps_or_a_speedup(capsys, tmp_path):
     assert "payload output" in say(capsys, "plan", "demo", "--magcache_max_error", 0.03, "--magcache_payload", "output")
     text = say(capsys, "plan", "flux-dev", "--magcache_speedup", 2)
     assert "computes 14 of 28" in text and "predictor line" in text
-    assert "need the Gram matrix" in complaint(
+    assert "need the Gram matrix" in cli_complaint(
         "plan", "flux-dev", "--magcache_speedup", 2, "--magcache_predictor", "linear"
     )
-    assert "are for planned runs" in complaint("plan", "demo", "--magcache_predictor", "linear")
+    assert "are for planned runs" in cli_complaint("plan", "demo", "--magcache_predictor", "linear")
 
 
 def test_plan_and_presets_need_no_torch(tmp_path):
@@ -121,7 +118,7 @@ def test_presets_lists_every_table_with_its_bound(capsys):
     ],
 )
 def test_a_mistake_gets_one_sentence(arguments, part):
-    assert part in complaint(*arguments)
+    assert part in cli_complaint(*arguments)
 
 
 def tensor(frames):
@@ -129,31 +126,31 @@ def tensor(frames):
 
 
 def test_quality_against_the_definition():
-    reference, result = picture(0), picture(1)
+    reference, result = noise_picture(0), noise_picture(1)
     mean_square = np.mean((reference / 255.0 - result / 255.0) ** 2)
     assert quality(reference, result)["psnr"] == pytest.approx(-10 * np.log10(mean_square), abs=1e-3)
     assert quality(reference, reference) == {"psnr": np.inf, "ssim": pytest.approx(1), "ms_ssim": None}
     theirs = structural_similarity_index_measure(*(tensor(one).double() for one in (result, reference)), data_range=1.0)
     assert quality(reference, result)["ssim"] == pytest.approx(float(theirs), abs=1e-5)
     plain = np.full((2, 48, 64, 3), 250, np.uint8)
-    plain[0, 10:20, 10:20], plain[1, 30:35, 20:50] = picture(0)[0, :10, :10], (200, 30, 40)
+    plain[0, 10:20, 10:20], plain[1, 30:35, 20:50] = noise_picture(0)[0, :10, :10], (200, 30, 40)
     assert quality(plain, plain)["ssim"] == pytest.approx(1, abs=1e-6)  # rounding is near also where nothing varies
-    large = picture(0, (176, 176))
+    large = noise_picture(0, (176, 176))
     assert quality(large, large)["ms_ssim"] == pytest.approx(1)
-    assert quality(large, picture(1, (176, 176)))["ms_ssim"] < 0.5
+    assert quality(large, noise_picture(1, (176, 176)))["ms_ssim"] < 0.5
     with pytest.raises(MagCacheError, match="1 frame of 64x48 against 1 frame of 176x176"):
         quality(reference, large)
 
 
 def test_compare_pictures(capsys, tmp_path):
-    save_frames(tmp_path / "a.png", picture(0))
-    save_frames(tmp_path / "b.png", picture(0) // 2)
+    save_frames(tmp_path / "a.png", noise_picture(0))
+    save_frames(tmp_path / "b.png", noise_picture(0) // 2)
     text = say(capsys, "compare", "a.png", "b.png")
     assert "PSNR" in text and "SSIM" in text and "MS-SSIM" not in text
     joined = np.asarray(Image.open("compare_b.png"))
-    assert joined.shape == (48, 2 * 68, 3) and np.array_equal(joined[:, :64], picture(0)[0])
+    assert joined.shape == (48, 2 * 68, 3) and np.array_equal(joined[:, :64], noise_picture(0)[0])
     (tmp_path / "broken.png").write_text("no picture")
-    assert "cannot be read as a picture or video" in complaint("compare", "a.png", "broken.png")
+    assert "cannot be read as a picture or video" in cli_complaint("compare", "a.png", "broken.png")
 
 
 def test_compare_videos(capsys, tmp_path):
@@ -170,12 +167,12 @@ def test_compare_videos(capsys, tmp_path):
 
 
 def test_side_by_side_of_different_lengths_and_sizes(tmp_path):
-    side_by_side(tmp_path / "x.png", [picture(0), picture(1, (32, 40), 3)])
+    side_by_side(tmp_path / "x.png", [noise_picture(0), noise_picture(1, (32, 40), 3)])
     assert Image.open(tmp_path / "x.png").size == (64 + 4 + 32 + 4, 48)
 
 
 def test_magnified_difference():
-    one, other = picture(0)[0], picture(0)[0].copy()
+    one, other = noise_picture(0)[0], noise_picture(0)[0].copy()
     other[3, 5] = one[3, 5] ^ 1  # each channel off by one
     difference = magnified_difference(one, other)
     assert (difference[3, 5] == 245).all() and (np.delete(difference.reshape(-1, 3), 3 * 64 + 5, axis=0) == 255).all()
@@ -183,12 +180,12 @@ def test_magnified_difference():
 
 
 def test_contact_sheet(tmp_path):
-    contact_sheet(tmp_path / "sheet.png", [[picture(0)[0], picture(1)[0]]], ["a", "b"], [["one", "two"]])
+    contact_sheet(tmp_path / "sheet.png", [[noise_picture(0)[0], noise_picture(1)[0]]], ["a", "b"], [["one", "two"]])
     assert Image.open(tmp_path / "sheet.png").size[0] > 400
 
 
 def test_a_failing_write_leaves_the_old_picture(tmp_path, monkeypatch):
-    save_frames(tmp_path / "a.png", picture(0))
+    save_frames(tmp_path / "a.png", noise_picture(0))
     before = (tmp_path / "a.png").read_bytes()
 
     def half(self, path):
@@ -197,7 +194,7 @@ def test_a_failing_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(MagCacheError, match="the disk is full"):
-        save_frames(tmp_path / "a.png", picture(1))
+        save_frames(tmp_path / "a.png", noise_picture(1))
     assert (tmp_path / "a.png").read_bytes() == before and sorted(tmp_path.glob("*.png")) == [tmp_path / "a.png"]
     assert not list(tmp_path.glob(".*part*"))
 

@@ -235,6 +235,7 @@ def test_levels_that_rise(model, euler, cached):
 
 @pytest.mark.parametrize("theirs", ["first block", "MagCache"])
 def test_diffusers_own_cache_is_refused(model, euler, cached, theirs):
+    pytest.importorskip("diffusers", "0.35")
     from diffusers import FirstBlockCacheConfig, MagCacheConfig
 
     config = FirstBlockCacheConfig(threshold=0.1)

@@ -276,7 +276,7 @@ def test_the_scheduler_is_left_as_it_was():
     assert "step" not in scheduler.__dict__ and scheduler.step.__func__ is type(scheduler).step
 
 
-class Sampler:
+class SchedulerLoop:
     """A pipeline: a model, a scheduler, a loop."""
 
     def __init__(self, model, name="euler"):
@@ -311,7 +311,7 @@ class Tiny(torch.nn.Module):
         return states
 
 
-def patched(sampler, settings=None, table=None, **options):
+def patched_loop(sampler, settings=None, table=None, **options):
     host = Host(blocks=("blocks",), final_layer=None, timestep_scale=1.0)
     options = {"scheduler": lambda: sampler.scheduler, "announce": None, **options}
     return magcache_forward(sampler.model, host, table, settings or Target(6), lambda: sampler.timesteps, **options)
@@ -319,25 +319,25 @@ def patched(sampler, settings=None, table=None, **options):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_runs_with_and_without(name):
-    sampler, plans = Sampler(Tiny(), name), []
+    sampler, plans = SchedulerLoop(Tiny(), name), []
     plain = sampler.run()
-    with patched(sampler, announce=plans.append):
+    with patched_loop(sampler, announce=plans.append):
         corrected, again = sampler.run(), sampler.run()
     assert torch.equal(corrected, again) and torch.equal(sampler.run(), plain)
-    with patched(sampler, corrector=False, announce=plans.append) as handle:
+    with patched_loop(sampler, corrector=False, announce=plans.append) as handle:
         off = sampler.run()
     assert handle.reports[0].computed == 6 and "corrector on" in plans[0] and "it was turned off" in plans[-1]
     assert (corrected - plain).norm() < (off - plain).norm()
-    with patched(sampler, Target(STEPS)):
+    with patched_loop(sampler, Target(STEPS)):
         assert torch.equal(sampler.run(), plain)
     assert "step" not in sampler.scheduler.__dict__
 
 
 @pytest.mark.parametrize("offload", [sequential, whole_model])
 def test_an_offloaded_model_is_corrected_alike(offload):
-    sampler, offloaded = Sampler(Tiny(), "unipc"), Sampler(Tiny(), "unipc")
+    sampler, offloaded = SchedulerLoop(Tiny(), "unipc"), SchedulerLoop(Tiny(), "unipc")
     offload(offloaded.model)
-    with patched(sampler), patched(offloaded) as handle:
+    with patched_loop(sampler), patched_loop(offloaded) as handle:
         assert torch.equal(offloaded.run(), sampler.run())
     assert handle.reports[0].computed == 6 and not handle.reports[0].unplanned
 
@@ -354,14 +354,14 @@ class Divided(Tiny):
 
 
 def sampled_by_a_rank(rank, folder):
-    sampler = Sampler(Divided(), "unipc")
-    with patched(sampler) as handle:
+    sampler = SchedulerLoop(Divided(), "unipc")
+    with patched_loop(sampler) as handle:
         torch.save((sampler.run(), handle.reports[0].computed), f"{folder}/{rank}.pt")
 
 
 def test_ranks_that_divide_the_tokens_are_corrected_alike(tmp_path):
-    sampler = Sampler(Tiny(), "unipc")
-    with patched(sampler):
+    sampler = SchedulerLoop(Tiny(), "unipc")
+    with patched_loop(sampler):
         alone = sampler.run()
     two_ranks(sampled_by_a_rank, tmp_path)
     (first, computed), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
@@ -370,11 +370,11 @@ def test_ranks_that_divide_the_tokens_are_corrected_alike(tmp_path):
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))
-def test_a_run_that_breaks_off_leaves_nothing_behind(stop):
-    sampler = Sampler(Tiny(), "unipc")
-    with patched(sampler):
+def test_a_broken_off_run_leaves_no_corrector_behind(stop):
+    sampler = SchedulerLoop(Tiny(), "unipc")
+    with patched_loop(sampler):
         alone = sampler.run()
-    with patched(sampler):
+    with patched_loop(sampler):
         with pytest.raises(KeyboardInterrupt):
             sampler.run(stop)
         assert torch.equal(sampler.run(), alone)
@@ -382,8 +382,8 @@ def test_a_run_that_breaks_off_leaves_nothing_behind(stop):
 
 
 def test_the_reason_is_in_the_plan():
-    sampler, plans = Sampler(Tiny()), []
-    with patched(sampler, scheduler=None, announce=plans.append):
+    sampler, plans = SchedulerLoop(Tiny()), []
+    with patched_loop(sampler, scheduler=None, announce=plans.append):
         sampler.run()
     assert "corrector off, because this sampler's steps cannot be followed" in plans[0]
     assert "no calibration needed, magcache_steps 6, predictor line, payload output" in plans[0]
@@ -443,7 +443,7 @@ def test_two_experts_are_not_mixed():
         for parameter in two.parameters():
             parameter.mul_(-1)
 
-    class Both(Sampler):
+    class Both(SchedulerLoop):
         def run(self):
             self.scheduler = scheduler_of("euler")
             sample = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(1))
@@ -456,7 +456,7 @@ def test_two_experts_are_not_mixed():
     sampler = Both([one, two])
     switch = int((scheduler_of("euler").timesteps >= 700).sum())
     seen = []
-    with patched(sampler, boundary=0.7) as handle:
+    with patched_loop(sampler, boundary=0.7) as handle:
         original = Trajectory.corrected
 
         def corrected(self, gap, step, output):
@@ -474,11 +474,11 @@ def test_two_experts_are_not_mixed():
 
 
 def test_the_rule_is_corrected_too():
-    sampler, farness = Sampler(Tiny()), {}
+    sampler, farness = SchedulerLoop(Tiny()), {}
     plain = sampler.run()
     table = RatioTable("tiny", {"cond": [1.0] + [0.98] * (STEPS - 1)}, tuple(flow_sigmas(STEPS, 3.0)), "measured")
     for corrector in (True, False):
-        with patched(sampler, Settings(9.0, 2, 0.1), table, corrector=corrector) as handle:
+        with patched_loop(sampler, Settings(9.0, 2, 0.1), table, corrector=corrector) as handle:
             farness[corrector] = (sampler.run() - plain).norm()
         assert handle.reports[0].reused > 5
     assert farness[True] < farness[False]

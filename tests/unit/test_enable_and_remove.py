@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from tiny_runs import BASE, RUNS, Broken, alone, class_forward, one_sentence
+from tiny_runs import BASE, RUNS, Broken, alone, class_forward, is_one_sentence
 
 import common.patch
 from common.errors import MagCacheError
@@ -105,7 +105,7 @@ def test_a_second_patch_is_refused(model, euler, cached, calibrating):
     ):
         with pytest.raises(MagCacheError) as caught:
             again()
-        assert one_sentence(caught) and "patched already" in str(caught.value)
+        assert is_one_sentence(caught) and "patched already" in str(caught.value)
     first.remove()
     cached(sampler).remove()
     assert class_forward(model)
@@ -117,7 +117,7 @@ def test_a_patch_that_was_bypassed_says_so(model, euler, cached):
     with pytest.raises(MagCacheError) as caught, cached(sampler) as handle:
         sampler.model = unused
         sampler.run(steps=5)
-    assert one_sentence(caught) and "never called" in str(caught.value) and class_forward(model)
+    assert is_one_sentence(caught) and "never called" in str(caught.value) and class_forward(model)
     with pytest.raises(MagCacheError):
         handle.require_reached()
     sampler.model = model
@@ -147,7 +147,7 @@ def test_a_sampler_without_timesteps_is_refused(model, euler, cached, host, rati
     with pytest.raises(MagCacheError) as caught:
         with common.patch.magcache_forward(model, host, ratios, Settings(1.0, 2, 0.2), lambda: None, announce=None):
             sampler.run()
-    assert one_sentence(caught) and "no timesteps" in str(caught.value) and class_forward(model)
+    assert is_one_sentence(caught) and "no timesteps" in str(caught.value) and class_forward(model)
 
 
 # Hosts that change

@@ -2,7 +2,6 @@
 residuals differ so much that a mix-up cannot hide. Compared bit for bit with runs that no patch touched."""
 
 import copy
-import itertools
 import types
 
 import numpy as np
@@ -34,7 +33,7 @@ class Block(torch.nn.Module):
         return tokens + self.scale * torch.tanh(self.linear(tokens) + 2 * level) + hint
 
 
-class Toy(torch.nn.Module):
+class ToyExpert(torch.nn.Module):
     """Tokens do not see each other, so that a part of them runs as in the whole. scale: size of the residual."""
 
     def __init__(self, scale, seed=0):
@@ -49,7 +48,7 @@ class Toy(torch.nn.Module):
         return self.head(tokens)
 
 
-class HintedToy(Toy):
+class HintedToy(ToyExpert):
     def hints(self, tokens):
         self.hinted += 1
         return [tokens.sin(), tokens.cos()]
@@ -62,12 +61,12 @@ class HintedToy(Toy):
         return self.head(tokens)
 
 
-def experts(cls=Toy):
+def experts(cls=ToyExpert):
     """High noise first. Residuals of the second are a hundred times those of the first."""
     return [cls(0.02, seed=1).requires_grad_(False), cls(2.0, seed=2).requires_grad_(False)]
 
 
-class Sampler:
+class ExpertSampler:
     """Euler steps with guidance; the first model above the boundary, the second below."""
 
     def __init__(self, models, boundary):
@@ -96,7 +95,7 @@ def boundary_at(switch, steps=STEPS, shift=5.0):
     return (levels[switch] + levels[switch + 1]) / 2
 
 
-def flat(boundary=None):
+def flat_table(boundary=None):
     sampler = {"shift": 5.0, **({"boundary": boundary} if boundary else {})}
     return RatioTable(
         "flat",
@@ -107,9 +106,15 @@ def flat(boundary=None):
     )
 
 
-def cached(sampler, boundary, host=TOY, ratios=None, settings=REUSES_MUCH):
+def cached_experts(sampler, boundary, host=TOY, ratios=None, settings=REUSES_MUCH):
     return magcache_forward(
-        sampler.models, host, ratios or flat(), settings, lambda: sampler.timesteps, announce=None, boundary=boundary
+        sampler.models,
+        host,
+        ratios or flat_table(),
+        settings,
+        lambda: sampler.timesteps,
+        announce=None,
+        boundary=boundary,
     )
 
 
@@ -148,7 +153,7 @@ def oracle(sampler, schedule, switch, **run):
 # Schedules
 
 
-def planned(rows, computed, switch, predictor=None, K=None):
+def planned_experts(rows, computed, switch, predictor=None, K=None):
     levels = flow_sigmas(len(rows), 5.0)
     return Target(computed, predictor=predictor, magcache_K=K).plan(table(levels, cond=rows), levels, switch)
 
@@ -163,9 +168,9 @@ def test_a_plan_keeps_the_experts_apart(switch, predictor, K):
         least = sum(-(-part // (8 if K is None else K + 1)) for part in parts)
         if computed < least:
             with pytest.raises(MagCacheError, match="can be computed"):
-                planned(rows, computed, switch, predictor, K)
+                planned_experts(rows, computed, switch, predictor, K)
             continue
-        schedule = planned(rows, computed, switch, predictor, K)
+        schedule = planned_experts(rows, computed, switch, predictor, K)
         assert schedule.computed == computed and not schedule.reuse[[0, switch % 8]].any()
         assert K is None or schedule.longest_gap <= K
 
@@ -174,14 +179,16 @@ def test_no_switch_is_one_model():
     rows = residuals(9)
     for computed in (2, 5):
         assert (
-            planned(rows, computed, None).strip == planned(rows, computed, 0).strip == planned(rows, computed, 9).strip
+            planned_experts(rows, computed, None).strip
+            == planned_experts(rows, computed, 0).strip
+            == planned_experts(rows, computed, 9).strip
         )
-    assert planned(rows, 2, 4).strip == "#...#...."
+    assert planned_experts(rows, 2, 4).strip == "#...#...."
 
 
 @pytest.mark.parametrize("switch", range(1, 12))
 def test_no_weight_reaches_across_the_switch(switch):
-    schedule = planned(residuals(STEPS), 6, switch)
+    schedule = planned_experts(residuals(STEPS), 6, switch)
     assert not schedule.reuse[[0, switch]].any() and schedule.computed == 6
     for step in schedule.skipped_steps:
         newest, *before = schedule.anchors(step)
@@ -191,7 +198,7 @@ def test_no_weight_reaches_across_the_switch(switch):
 
 def test_too_few_steps_for_both_experts_get_a_sentence():
     with pytest.raises(MagCacheError, match=r"Of 9 steps, between 2 and 9 can be computed, not 1\."):
-        planned(residuals(9), 1, 4)
+        planned_experts(residuals(9), 1, 4)
 
 
 def test_the_jump_at_the_switch_is_carried_to_no_other_run():
@@ -210,8 +217,8 @@ def test_the_jump_at_the_switch_is_carried_to_no_other_run():
 @pytest.mark.parametrize("switch", [0, 1, 5, 11, 12])
 def test_residuals_stay_with_their_expert(switch):
     boundary = boundary_at(switch)
-    plain, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
-    with cached(sampler, boundary) as handle:
+    plain, sampler = ExpertSampler(experts(), boundary), ExpertSampler(experts(), boundary)
+    with cached_experts(sampler, boundary) as handle:
         result = sampler.run()
     (report,) = handle.reports
     assert report.schedule.reuse.sum() >= 5 and report.unplanned == {} and report.complete
@@ -223,7 +230,7 @@ def test_residuals_stay_with_their_expert(switch):
 @pytest.mark.parametrize("switch", [4, 6])
 def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
     boundary = boundary_at(switch)
-    plain, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
+    plain, sampler = ExpertSampler(experts(), boundary), ExpertSampler(experts(), boundary)
     with magcache_calibration(
         sampler.models,
         TOY,
@@ -245,8 +252,8 @@ def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
 @pytest.mark.parametrize("switch", range(1, 12))
 def test_a_schedule_that_forgot_the_switch_computes_there(switch):
     """Planned without a boundary, the first step of the second expert may be a reuse: it computes and is counted."""
-    sampler = Sampler(experts(), boundary_at(switch))
-    with cached(sampler, None) as handle:
+    sampler = ExpertSampler(experts(), boundary_at(switch))
+    with cached_experts(sampler, None) as handle:
         result = sampler.run()
     (report,) = handle.reports
     wrong = bool(report.schedule.reuse[switch])
@@ -254,25 +261,25 @@ def test_a_schedule_that_forgot_the_switch_computes_there(switch):
     done = copy.deepcopy(report.schedule)
     done.reuse[switch] = False
     assert report.computed == 2 * done.computed
-    assert torch.equal(result, oracle(Sampler(experts(), boundary_at(switch)), done, switch))
+    assert torch.equal(result, oracle(ExpertSampler(experts(), boundary_at(switch)), done, switch))
 
 
 def test_some_switch_falls_on_a_reuse():
     """Else the test above tests nothing."""
-    sampler = Sampler(experts(), 2.0)
-    with cached(sampler, None) as handle:
+    sampler = ExpertSampler(experts(), 2.0)
+    with cached_experts(sampler, None) as handle:
         sampler.run()
     assert handle.reports[0].schedule.reuse[1:].sum() >= 5
 
 
-def test_a_run_after_another_equals_the_run_alone():
+def test_a_run_of_experts_after_another_equals_the_run_alone():
     boundary = boundary_at(5)
     others = [{"seed": 1}, {"steps": 9}, {"shift": 2.0}, {"steps": 20, "shift": 8.0}]
     for other in others:
-        alone, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
-        with cached(alone, boundary):
+        alone, sampler = ExpertSampler(experts(), boundary), ExpertSampler(experts(), boundary)
+        with cached_experts(alone, boundary):
             expected = alone.run(**other)
-        with cached(sampler, boundary) as handle:
+        with cached_experts(sampler, boundary) as handle:
             sampler.run()
             assert torch.equal(sampler.run(**other), expected)
         assert [report.complete for report in handle.reports] == [True, True] and handle.reports[-1].reused
@@ -281,11 +288,11 @@ def test_a_run_after_another_equals_the_run_alone():
 @pytest.mark.parametrize("stop", range(1, STEPS))
 def test_a_break_leaves_nothing(stop):
     boundary = boundary_at(5)
-    alone, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
+    alone, sampler = ExpertSampler(experts(), boundary), ExpertSampler(experts(), boundary)
     before = [dict(vars(model)) for model in sampler.models]
-    with cached(alone, boundary):
+    with cached_experts(alone, boundary):
         expected = alone.run()
-    handle = cached(sampler, boundary)
+    handle = cached_experts(sampler, boundary)
     with pytest.raises(KeyboardInterrupt):
         sampler.run(stop=stop)
     assert torch.equal(sampler.run(), expected)
@@ -297,8 +304,8 @@ def test_a_break_leaves_nothing(stop):
 @pytest.mark.parametrize("call", [1, 3, 5])  # 2 is the proof of the first residual
 def test_an_exception_within_either_expert_leaves_nothing(number, call):
     boundary = boundary_at(5)
-    alone, sampler = Sampler(experts(), boundary), Sampler(experts(), boundary)
-    with cached(alone, boundary):
+    alone, sampler = ExpertSampler(experts(), boundary), ExpertSampler(experts(), boundary)
+    with cached_experts(alone, boundary):
         expected = alone.run()
     calls = []
 
@@ -309,7 +316,7 @@ def test_an_exception_within_either_expert_leaves_nothing(number, call):
 
     before = [(type(model), dict(vars(model))) for model in sampler.models]
     hook = sampler.models[number].head.register_forward_pre_hook(fail)
-    with cached(sampler, boundary) as handle:
+    with cached_experts(sampler, boundary) as handle:
         with pytest.raises(ValueError):
             sampler.run()
         assert handle.residuals.bytes == 0 and handle.run is None
@@ -320,11 +327,11 @@ def test_an_exception_within_either_expert_leaves_nothing(number, call):
 
 def test_no_weights_of_the_idle_expert_are_touched():
     boundary, entered = boundary_at(5), []
-    sampler = Sampler(experts(), boundary)
+    sampler = ExpertSampler(experts(), boundary)
     for number, model in enumerate(sampler.models):
         for block in model.blocks:
             block.register_forward_pre_hook(lambda module, args, number=number: entered.append((sampler.step, number)))
-    with cached(sampler, boundary) as handle:
+    with cached_experts(sampler, boundary) as handle:
         sampler.run()
     computed = np.flatnonzero(~handle.reports[0].schedule.reuse).tolist()
     assert entered == [(step, int(step >= 5)) for step in computed for _ in range(4)]  # two blocks, two branches
@@ -341,12 +348,12 @@ def test_hints_are_made_on_computed_steps_only(own):
     bound = None
     if own:
         bound = model.hints = types.MethodType(HintedToy.hints, model)
-    sampler, reference = Sampler([model], -1), Sampler([plain], -1)
+    sampler, reference = ExpertSampler([model], -1), ExpertSampler([plain], -1)
     seen = []
     model.head.register_forward_pre_hook(
         lambda module, args: seen.append(model.hints(None) if handle.sampling.call.reused else None)
     )
-    with cached(sampler, None, host=HINTED) as handle:
+    with cached_experts(sampler, None, host=HINTED) as handle:
         result = sampler.run()
         assert vars(model).get("hints") is bound
     (report,) = handle.reports
@@ -358,14 +365,14 @@ def test_hints_are_made_on_computed_steps_only(own):
 
 
 def test_a_model_without_the_hint_method_is_refused():
-    with pytest.raises(MagCacheError, match="Toy has no hints: MagCache does not know this version"):
-        cached(Sampler([Toy(1.0)], -1), None, host=HINTED)
+    with pytest.raises(MagCacheError, match="ToyExpert has no hints: MagCache does not know this version"):
+        cached_experts(ExpertSampler([ToyExpert(1.0)], -1), None, host=HINTED)
 
 
 # Calibration
 
 
-def measured(sampler, **run):
+def measured_ratios(sampler, **run):
     """{branch: mean ratios}, from an unpatched run; 1 where another model computed the step before."""
     rows = {0: [], 1: []}
 
@@ -388,7 +395,7 @@ def measured(sampler, **run):
         branch: [1.0]
         + [
             (new.norm(dim=-1) / old.norm(dim=-1)).mean().item() if before == after else 1.0
-            for (_, before, old), (_, after, new) in itertools.pairwise(calls)
+            for (_, before, old), (_, after, new) in zip(calls, calls[1:])
         ]
         for branch, calls in rows.items()
     }
@@ -397,8 +404,8 @@ def measured(sampler, **run):
 @pytest.mark.parametrize("switch", [0, 1, 5, 11, 12])
 def test_calibration_has_ratio_1_at_the_switch_and_each_experts_own_elsewhere(switch, tmp_path):
     boundary = boundary_at(switch)
-    sampler = Sampler(experts(), boundary)
-    expected = measured(sampler)
+    sampler = ExpertSampler(experts(), boundary)
+    expected = measured_ratios(sampler)
     with magcache_calibration(
         sampler.models,
         TOY,
@@ -407,7 +414,7 @@ def test_calibration_has_ratio_1_at_the_switch_and_each_experts_own_elsewhere(sw
         tmp_path / "two.json",
         {"sampler": {"boundary": boundary}},
     ):
-        assert torch.equal(sampler.run(), Sampler(experts(), boundary).run())
+        assert torch.equal(sampler.run(), ExpertSampler(experts(), boundary).run())
     found = read(tmp_path / "two.json").mag_ratios
     for branch, name in enumerate(("cond", "uncond")):
         np.testing.assert_allclose(found[name], expected[branch], rtol=0, atol=2e-6)
@@ -416,14 +423,14 @@ def test_calibration_has_ratio_1_at_the_switch_and_each_experts_own_elsewhere(sw
 
 def share_of_tokens(rank, folder):
     """One of two processes; the first holds five of the twelve tokens."""
-    sampler = Sampler(experts(), boundary_at(5))
+    sampler = ExpertSampler(experts(), boundary_at(5))
     with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", f"{folder}/shared.json") as handle:
         sampler.run(tokens=slice(0, 5) if rank == 0 else slice(5, None))
     torch.save((handle.table.mag_ratios, handle.table.statistics), f"{folder}/{rank}.pt")
 
 
 def test_two_processes_with_unequal_shares_measure_what_one_does(tmp_path):
-    sampler = Sampler(experts(), boundary_at(5))
+    sampler = ExpertSampler(experts(), boundary_at(5))
     with magcache_calibration(sampler.models, TOY, lambda: sampler.timesteps, "two", tmp_path / "one.json"):
         sampler.run()
     two_ranks(share_of_tokens, tmp_path)
@@ -434,5 +441,5 @@ def test_two_processes_with_unequal_shares_measure_what_one_does(tmp_path):
         np.testing.assert_allclose(shared.mag_ratios[branch], one.mag_ratios[branch], rtol=0, atol=2e-6)
         for name in ("mag_std", "cos_dis"):
             np.testing.assert_allclose(shared.statistics[name][branch], one.statistics[name][branch], rtol=0, atol=2e-6)
-        for row, other in zip(shared.statistics["gram"][branch], one.statistics["gram"][branch], strict=True):
+        for row, other in zip(shared.statistics["gram"][branch], one.statistics["gram"][branch]):
             np.testing.assert_allclose(row, other, rtol=1e-5)

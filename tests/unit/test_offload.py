@@ -6,8 +6,14 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
-from diffusers.hooks.group_offloading import GroupOffloadingType, ModuleGroup
 from offloading import CPU, sequential, whole_model
+
+pytest.importorskip("diffusers", "0.35")
+from diffusers.hooks.group_offloading import (  # noqa: E402
+    GroupOffloadingType,
+    LazyPrefetchGroupOffloadingHook,
+    ModuleGroup,
+)
 
 ORDERS = pytest.mark.parametrize("order", ["offload first", "patch first"])
 STRIP = "##..#..#..#."
@@ -61,7 +67,7 @@ def both(model, sampler, offload, patch, order):
 
 
 @pytest.fixture
-def expected(model, euler, cached):
+def expected_results(model, euler, cached):
     """The cached and the un-cached result without offloading, with and without CFG."""
     sampler = euler(copy.deepcopy(model))
     plain = [sampler.run(cfg=cfg) for cfg in (False, True)]
@@ -76,9 +82,9 @@ def expected(model, euler, cached):
     ids=["sequential", "whole model", "groups of 1", "groups of 2", "leaves"],
 )
 def test_no_block_is_entered_or_fetched_on_a_reused_step(
-    model, euler, cached, executed, moved, expected, offload, order
+    model, euler, cached, executed, moved, expected_results, offload, order
 ):
-    (result, guided), (plain, _) = expected
+    (result, guided), (plain, _) = expected_results
     sampler, blocks = euler(model), executed(model)
     handle = both(model, sampler, offload, cached, order)
     seen, fetched = [], []
@@ -95,10 +101,30 @@ def test_no_block_is_entered_or_fetched_on_a_reused_step(
     assert torch.equal(sampler.run(), plain)
 
 
-@pytest.mark.parametrize("offload", [sequential, whole_model])
-def test_hooks_that_are_renewed_after_each_image(model, euler, cached, executed, expected, offload):
-    """Pipelines take accelerate's hooks off at the end of a call and put them on for the next: the patch lies below."""
+@ORDERS
+def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, executed, expected, order):
+    """With streams, group offloading watches the first call and then takes its watching hook off."""
     (result, guided), (plain, _) = expected
+
+    def prefetched(model):
+        groups_of(1)(model)
+        model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading")
+
+    sampler, blocks = euler(model), executed(model)
+    handle = both(model, sampler, prefetched, cached, order)
+    for _ in range(2):
+        assert torch.equal(sampler.run(), result) and blocks.strip == STRIP
+        blocks.calls.clear()
+    assert [report.reused for report in handle.reports] == [7, 7]
+    assert torch.equal(sampler.run(cfg=True), guided)
+    handle.remove()
+    assert torch.equal(sampler.run(), plain) and "magcache" not in dir(model.forward)
+
+
+@pytest.mark.parametrize("offload", [sequential, whole_model])
+def test_hooks_that_are_renewed_after_each_image(model, euler, cached, executed, expected_results, offload):
+    """Pipelines take accelerate's hooks off at the end of a call and put them on for the next: the patch lies below."""
+    (result, guided), (plain, _) = expected_results
     sampler, blocks = euler(model), executed(model)
     handle = cached(sampler)
     for cfg in (False, True, False):
@@ -115,8 +141,8 @@ def test_hooks_that_are_renewed_after_each_image(model, euler, cached, executed,
 
 @ORDERS
 @pytest.mark.parametrize("offload", [sequential, groups_of(1)], ids=["sequential", "groups of 1"])
-def test_calibration_under_offloading(model, euler, calibrating, expected, offload, order):
-    (_, _), (plain, _) = expected
+def test_calibration_under_offloading(model, euler, calibrating, expected_results, offload, order):
+    (_, _), (plain, _) = expected_results
     sampler = euler(copy.deepcopy(model))
     with calibrating(sampler) as handle:
         sampler.run()
@@ -138,8 +164,8 @@ def test_a_second_patch_is_refused_through_hooks(model, euler, cached, offload):
 
 
 @ORDERS
-def test_after_an_exception_under_offloading(model, euler, cached, moved, expected, order):
-    (result, _), _ = expected
+def test_after_an_exception_under_offloading(model, euler, cached, moved, expected_results, order):
+    (result, _), _ = expected_results
     sampler = euler(model)
     handle = both(model, sampler, groups_of(1), cached, order)
     for step in (1, 2):

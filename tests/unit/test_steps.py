@@ -24,15 +24,15 @@ def follow(levels, calls, tolerance=EXACT):
     return [call and (call.step, call.branch) for call in observed]
 
 
-def branches_of(counts):
+def expected_branches(counts):
     """What a sampler with counts[i] branches at step i should be told."""
     return [(step, branch) for step, count in enumerate(counts) for branch in range(count)]
 
 
-def sequential(levels, counts, again):
+def sequential_calls(levels, counts, again):
     """counts[i] calls at step i; again(latent): what the later branches are given."""
     calls = []
-    for level, count in zip(levels, counts, strict=True):
+    for level, count in zip(levels, counts):
         latent = fresh()
         calls += [(level, latent if branch == 0 else again(latent)) for branch in range(count)]
     return calls
@@ -43,7 +43,7 @@ def sequential(levels, counts, again):
 def test_one_call_a_step(steps, batch):
     """No guidance, or both branches in one batched call."""
     levels = flow_sigmas(steps, 3)
-    assert follow(levels, [(level, torch.randn(batch, 3)) for level in levels]) == branches_of([1] * steps)
+    assert follow(levels, [(level, torch.randn(batch, 3)) for level in levels]) == expected_branches([1] * steps)
 
 
 SAME_OR_COPY = pytest.mark.parametrize(
@@ -57,14 +57,14 @@ SAME_OR_COPY = pytest.mark.parametrize(
 def test_sequential_guidance(steps, branches, again):
     levels = flow_sigmas(steps, 3)
     counts = [branches] * steps
-    assert follow(levels, sequential(levels, counts, again)) == branches_of(counts)
+    assert follow(levels, sequential_calls(levels, counts, again)) == expected_branches(counts)
 
 
 @SAME_OR_COPY
-def test_guidance_for_a_part_of_the_run(again):
+def test_steps_with_guidance_for_a_part_of_the_run(again):
     levels = flow_sigmas(28, 3)
     counts = [2 if 5 <= step <= 15 else 1 for step in range(28)]
-    assert follow(levels, sequential(levels, counts, again)) == branches_of(counts)
+    assert follow(levels, sequential_calls(levels, counts, again)) == expected_branches(counts)
 
 
 def test_latent_changed_in_place():
@@ -80,7 +80,7 @@ def test_heun_that_lists_its_second_evaluations(branches):
     """diffusers: the list has every evaluation, so each is a step."""
     listed = [1.0, 0.9, 0.9, 0.7, 0.7, 0.4, 0.4]
     counts = [branches] * len(listed)
-    assert follow(listed, sequential(listed, counts, torch.clone)) == branches_of(counts)
+    assert follow(listed, sequential_calls(listed, counts, torch.clone)) == expected_branches(counts)
 
 
 def diffusers_heun(steps, start=0):
@@ -98,7 +98,7 @@ def diffusers_heun(steps, start=0):
 def test_heun_of_diffusers():
     levels, calls = diffusers_heun(8)
     assert len(levels) == len(calls) == 15
-    assert follow(levels, calls) == branches_of([1] * 15)
+    assert follow(levels, calls) == expected_branches([1] * 15)
 
 
 @pytest.mark.parametrize("start", [1, 3, 6])
@@ -114,7 +114,7 @@ def k_diffusion_heun(levels, branches):
     calls, steps = [], []
     for step in range(len(levels)):
         for evaluation in range(1 if step == len(levels) - 1 else 2):
-            calls += sequential([levels[step + evaluation]], [branches], torch.clone)
+            calls += sequential_calls([levels[step + evaluation]], [branches], torch.clone)
             steps += [(step + evaluation, branch) for branch in range(branches)]
     return calls, steps
 
@@ -135,7 +135,7 @@ def test_evaluations_between_levels(branches):
     for step, level in enumerate(levels):
         following = levels[step + 1] if step + 1 < len(levels) else 0
         for evaluation in (level, (level * following) ** 0.5 if following else level / 2):
-            calls += sequential([evaluation], [branches], torch.clone)
+            calls += sequential_calls([evaluation], [branches], torch.clone)
             expected += [(step, branch) for branch in range(branches)]
     assert follow(levels, calls) == expected
 
@@ -147,7 +147,7 @@ def test_start_in_the_middle(steps):
         tracker = StepTracker(levels, levels[start], EXACT)
         assert tracker.levels.tolist() == levels[start:].tolist()
         counts = [2] * (steps - start)
-        assert follow(levels, sequential(levels[start:], counts, torch.clone)) == branches_of(counts)
+        assert follow(levels, sequential_calls(levels[start:], counts, torch.clone)) == expected_branches(counts)
 
 
 def test_start_between_levels_is_the_step_above():
@@ -199,7 +199,7 @@ def test_a_jump_over_levels_is_a_new_run():
     assert tracker_at(27, levels).observe(0.0, fresh(), EXACT) is None
 
 
-def rounded(levels, dtype):
+def rounded_levels(levels, dtype):
     """(levels as a model gets them in its own dtype, tolerance): timestep cast, then divided by 1000, as in
     diffusers."""
     timesteps = [torch.tensor(1000 * level, dtype=torch.float32).to(dtype) / 1000 for level in levels]
@@ -211,34 +211,36 @@ def rounded(levels, dtype):
 @pytest.mark.parametrize("steps", [28, 200])
 def test_rounded_timesteps(steps, shift, dtype):
     levels = flow_sigmas(steps, shift)
-    given, tolerance = rounded(levels, dtype)
+    given, tolerance = rounded_levels(levels, dtype)
     if steps == 200 and shift > 1 and dtype == torch.bfloat16:
         assert len(set(given)) < 200  # several steps come with one timestep
     for counts in ([1] * steps, [2] * steps, [2 if 5 <= step <= 15 else 1 for step in range(steps)]):
-        assert follow(levels, sequential(given, counts, torch.clone), tolerance) == branches_of(counts)
+        assert follow(levels, sequential_calls(given, counts, torch.clone), tolerance) == expected_branches(counts)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounded_timesteps_from_the_middle(dtype):
     levels = flow_sigmas(28, 3)
-    given, tolerance = rounded(levels, dtype)
+    given, tolerance = rounded_levels(levels, dtype)
     for start in range(28):
         counts = [2] * (28 - start)
-        assert follow(levels, sequential(given[start:], counts, torch.clone), tolerance) == branches_of(counts)
+        assert follow(levels, sequential_calls(given[start:], counts, torch.clone), tolerance) == expected_branches(
+            counts
+        )
 
 
 def test_colliding_timesteps_from_the_middle():
     levels = flow_sigmas(200, 3)
-    given, tolerance = rounded(levels, torch.bfloat16)
+    given, tolerance = rounded_levels(levels, torch.bfloat16)
     for start in range(200):
-        steps = follow(levels, sequential(given[start:], [1] * (200 - start), torch.clone), tolerance)
+        steps = follow(levels, sequential_calls(given[start:], [1] * (200 - start), torch.clone), tolerance)
         assert None not in steps, start
 
 
 def test_rounded_levels_are_no_new_run_and_new_runs_are_seen():
     """The tolerance of a coarse dtype must not hide that a run begins again."""
     levels = flow_sigmas(28, 3)
-    given, tolerance = rounded(levels, torch.bfloat16)
+    given, tolerance = rounded_levels(levels, torch.bfloat16)
     for step in range(2, 28):
         tracker = StepTracker(levels, given[0], tolerance)
         for level in given[: step + 1]:
@@ -250,7 +252,7 @@ def test_integer_timesteps_that_repeat():
     """Wan's samplers list whole numbers; with a large shift neighbours are equal."""
     levels = np.round(flow_sigmas(100, 16) * 1000) / 1000
     assert len(set(levels)) < 100
-    assert follow(levels, sequential(levels, [2] * 100, torch.clone)) == branches_of([2] * 100)
+    assert follow(levels, sequential_calls(levels, [2] * 100, torch.clone)) == expected_branches([2] * 100)
 
 
 def test_same_latent():

@@ -254,13 +254,6 @@ def test_place_that_cannot_exist(tmp_path, place):
 # --- which table belongs to a checkpoint ---
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    folder = tmp_path / "calibrations"
-    monkeypatch.setenv("MAGCACHE_HOME", str(folder))
-    return folder
-
-
 def test_is_checkpoint(tmp_path):
     hub_id, snapshot = (
         "black-forest-labs/FLUX.1-dev",

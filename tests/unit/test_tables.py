@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_tables import refusal
 
 from common import __version__
 from common.__main__ import main
-from common.errors import MagCacheError
 from common.gram import packed
 from common.planner import Target
 from common.ratios import flow_sigmas
@@ -34,14 +34,6 @@ STUDIO = Path(__file__).parent / "framepack_studio_ratios.json"
 def table_of(levels, name="mine", **fields):
     ratios = {"cond": [1.0, *np.linspace(0.99, 0.9, len(levels) - 1)]}
     return RatioTable(name=name, mag_ratios=ratios, sigmas=tuple(levels), origin="measured", **fields)
-
-
-def refusal(function, *arguments):
-    with pytest.raises(MagCacheError) as caught:
-        function(*arguments)
-    text = str(caught.value)
-    assert text.endswith(".") and "\n" not in text
-    return text
 
 
 # --- what a table covers ---
@@ -169,13 +161,6 @@ def test_numbers_of_numpy_are_written(tmp_path):
     assert table.statistics == {"runs": 3, "gram": {"cond": [[1.0, 0.5], [1.0]]}}
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 FULL = flow_sigmas(25, 3.0)
 OURS = {"provenance": {"fingerprint": "abc", "date": "2026-11-25"}}
 
@@ -199,6 +184,7 @@ def test_a_table_as_good_replaces_the_old(home):
 
 
 def test_a_file_that_is_no_table_is_not_written_over(home):
+    home.mkdir()
     (home / "mine.json").write_text('{"somebody": "else"}')
     path = save_calibration(home / "mine.json", table_of(FULL))
     assert (home / "mine.json").read_text() == '{"somebody": "else"}' and read(path).steps == 25

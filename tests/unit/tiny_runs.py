@@ -79,6 +79,6 @@ def class_forward(model):
     return model.forward.__func__ is type(model).forward and "forward" not in model.__dict__
 
 
-def one_sentence(caught):
+def is_one_sentence(caught):
     text = str(caught.value)
     return text.endswith(".") and "\n" not in text and text.count(". ") == 0

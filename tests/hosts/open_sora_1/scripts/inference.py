@@ -5,7 +5,7 @@ import runpy
 import imageio
 import numpy as np
 import torch
-from open_sora_toys import WIDTH, decoded, frames_of
+from open_sora_toys import WIDTH, decoded, pixels_of
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.registry import Config
 from opensora.schedulers.rf import RFLOW
@@ -21,7 +21,7 @@ class VAE(torch.nn.Module):
 
     def decode(self, latents, num_frames=None):
         decoded.append(latents.clone())
-        return frames_of(latents[:, :3])
+        return pixels_of(latents[:, :3])
 
 
 def texts(prompts):

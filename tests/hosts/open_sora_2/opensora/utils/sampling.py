@@ -2,7 +2,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from open_sora_toys import WIDTH, MMDiT, decoded, frames_of
+from open_sora_toys import WIDTH, MMDiT, decoded, pixels_of
 
 
 @dataclass
@@ -27,7 +27,7 @@ def get_schedule(steps, shift):
 class Decoder(torch.nn.Module):
     def decode(self, latents):
         decoded.append(latents.clone())
-        return frames_of(latents[:, :, :3].transpose(1, 2).unflatten(2, (-1, 2, 4)))
+        return pixels_of(latents[:, :, :3].transpose(1, 2).unflatten(2, (-1, 2, 4)))
 
 
 def prepare_models(cfg, device, dtype, offload_model=False):

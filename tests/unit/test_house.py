@@ -1,0 +1,34 @@
+"""Habits of the repository that no linter checks."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STAND_INS = ("open_sora_1", "open_sora_2", "toy_page")  # checkouts of a few lines, with the names of the real ones
+SHARED_ROLES = {
+    "main": "what a program does",
+    "subject": "the fixture that each user of hunyuan_checks.py defines for its tests",
+}
+
+
+def sources():
+    """{path: its tree} of the repository's Python files, those of stand-ins excepted."""
+    folders = ("common", "benchmarks", "demo", "tests", "MagCache4*", "ComfyUI-MagCache")
+    paths = [path for folder in folders for path in REPOSITORY.glob(f"{folder}/**/*.py")]
+    return {
+        path.relative_to(REPOSITORY): ast.parse(path.read_text())
+        for path in sorted(paths)
+        if not {*STAND_INS} & {*path.parts}
+    }
+
+
+def test_no_two_files_have_a_class_or_function_of_one_name():
+    places = defaultdict(list)
+    for path, tree in sources().items():
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                places[node.name].append(str(path))
+    assert len(places) > 1000
+    assert {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED_ROLES} == {}
+    assert all(len(places[name]) > 1 for name in SHARED_ROLES)
