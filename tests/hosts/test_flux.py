@@ -270,8 +270,8 @@ def test_what_was_refined_serves_the_runs_after_it(capsys):
         (["--no-magcache"], "leave out --no-magcache"),
         (["--magcache_calibration"], "leave out --magcache_calibration"),
     ):
-        assert part in complaint(capsys, DEV, *flags, "--magcache_refine", *more)
-    assert "name it with --magcache_speedup" in complaint(capsys, DEV, "--magcache_refine")
+        assert part in flux_complaint(capsys, DEV, *flags, "--magcache_refine", *more)
+    assert "name it with --magcache_speedup" in flux_complaint(capsys, DEV, "--magcache_refine")
 
 
 def test_prompt_file_seed_and_size(capsys, tmp_path):

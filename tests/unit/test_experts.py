@@ -240,7 +240,7 @@ def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
         {"sampler": {"boundary": boundary}},
     ):
         sampler.run(guided=False)
-    with cached(
+    with cached_experts(
         sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6, predictor="linear")
     ) as handle:
         result = sampler.run(guided=False)
