@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(REPOSITORY))
 
 import torch  # noqa: E402
+from outcomes import Outcomes  # noqa: E402
 
 from common.blocks import Host  # noqa: E402
 from common.denoisers import DENOISERS  # noqa: E402
@@ -190,18 +191,15 @@ def proved(checkout: Path) -> dict[str, str]:
     return proofs
 
 
-class Outcomes:
-    """A plugin of pytest that notes what became of each test: {(function, family): whether it passed each time}."""
-
-    def __init__(self, families) -> None:
-        self.families, self.passed = families, {}
-
-    def pytest_runtest_logreport(self, report) -> None:
-        function, _, parameters = report.nodeid.rpartition("::")[2].partition("[")
-        named = [family for family in self.families if family in parameters.rstrip("]").split("-")]
+def passed_by_family(outcomes: Outcomes, families) -> dict[tuple[str, str], bool]:
+    """{(function, family): whether the test passed each time}."""
+    passed: dict[tuple[str, str], bool] = {}
+    for test, outcome in outcomes.tests.items():
+        function, _, parameters = test.rpartition("::")[2].partition("[")
+        named = [family for family in families if family in parameters.rstrip("]").split("-")]
         key = function, named[0] if named else "flux"
-        if report.when == "call" or not report.passed:
-            self.passed[key] = self.passed.get(key, True) and report.passed
+        passed[key] = passed.get(key, True) and outcome == "passed"
+    return passed
 
 
 def families_table() -> str:
@@ -212,12 +210,12 @@ def families_table() -> str:
     sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "hosts")]
     from tiny_pipelines import FAMILIES
 
-    outcomes = Outcomes(FAMILIES)
+    outcomes = Outcomes()
     names = ("test_pipelines.py", "test_pipeline_families.py", "test_first_run.py")
     files = (REPOSITORY / "tests" / "hosts" / name for name in names)
     pytest.main(["-n", "0", *map(str, files)], plugins=[outcomes])
-    marks = {True: "✓", False: "fails", None: ""}
-    rows = [[family, *(marks[outcomes.passed.get((test, family))] for test in TRIED)] for family in FAMILIES]
+    passed, marks = passed_by_family(outcomes, FAMILIES), {True: "✓", False: "fails", None: ""}
+    rows = [[family, *(marks[passed.get((test, family))] for test in TRIED)] for family in FAMILIES]
     return FAMILIES_HEAD + tabulate(rows, ["", *TRIED.values()], tablefmt="pipe") + "\n"
 
 

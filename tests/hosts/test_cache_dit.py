@@ -64,6 +64,11 @@ def both_orders(package, family, home):
     assert torch.equal(run_pipeline(pipe, arguments(1)), plain)
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "cache-dit on the same model, before or after",
+    "refused: call `cache_dit.disable_cache(pipe)` first; then either works",
+)
 @pytest.mark.parametrize("family", ["flux", "qwen_image", "wan22"])
 def test_cache_dit_beside_magcache(family, tmp_path, monkeypatch):
     monkeypatch.setenv("MAGCACHE_HOME", str(tmp_path))

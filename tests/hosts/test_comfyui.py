@@ -50,6 +50,55 @@ def worker(request, tmp_path_factory):
     worker.close()
 
 
+CHANGES = (
+    "a control net begins, ends or changes its strength; a scheduled LoRA (hook), the prompt or the guidance changes"
+)
+ROWS = {  # of docs/robustness.md: what was tried, what happens
+    "control_nets_rest_on_reused_steps": (CHANGES, "the next call computes, with the reason"),
+    "regions_and_schedules": (
+        "prompts in ranges of the run, areas, regional prompts",
+        "each conditioning has its own residual",
+    ),
+    "context_windows": (
+        "context windows, also such that move",
+        "each window has its own; what no later step takes is dropped",
+    ),
+    "moving_windows_hoard_nothing": ("context windows, also such that move",),
+    "what_exceeds_the_limit_computes": ("more than `cache_limit` would be kept", "what does not fit computes"),
+    "fewer_tokens_compute": ("tokens of reference pictures go after the first step", "that step computes"),
+    "replaced_first_block": (
+        "another patch changes what enters the first block, or skips it",
+        "the proof at the first computed call notices; the output is predicted",
+    ),
+    "facts_that_are_wrong_are_noticed": (
+        "facts of a class that are wrong",
+        "the proof notices, the output is predicted, and a calibration writes nothing",
+    ),
+    "a_partial_run_replaces_no_calibration": (
+        "a calibration of a part of the steps",
+        "it replaces none that covers more, and no error is foretold beyond it",
+    ),
+    "rising_noise_computes": ("unsampling (FlipSigmas), runs of four steps", "compute, and the node says why"),
+    "short_runs_compute": ("unsampling (FlipSigmas), runs of four steps",),
+    "a_run_knows_nothing_of_the_one_before": (
+        "a run is interrupted at any of its calls",
+        "nothing stays on the model; the next run equals the run alone",
+    ),
+}
+
+
+def checks(*entries):
+    """Parameters of a test, each the name of a check and its arguments, with the mark of those that have a row."""
+    return [
+        pytest.param(
+            check,
+            marks=[pytest.mark.robustness("In ComfyUI", *ROWS[check[0]], name=check[0])] if check[0] in ROWS else [],
+            id="-".join(map(str, check)),
+        )
+        for check in entries
+    ]
+
+
 FAMILIES = ("flux", "flux2", "chroma", "wan", "wan_i2v", "vace", "hunyuan", "hunyuan1.5", "qwen")
 
 
@@ -98,7 +147,7 @@ def test_other_sampler(worker, sampler):
 
 @pytest.mark.parametrize(
     "check",
-    [
+    checks(
         ("batched_is_split", "flux"),
         ("batched_is_split", "wan"),
         ("batched_is_split", "chroma"),
@@ -124,8 +173,7 @@ def test_other_sampler(worker, sampler):
         ("mistakes_are_refused_by_the_node",),
         ("recommended_settings",),
         ("wan22_in_two_samplers",),
-    ],
-    ids=lambda check: "-".join(map(str, check)),
+    ),
 )
 def test_run(worker, check):
     worker.run(*check)
@@ -133,7 +181,7 @@ def test_run(worker, check):
 
 @pytest.mark.parametrize(
     "check",
-    [
+    checks(
         *(
             ("calibration_measures", family, cfg, free)
             for family, cfg, free in (
@@ -155,8 +203,7 @@ def test_run(worker, check):
         ("planned_speedup",),
         ("loras_have_calibrations_of_their_own",),
         ("packed_weights_are_not_unpacked",),
-    ],
-    ids=lambda check: "-".join(map(str, check)),
+    ),
 )
 def test_calibration(worker, check):
     worker.run(*check)
@@ -164,7 +211,26 @@ def test_calibration(worker, check):
 
 @pytest.mark.parametrize(
     "check",
-    [
+    checks(
+        ("first_run_is_measured", "flux", 3.0),
+        ("first_run_is_measured", "zimage", 1.0),
+        ("first_run_is_measured", "wan", 3.0),
+        ("the_switch_holds",),
+        ("a_model_with_published_ratios_is_not_measured",),
+        ("interrupted_first_run_writes_nothing",),
+        ("a_partial_first_run_stands_for_no_fuller_one",),
+        ("first_runs_of_loras_are_their_own",),
+        ("both_of_two_samplers_are_measured",),
+        ("what_cannot_be_measured_is_cached_all_the_same",),
+    ),
+)
+def test_first_run(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize(
+    "check",
+    checks(
         ("wan22_is_told_from_wan21",),
         ("a_part_of_the_steps_is_noticed",),
         ("no_table_is_borrowed",),
@@ -179,13 +245,13 @@ def test_calibration(worker, check):
         ("bypass_loras_have_calibrations_of_their_own",),
         ("a_name_with_dashes_is_shown",),
         ("a_calibration_that_is_not_used_is_named",),
-    ],
-    ids=lambda check: "-".join(map(str, check)),
+    ),
 )
 def test_fault(worker, check):
     worker.run(*check)
 
 
+@pytest.mark.robustness("In ComfyUI", CHANGES)
 @pytest.mark.parametrize(
     "change",
     ["strength_of_a_control_net", "scheduled_lora", "changed_prompt", "changed_guidance", "prompt_in_ranges"],
@@ -194,6 +260,11 @@ def test_change(worker, change):
     worker.run("a_change_in_mid_run_computes", change)
 
 
+@pytest.mark.robustness(
+    "In ComfyUI",
+    "a guidance that calls the model again at another latent",
+    "the other calls are as without it, bit for bit",
+)
 def test_third_call(worker):
     worker.run("a_third_call_of_a_guidance_has_residuals_of_its_own")
 
@@ -246,6 +317,11 @@ def test_output(worker, family):
     "family",
     ["sd3", "zimage", "ltxv", "cosmos2", "anima", "hidream", "omnigen2", "boogu", "ernie", "krea2", "lens", "mageflow"]
     + [
+        "auraflow",
+        "mochi",
+        "hunyuandit",
+        "acestep",
+        "ideogram4",
         "pixart",
         "joyimage",
         "kandinsky5",
@@ -274,17 +350,21 @@ def test_output_with_a_sampler(worker, sampler):
     worker.run("output_with_a_sampler", sampler)
 
 
+def test_models(worker):
+    worker.run("models_are_as_the_table_says")
+
+
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
-@pytest.mark.parametrize("check", ["models_are_as_the_table_says", "settings_are_as_the_readme_says"])
-def test_models(worker, check):
+@pytest.mark.parametrize("check", ["settings_are_as_the_readme_says", "every_described_class_is_tried"])
+def test_settings(worker, check):
     worker.run(check)
 
 
 @pytest.mark.parametrize(
-    "check", ["facts_that_are_wrong_are_noticed", "thresholds_without_blocks_or_ratios_are_answered"]
+    "check", checks(("facts_that_are_wrong_are_noticed",), ("thresholds_without_blocks_or_ratios_are_answered",))
 )
 def test_facts(worker, check):
-    worker.run(check)
+    worker.run(*check)
 
 
 def test_recognition(worker):

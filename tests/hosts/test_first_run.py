@@ -97,6 +97,11 @@ def test_a_new_process_finds_what_was_measured():
     assert torch.allclose(torch.load("later.pt"), cached, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a first run that is measured breaks off, at any step",
+    "nothing is saved; the next one measures again",
+)
 @pytest.mark.parametrize("way", ["exception", "interrupt"])
 @pytest.mark.parametrize("family", ["flux", "wan22"])
 def test_a_run_that_breaks_off_saves_nothing(family, way, home):
@@ -128,17 +133,22 @@ def test_a_run_that_breaks_off_saves_nothing(family, way, home):
                 files(home)[0].unlink()
 
 
-def image_to_image(pipe, arguments, strength):
+def image_to_image_pipeline(pipe, arguments, strength):
     names = ("scheduler", "vae", "transformer", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     pipe = diffusers.FluxImg2ImgPipeline(**{name: getattr(pipe, name) for name in names})
     return pipe, {**arguments(1), "image": embeds(3, 1, 3, 16, 16).clamp(0, 1), "strength": strength}
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a first run of few steps, or one that begins late (image to image)",
+    "not measured under five steps; else its noise levels are, and a run that has many others is measured too",
+)
 def test_a_first_run_that_begins_late(home):
     """What a table of few noise levels is good for: a run of which it covers more than half is planned by it, and
     computes beyond it; for another the ratios are measured again, and kept beside it or in its place."""
     pipe, arguments = FAMILIES["flux"]()
-    late, call = image_to_image(pipe, arguments, 0.7)
+    late, call = image_to_image_pipeline(pipe, arguments, 0.7)
     plain, said = run_pipeline(late, call, 10), []
     with enable(late, **RULE, announce=said.append) as cache:
         assert torch.equal(run_pipeline(late, call, 10), plain)
@@ -150,7 +160,7 @@ def test_a_first_run_that_begins_late(home):
     assert report.reused and "3 of the steps compute because they lie beyond" in said[-1]
     assert report.schedule.strip.startswith("####") and len(files(home)) == 1
     files(home)[0].unlink()
-    late, call = image_to_image(pipe, arguments, 0.5)
+    late, call = image_to_image_pipeline(pipe, arguments, 0.5)
     with enable(late, **RULE, announce=None):
         run_pipeline(late, {**call, "strength": 0.5}, 14)
     with enable(pipe, **RULE, announce=None) as cache:
@@ -158,7 +168,7 @@ def test_a_first_run_that_begins_late(home):
         run_pipeline(pipe, arguments(1), 28)
     assert [report.reused > 0 for report in cache.reports] == [True, True]  # shift 3: 0.75 is the middle of a run
     files(home)[0].unlink()
-    late, call = image_to_image(pipe, arguments, 0.3)
+    late, call = image_to_image_pipeline(pipe, arguments, 0.3)
     with enable(late, **RULE, announce=None):
         run_pipeline(late, call, 20)
     assert len(files(home)) == 1 and read(files(home)[0]).steps == 6
@@ -168,6 +178,10 @@ def test_a_first_run_that_begins_late(home):
     assert [report.reused > 0 for report in cache.reports] == [False, True] and len(files(home)) in (1, 2)
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a first run of few steps, or one that begins late (image to image)",
+)
 @pytest.mark.parametrize(
     "wish, steps, why",
     [
@@ -187,6 +201,11 @@ def test_what_could_skip_nothing_is_not_measured(wish, steps, why, home):
     assert why in cache.report and files(home) == []
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a measurement fails, or cannot be saved",
+    "the result is kept; the next run measures again, or uses it in this process",
+)
 def test_what_goes_wrong_loses_nothing(home, monkeypatch):
     pipe, arguments = FAMILIES["flux"]()
     plain, said, finish = run_pipeline(pipe, arguments(1), STEPS), [], Statistics.finish

@@ -14,6 +14,11 @@ def tiny_pipe(home):
     return FAMILIES["flux"]()
 
 
+@pytest.mark.robustness(
+    "Memory and time",
+    "`pipe._interrupt`, or an exception in a callback",
+    "residuals are gone when the sampler's loop is over, before the VAE decodes",
+)
 @pytest.mark.parametrize("end", ["complete", "interrupt", "exception"])
 def test_nothing_is_kept_when_the_loop_is_over(tiny_pipe, end):
     tiny_pipe, arguments = tiny_pipe
@@ -47,6 +52,7 @@ def test_nothing_is_kept_when_the_loop_is_over(tiny_pipe, end):
     assert "progress_bar" not in vars(tiny_pipe)
 
 
+@pytest.mark.robustness("Memory and time", "diffusers' Wan in bfloat16", "residuals in bfloat16")
 def test_a_residual_has_the_type_of_the_blocks():
     """diffusers' Wan casts to float32 for its final layer alone."""
     pipe, arguments = FAMILIES["wan"]()

@@ -196,6 +196,11 @@ def test_layerwise_casting(family):
     assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain)
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "two pipelines with one transformer, in two threads, one of them enabled or both",
+    "each draws what it would alone; one that is not enabled runs as it is",
+)
 @ALL
 def test_two_pipelines_and_two_threads(family):
     """Two pipelines share a denoiser: one after the other and at once each draws what it would alone, whether one of
@@ -249,6 +254,11 @@ IMAGE_TO_IMAGE = {
 }
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a run that starts inside its schedule (image to image, video to video)",
+    "planned for the steps that it has",
+)
 @pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
 @pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
 def test_image_to_image(family, strength):
@@ -271,6 +281,10 @@ def test_image_to_image(family, strength):
     assert report.complete and report.reused and 0 < (cached - plain).norm() / plain.norm() < 0.1
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "guidance that calls the model with two rows, then with one (LTX-2, SD3's skip-layer guidance)",
+)
 def test_guidance_with_a_third_call():
     """SD3's skip-layer guidance, for a part of the run: two rows in one call, then one row in another."""
     pipe, arguments = FAMILIES["sd3"]()
@@ -356,6 +370,11 @@ def test_context_parallel_over_two_ranks(family, by_output, tmp_path):
     two_ranks_draw_what_one_does(family, context_parallel, by_output, tmp_path)
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "text to image and image to image with one transformer and one scheduler (`from_pipe`), each with its own settings",
+    "each draws what it would alone, and is turned off alone",
+)
 def test_image_to_image_after_text_to_image_with_one_transformer():
     """As a user has it from `from_pipe`: one scheduler for both. Each has its own wish, and is turned off alone."""
     pipe, arguments = FAMILIES["flux"]()
@@ -384,6 +403,11 @@ def test_image_to_image_after_text_to_image_with_one_transformer():
     assert (len(drawing.reports), len(editing.reports)) == (2, 3)
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "a loop of one's own calls a transformer with two enabled pipelines",
+    "it runs as it is, for nobody can say whose call it is",
+)
 def test_a_loop_of_ones_own_beside_two_pipelines_is_neithers():
     """With one pipeline enabled a call of no pipeline is its; with two nobody could say whose."""
     pipe, arguments = FAMILIES["flux"]()

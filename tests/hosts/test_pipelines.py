@@ -174,6 +174,11 @@ def test_another_scheduler_put_in_while_enabled(scheduler):
     assert 0 < (cached - plain).norm() < (fewer - plain).norm()
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a scheduler that does not count its steps, in a pipeline that passes its step to `cache_context`",
+    "cached by that step",
+)
 @pytest.mark.parametrize("tells", ["step_index", "sigma", "the last steps"])
 def test_a_pipeline_tells_its_step(tells, monkeypatch):
     """By diffusers' `cache_context`, as Wan does: then a scheduler that does not count its steps will do, too."""

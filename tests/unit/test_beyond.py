@@ -99,6 +99,11 @@ def test_outputs_of_any_form(form):
     assert kept.abs().sum() > 0
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "guidance that calls the model with two rows, then with one (LTX-2, SD3's skip-layer guidance)",
+    "each call uses its own output",
+)
 def test_outputs_of_calls_that_take_turns():
     """Guidance that calls the model with two rows and then with one, tiles that lie and stand."""
     payload, outputs = ModelOutput(), {"both": torch.randn(2, 3, 4), "tile": torch.randn(1, 4, 6)}

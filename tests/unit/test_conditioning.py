@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +73,12 @@ class ByCall(Oracle):
         self.sampler.branch = self.calls(self.sampler.step)[self.index]
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "a third call at each step, one that joins later, an order that changes, two latents (FlowEdit), tiles, tiles"
+    " with guidance",
+    "each call uses its own residual; equal to an oracle that is told which call is which",
+)
 @pytest.mark.parametrize(
     "calls",
     [
@@ -108,6 +112,11 @@ CHANGES = {
 }
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "a callback changes the prompt, the pooled embedding, the prompt's length, or writes into the prompt",
+    "the next call computes, with the name of the input as the reason",
+)
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("payload", ["residual", "output"])
 def test_a_changed_conditioning_ends_the_gap(model, calibrating, what, payload):
@@ -136,6 +145,11 @@ def test_a_changed_conditioning_ends_the_gap(model, calibrating, what, payload):
     assert [call[2] for call in report.calls][strip[0]] == "computed" and report.computed == 4
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "a host creates its inputs anew at each step, with the same values",
+    "reuse as planned",
+)
 def test_new_tensors_with_the_same_numbers_are_the_same_conditioning(model, euler, cached):
     result = alone(model, euler, cached, **SHORT)
 
@@ -153,6 +167,11 @@ def test_new_tensors_with_the_same_numbers_are_the_same_conditioning(model, eule
     assert not handle.reports[0].unplanned
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "an input that differs at every step",
+    "at most one more call computes",
+)
 def test_an_input_that_each_step_has_anew_tells_nothing(model, euler, cached):
     """A keyword with the number of the step: two steps show that it changes always."""
 
@@ -167,6 +186,7 @@ def test_an_input_that_each_step_has_anew_tells_nothing(model, euler, cached):
     assert report.reused >= 5 and sum(report.unplanned.values()) <= 1
 
 
+@pytest.mark.robustness("What a residual belongs to", "a control net ends (at 0.42 of a run)", "the next call computes")
 def test_a_control_net_that_ends(model, euler, cached):
     """Its samples are new at each step; they turn to zeros when its time is over, or are gone."""
     made = torch.Generator().manual_seed(0)
@@ -185,6 +205,11 @@ def test_a_control_net_that_ends(model, euler, cached):
         assert calls == 1 and "controlnet_block_samples" in why
 
 
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "the scale of a LoRA changes, in a hand-written loop",
+    "the next call computes",
+)
 def test_the_scale_of_an_adapter_changes(model, euler, cached):
     peft = pytest.importorskip("peft")
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
@@ -202,6 +227,11 @@ def test_the_scale_of_an_adapter_changes(model, euler, cached):
 # What is known of the sampler is wrong
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "timesteps of another sampler",
+    "refused in the first steps; a call between two known timesteps computes",
+)
 def test_timesteps_of_another_sampler(model, euler, cached):
     """28 timesteps under a run of 50, and 10 under 20: refused, or no reuse between the timesteps known."""
     sampler = euler(model)
@@ -219,6 +249,11 @@ def test_timesteps_of_another_sampler(model, euler, cached):
     assert "the noise level is none of the sampler's timesteps" in handle.reports[-1].unplanned
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a model that is given 1 - noise level",
+    "refused, and it says what to tell MagCache",
+)
 def test_levels_that_rise(model, euler, cached):
     """A model that is given 1 - noise level."""
 
@@ -233,6 +268,11 @@ def test_levels_that_rise(model, euler, cached):
         sampler.run()
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a cache of diffusers on the same model, before or after",
+    "refused: call `disable_cache()` first",
+)
 @pytest.mark.parametrize("theirs", ["first block", "MagCache"])
 def test_diffusers_own_cache_is_refused(model, euler, cached, theirs):
     pytest.importorskip("diffusers", "0.35")
@@ -255,6 +295,11 @@ def test_diffusers_own_cache_is_refused(model, euler, cached, theirs):
         sampler.run(**SHORT)
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a run that reuses nothing although it was planned, or that broke off before",
+    "says so, with the reasons",
+)
 def test_a_run_that_reuses_nothing_says_so(model, euler, cached):
     said = []
 
@@ -275,6 +320,10 @@ def test_a_run_that_reuses_nothing_says_so(model, euler, cached):
     assert said[-1].startswith("MagCache reused nothing in 8 calls: ") and len(said) == 2
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a run that reuses nothing although it was planned, or that broke off before",
+)
 @pytest.mark.parametrize("end", ["the next run", "an exception", "the end of the block"])
 def test_a_run_that_broke_off_says_so(model, euler, cached, end):
     """Before the first reuse that was planned, ##..#..#..#."""
@@ -292,6 +341,7 @@ def test_a_run_that_broke_off_says_so(model, euler, cached, end):
     assert not handle.reports[0].complete and len(said) == (3 if end == "the next run" else 2)
 
 
+@pytest.mark.robustness("Memory and time", "many runs with one handle", "the newest 128 reports are kept")
 def test_the_newest_reports_are_kept(model, euler, cached, monkeypatch):
     monkeypatch.setattr("common.handle.KEPT_REPORTS", 3)
     sampler = euler(model)
@@ -299,10 +349,3 @@ def test_the_newest_reports_are_kept(model, euler, cached, monkeypatch):
         for steps in range(5, 11):
             sampler.run(steps=steps, size=4)
     assert [len(report.levels) for report in handle.reports] == [8, 9, 10]
-
-
-def test_the_page_on_robustness_names_tests_that_exist():
-    root = Path(__file__).resolve().parents[2]
-    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "robustness.md").read_text()))
-    there = "".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
-    assert len(named) > 20 and not [name for name in named if f"def {name}(" not in there]

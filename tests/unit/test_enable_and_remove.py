@@ -95,6 +95,11 @@ def test_context_manager_restores_after_an_exception(model, euler, cached):
     assert class_forward(model) and list(model.__dict__) == keys and handle.residuals.bytes == 0
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a second MagCache on the same model",
+    "refused, unless each is of a pipeline of its own",
+)
 def test_a_second_patch_is_refused(model, euler, cached, calibrating):
     sampler = euler(model)
     first = cached(sampler)

@@ -54,6 +54,11 @@ def test_it_is_that_of_every_calibration_so_far():
     assert fingerprint(layers(1)) != fingerprint(model)
 
 
+@pytest.mark.robustness(
+    "Files",
+    "weights that are quantised (torchao), scaled float8 or on meta",
+    "their fingerprint is made of a few packed values, or of names and shapes; it never stops a run",
+)
 def test_quantised_weights_are_told_apart_by_their_storage():
     with pytest.raises(NotImplementedError):
         packed_model(0).weight.flatten()
@@ -61,11 +66,13 @@ def test_quantised_weights_are_told_apart_by_their_storage():
     assert fingerprint(packed_model(0)) == fingerprint(packed_model(0)) != fingerprint(packed_model(1))
 
 
+@pytest.mark.robustness("Files", "weights that are quantised (torchao), scaled float8 or on meta")
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8])
 def test_scaled_types_have_values(dtype):
     assert len(few_values(torch.arange(64).reshape(8, 8).to(dtype))) == 16
 
 
+@pytest.mark.robustness("Files", "weights that are quantised (torchao), scaled float8 or on meta")
 def test_weights_without_values_stop_nothing():
     with torch.device("meta"):
         model = layers()

@@ -1,6 +1,8 @@
 """Habits of the repository that no linter checks."""
 
 import ast
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,3 +34,9 @@ def test_no_two_files_have_a_class_or_function_of_one_name():
     assert len(places) > 1000
     assert {name: where for name, where in places.items() if len(where) > 1 and name not in SHARED_ROLES} == {}
     assert all(len(places[name]) > 1 for name in SHARED_ROLES)
+
+
+def test_the_page_on_robustness_is_what_its_tests_say():
+    page = [sys.executable, REPOSITORY / "benchmarks" / "robustness_page.py", "--check"]
+    done = subprocess.run(page, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr

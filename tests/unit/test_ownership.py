@@ -58,6 +58,11 @@ class Samplers:
         return [task(*one) for one in zip(self.samplers, self.runs)]
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "several threads use one model, each with its own sampler",
+    "their calls take turns; each thread has its own run; each result equals that run alone, bit for bit",
+)
 def test_each_thread_has_a_run_of_its_own(model, euler, cached):
     results = [alone(model, euler, cached, **run) for run in RUNS]
     plain, keys = [euler(model).run(**run) for run in RUNS], list(model.__dict__)
@@ -70,6 +75,11 @@ def test_each_thread_has_a_run_of_its_own(model, euler, cached):
     assert all(map(torch.equal, together(*samplers.tasks()), plain))
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "several pipelines on one model, and the patch knows the scheduler of one of them",
+    "as above, where the samplers have the same steps",
+)
 def test_threads_that_share_one_samplers_timesteps(model, euler, cached):
     """The patch was told of one pipeline's scheduler; another pipeline on the same model has its own, alike."""
     runs = [{**SHORT, "prompt": prompt} for prompt in range(3)]
@@ -82,6 +92,11 @@ def test_threads_that_share_one_samplers_timesteps(model, euler, cached):
     assert all(map(torch.equal, drawn, results)) and sum(report.reused for report in handle.reports) == 15
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "several threads during a calibration",
+    "one is measured, the others run un-cached",
+)
 def test_one_thread_measures_and_the_others_run_as_they_are(model, euler, calibrating):
     plain = [euler(model).run(**run) for run in RUNS]
     samplers = Samplers(model, euler, RUNS)
@@ -93,6 +108,11 @@ def test_one_thread_measures_and_the_others_run_as_they_are(model, euler, calibr
     assert handle.table.steps == 8 and handle.table.statistics["runs"] == 1
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "`remove()`, `paused()` or `end_run()` from another thread",
+    "takes effect between two calls; the run goes on",
+)
 @pytest.mark.parametrize("what", ["remove", "end_run", "paused"])
 def test_a_server_cancels_from_another_thread(model, euler, cached, what):
     """The run goes on, un-cached or from a new residual, and nothing stays on the model."""
@@ -129,6 +149,11 @@ def test_a_server_cancels_from_another_thread(model, euler, cached, what):
         assert torch.equal(sampler.run(**SHORT), plain)
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "a thread that ends in the middle of a run",
+    "the next run frees what it kept",
+)
 def test_a_thread_that_ended_keeps_nothing(model, euler, cached):
     sampler = euler(model)
     with cached(sampler) as handle:
@@ -158,6 +183,11 @@ def saved(model):
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.robustness(
+    "Who owns a call",
+    "`copy.deepcopy`, `pickle`, `torch.save` of a patched model",
+    "the copy has no patch and runs its own weights",
+)
 @pytest.mark.parametrize("make", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("when", ["before the run", "in the run", "after removal"])
 def test_a_copy_runs_its_own_weights_un_cached(model, euler, cached, executed, make, when):
@@ -188,6 +218,7 @@ def test_a_copy_runs_its_own_weights_un_cached(model, euler, cached, executed, m
     assert again.reports[0].reused == 5
 
 
+@pytest.mark.robustness("Who owns a call", "`quantize_dynamic` of a patched model", "as above")
 def test_quantized_copies_run_their_own_weights(model, euler, cached, executed):
     sampler = euler(model)
     with cached(sampler):
@@ -218,6 +249,11 @@ def with_dtype(model):
 # On again
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "`with handle:` a second time, or nested",
+    "cached again; the outermost block ends it",
+)
 def test_a_handle_entered_again_caches_again(model, euler, cached):
     result, plain = alone(model, euler, cached, **SHORT), euler(model).run(**SHORT)
     sampler = euler(model)
@@ -228,6 +264,7 @@ def test_a_handle_entered_again_caches_again(model, euler, cached):
         assert class_forward(model) and torch.equal(sampler.run(**SHORT), plain)
 
 
+@pytest.mark.robustness("When the patch would do nothing", "`with handle:` a second time, or nested")
 def test_nested_blocks_end_with_the_outermost(model, euler, cached):
     result = alone(model, euler, cached, **SHORT)
     sampler = euler(model)
@@ -238,6 +275,11 @@ def test_nested_blocks_end_with_the_outermost(model, euler, cached):
     assert class_forward(model)
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "offload enabled before the patch, hooks renewed after each image",
+    "every image is cached",
+)
 @pytest.mark.parametrize("offload", [sequential, whole_model])
 def test_offload_before_the_patch_renewed_after_each_image(model, euler, cached, offload):
     """Pipelines take accelerate's hooks off at the end of a call, and on again, with what lies beneath them."""

@@ -203,6 +203,7 @@ def refused(self, *arguments, **options):
     raise PermissionError(13, "Permission denied")
 
 
+@pytest.mark.robustness("Files", "writing a file fails, or is interrupted", "the old file stays whole")
 @pytest.mark.parametrize(
     "method, failure, says",
     [
@@ -223,6 +224,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, method, failure
     assert os.listdir(tmp_path) == ["mine.json"]
 
 
+@pytest.mark.robustness("Files", "writing a file fails, or is interrupted")
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupt(self, text):
         self.write_bytes(text[:10].encode())

@@ -71,6 +71,11 @@ def test_a_level_rounded_by_its_sampler_is_covered():
     assert table.covers([1.0]) and not table_of(flow_sigmas(28, 1.0)[1:]).covers([1.0])
 
 
+@pytest.mark.robustness(
+    "Files",
+    "a run beyond the calibrated noise levels",
+    "the steps beyond them compute, and no error is foretold for them",
+)
 def test_the_rule_reuses_nothing_beyond_the_calibrated_levels():
     levels, settings = flow_sigmas(28, 3.0), Settings(0.5, 3, 0.1)
     full, partial = table_of(levels), table_of(levels[17:])
@@ -81,6 +86,7 @@ def test_the_rule_reuses_nothing_beyond_the_calibrated_levels():
     assert settings.plan(table_of(levels[:10]), levels).computed > settings.plan(full, levels).computed
 
 
+@pytest.mark.robustness("Files", "a run beyond the calibrated noise levels")
 @pytest.mark.parametrize("part", [slice(10, None), slice(0, 12)])
 @pytest.mark.parametrize("predictor", ["linear", "reuse"])
 def test_a_plan_skips_and_predicts_within_the_calibrated_levels_only(part, predictor):
@@ -139,6 +145,11 @@ def test_coarse_at_one_end_is_coarse():
 # --- files ---
 
 
+@pytest.mark.robustness(
+    "Files",
+    "a calibration of an older or a newer format",
+    "the older loads; the newer is refused, with the version that wrote it",
+)
 def test_a_file_says_its_format_and_who_wrote_it(tmp_path):
     write(tmp_path / "mine.json", table_of(flow_sigmas(5, 3.0)))
     content = json.loads((tmp_path / "mine.json").read_text())
@@ -151,6 +162,7 @@ def test_a_file_says_its_format_and_who_wrote_it(tmp_path):
     assert f"format {FORMAT + 1}, written by MagCache 9.1" in text and f"this is {__version__}" in text
 
 
+@pytest.mark.robustness("Files", "a table with arrays and numbers of numpy", "written, and read back equal")
 def test_numbers_of_numpy_are_written(tmp_path):
     sigmas = np.array([1.0, 0.5])
     numbers = {"runs": np.int64(3), "gram": {"cond": [np.array([1.0, 0.5]), np.array([1.0])]}}
@@ -165,6 +177,11 @@ FULL = flow_sigmas(25, 3.0)
 OURS = {"provenance": {"fingerprint": "abc", "date": "2026-11-25"}}
 
 
+@pytest.mark.robustness(
+    "Files",
+    "a calibration that covers a part of the noise levels, or is coarser, where there is a better one",
+    "kept beside it; the better one stays, and serves the runs that the other does not cover",
+)
 @pytest.mark.parametrize("levels", [FULL[10:], FULL[:10], flow_sigmas(2, 3.0), flow_sigmas(20, 3.0)])
 def test_a_partial_or_coarser_table_goes_beside_a_better_one(home, levels):
     path = home / "m-abc.json"
@@ -183,6 +200,11 @@ def test_a_table_as_good_replaces_the_old(home):
         assert read(home / "m-abc.json").steps == len(levels)
 
 
+@pytest.mark.robustness(
+    "Files",
+    "a file that is no table, where a calibration is to be saved",
+    "it stays; the calibration goes beside it",
+)
 def test_a_file_that_is_no_table_is_not_written_over(home):
     home.mkdir()
     (home / "mine.json").write_text('{"somebody": "else"}')
@@ -190,6 +212,7 @@ def test_a_file_that_is_no_table_is_not_written_over(home):
     assert (home / "mine.json").read_text() == '{"somebody": "else"}' and read(path).steps == 25
 
 
+@pytest.mark.robustness("Files", "a broken file among the calibrations", "passed over with a line; the others serve")
 def test_a_broken_calibration_is_passed_over_with_a_line(home):
     write(home / "a-abc.json", table_of(FULL, "good"))
     (home / "b-abc.json").write_text("{")
@@ -248,6 +271,11 @@ PEERS = {  # what is in the file, which flags it needs, which branches and setti
 }
 
 
+@pytest.mark.robustness(
+    "Files",
+    "tables of diffusers, the release, LightX2V, TeleFuser, Kandinsky-5 and FramePack-Studio",
+    "loaded where steps and shift are given or in the file, and the noise levels marked as assumed",
+)
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peers_table_is_imported(tmp_path, peer):
     content, flags, branches, settings = PEERS[peer]
@@ -262,6 +290,11 @@ def test_a_peers_table_is_imported(tmp_path, peer):
     assert load(tmp_path / "ours.json").at(table.sigmas).shape == (len(branches), table.steps)
 
 
+@pytest.mark.robustness(
+    "Files",
+    "such a table without steps or shift, or one that is none",
+    "one sentence says what is missing, and the command",
+)
 @pytest.mark.parametrize(
     "content, flags, says",
     [
@@ -280,11 +313,16 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path, content, flags, says)
     assert says in refusal(lambda: import_table(tmp_path / "theirs.json", **flags))
 
 
+@pytest.mark.robustness("Files", "such a table without steps or shift, or one that is none")
 def test_a_peers_table_named_as_ratios_says_how_to_import_it(tmp_path):
     (tmp_path / "theirs.json").write_text(json.dumps(DIFFUSERS | {"mag_ratios": FLUX}))
     assert "`magcache import theirs.json --shift 3`" in refusal(load, tmp_path / "theirs.json")
 
 
+@pytest.mark.robustness(
+    "Files",
+    "tables of diffusers, the release, LightX2V, TeleFuser, Kandinsky-5 and FramePack-Studio",
+)
 def test_the_command_imports_one_of_framepack_studios(home, capsys):
     command = ["import", str(STUDIO), "--entry", "mag_ratios/512/25", "--shift", "7", "--out", "studio.json"]
     main([*command, "--steps", "25"])
