@@ -66,6 +66,7 @@ def magcache_forward(
     def plan(levels, payload):
         return settings.of(payload).plan(table, levels, switch_step(levels, boundary), rule, interpolation)
 
+    payload = (settings.suited(table) if isinstance(settings, Target) else settings).payload
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
     def residuals():
@@ -79,7 +80,7 @@ def magcache_forward(
         residuals,
         announce,
         table,
-        PAYLOADS[settings.payload or "residual"],
+        PAYLOADS[payload or "residual"],
         guard,
         scheduler,
         corrector,

@@ -50,6 +50,7 @@ def enable(
     retention_ratio: float | None = None,
     calibrate: bool | None = None,
     announce: Callable[[str], None] | None = tqdm.write,
+    measure: tuple[float, float] | None = None,
 ) -> PipelineCache:
     """Let a diffusers pipeline skip model calls from now on, until `disable(pipe)` or the end of a `with` block.
 
@@ -60,6 +61,7 @@ def enable(
         everything, its result is the un-cached one, and what it measured is saved for the runs after it, in any
         process. False: refuse instead. True: measure, and cache nothing; each complete run is saved.
     announce: gets the plan as text at the start of each run; None: nobody.
+    measure: in which the computed steps of a speed-up are spread (`planner.Target`).
     Raises MagCacheError for what cannot work, in one sentence.
     """
     pipe = getattr(pipe, "decoder_pipe", pipe)  # of two pipelines in one, the one that draws
@@ -87,7 +89,7 @@ def enable(
             weights = fingerprint(group.models[0])
             if targets or not rule:
                 targets = targets or {"magcache_speedup": DEFAULT_SPEEDUP}
-                settings: Target | Settings = Target(**targets, **rule, payload="output")
+                settings: Target | Settings = Target(**targets, **rule, payload="output", measure=measure)
             else:
                 settings = paper_rule(rule, pipe, group, weights)
             handles.append(caching_patch(pipe, group, weights, settings, announce, calibrate is None))
