@@ -177,6 +177,7 @@ class Calibration(Patch):
         self.statistics = statistics
         self.table: RatioTable | None = None
         self.failure: MagCacheError | None = None
+        self.refuse_other_weights: Callable[[], None] = lambda: None  # than those that the file is named after
         super().__init__(models, host, timesteps, owner=owner)
 
     def __exit__(self, kind, error, trace):
@@ -191,6 +192,7 @@ class Calibration(Patch):
         try:
             run.complete()
             self.table = self.statistics.table(self.name, **self.description)
+            self.refuse_other_weights()
             if self.path and is_writer():
                 self.path = save_calibration(self.path, self.table)
         except MagCacheError as error:
