@@ -27,7 +27,7 @@ def graphs_know_the_class() -> bool:
     """Whether a graph that torch.compile made of a whole model is checked against the model's class, by which it is
     told from one with stand-ins: since torch 2.5. Before, such a model runs uncompiled; blocks compiled alone do not.
     """
-    return torch.torch_version.TorchVersion(torch.__version__) >= (2, 5)
+    return torch.torch_version.TorchVersion(torch.__version__) >= "2.5"
 
 
 class Expert:
@@ -81,12 +81,12 @@ class Expert:
     def stay_on(self) -> None:
         """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
         the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
-        found = self.model.__dict__.get("forward")
+        found: Any = self.model.__dict__.get("forward")
         below = getattr(self.forward.original, "__wrapped__", None)
         while below is not None and below is not found:
             below = getattr(below, "__wrapped__", None)
-        if found is not None and below is found:
-            self.forward = PatchedForward(self, found, own=True)
+        if below is not None:
+            self.forward = PatchedForward(self, below, own=True)
             self.model.forward = self.forward
 
     def refuse_other_caches(self) -> None:
