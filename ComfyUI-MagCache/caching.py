@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,21 +12,30 @@ from .circumstances import Circumstances
 from .common.blocks import Host
 from .common.corrector import Folded
 from .common.errors import MagCacheError
-from .common.hosts import HOSTS, class_name
+from .common.hosts import HOSTS, class_name, host_of
 from .common.planner import Target
 from .common.report import plan_text
 from .common.residuals import Residuals
-from .common.schedule import Schedule, Settings, compute_all, magcache_schedule, rule_of
+from .common.schedule import Rule, Schedule, Settings, compute_all, rule_of
 from .common.tables import RatioTable, load
-from .fingerprints import own_table
+from .fingerprints import own_table, save_measured
 from .models import NOT_POSSIBLE, published_table, require_class
 from .page import picture
-from .passes import BoundedRun, Pass
+from .passes import BoundedRun, FirstRun, Pass
 from .wrappers import NodePatch
 
 SPEEDUP = 2.0  # of a model for which no settings were published
 LIMIT = 4.0  # GiB of residuals in one run: those of Wan 14B at 720p, both branches and two steps, are 3.0
 UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}  # what thresholds are filled up with
+MEASURING = "measuring; next queue is faster"
+
+
+class Found(NamedTuple):
+    """The ratios for a run. table: those to take, or None; published: those of the model type; notes: what to say."""
+
+    table: RatioTable | None
+    published: RatioTable | None
+    notes: list[str]
 
 
 class NodeCache(NodePatch):
@@ -43,6 +53,7 @@ class NodeCache(NodePatch):
         mag_ratios: str = "",
         corrector: bool = True,
         limit: float = LIMIT,
+        measure: str = "auto",
     ):
         """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
         start_step, end_step: first and last step that may be reused, counted from the end where negative.
@@ -51,8 +62,11 @@ class NodeCache(NodePatch):
         device: where residuals are kept (None: the model's).
         mag_ratios: preset or file (empty: found for the model).
         corrector: put skipped steps of Euler's method right when the next one is computed.
-        limit: GiB that a run may keep; what would exceed them is computed."""
+        limit: GiB that a run may keep; what would exceed them is computed.
+        measure: whether a model without ratios is measured in its first run: "on", "off", or "auto", where settings of
+        the paper's rule are given."""
         super().__init__(say)
+        self.measure, self.unmeasured = measure, ""  # why the model cannot be measured
         self.limit = int(limit * 2**30)
         self.corrector = corrector
         self.model_type, self.thresholds, self.window = model_type, dict(thresholds or {}), (start_step, end_step)
@@ -66,51 +80,107 @@ class NodeCache(NodePatch):
                 )
 
     def begin(self, about: Circumstances) -> Pass:
-        schedule, table, notes = self.plan(about)
-        payload = schedule.settings.payload if schedule.reuse.any() else "output"
-        follower = euler_follower(about, schedule, self.corrector) if schedule.reuse.any() else None
-
-        def fall_back(run, told):
-            """The facts of the class are wrong on this model: go on with its output."""
-            made.payload = "output"
-            run.schedule = run.report.schedule = self.planned(about)
-            run.follower = euler_follower(about, run.schedule, self.corrector)
-            self.show(about, run.schedule, None, [told])
-
-        run = BoundedRun(about, schedule, Residuals(self.device), follower, self.limit, fall_back)
-        made = Pass(about, run, payload)
-        self.show(about, schedule, table, notes)
-        return made
-
-    def show(self, about, schedule, table, notes):
-        text = plan_text(schedule, about.levels, table)
-        self.say("\n".join([text, *(f"  {note}" for note in notes)]), picture(schedule, about.levels), begin=True)
-
-    def end(self, made):
-        if made.run.report.calls:
-            self.say(made.run.report.line())
-
-    def plan(self, about: Circumstances) -> tuple[Schedule, RatioTable | None, list[str]]:
-        """(the schedule of a run, the table that it was made from, what to say of the choice). Raises MagCacheError
-        where nothing can be cached."""
         name = type(about.model).__name__
         if name in NOT_POSSIBLE:
             raise MagCacheError(f"{name} {NOT_POSSIBLE[name]}.")
         if about.rises:
             raise MagCacheError("its noise levels rise (unsampling), and skipping is planned for falling ones.")
+        found = self.found(about)
+        if self.to_be_measured(about, found):
+            try:
+                return self.first_run(about, found)
+            except MagCacheError as error:
+                self.unmeasured = str(error)
+        schedule, table, notes = self.plan(about, found)
+        payload = schedule.settings.payload if schedule.reuse.any() else "output"
+        follower = euler_follower(about, schedule, self.corrector) if schedule.reuse.any() else None
+        made = Pass(about, BoundedRun(about, schedule, Residuals(self.device), follower, self.limit), payload)
+        made.run.fall_back = lambda run, told: self.fall_back(made, told)
+        self.show(about, schedule, table, notes)
+        return made
+
+    def first_run(self, about: Circumstances, found: Found) -> Pass:
+        """Everything computes and is measured, as by a MagCache Calibration node."""
+        schedule = compute_all(len(about.levels), MEASURING)
+        run = FirstRun(about, schedule, Residuals(self.device), host_of(about.model).noise_tokens, self.limit)
+        made = Pass(about, run, "residual")
+        run.fall_back = lambda run, told: self.fall_back(made, told)
+        why = f"those of {found.table.name} cover a part of this run" if found.table else "of this model there are none"
+        notes = [f"{schedule.strip}   # computes", f"The paper's rule needs magnitude ratios; {why}.", *found.notes]
+        self.tell(f"MagCache: {MEASURING}.", notes, picture(schedule, about.levels))
+        return made
+
+    def fall_back(self, made: Pass, told: str):
+        """The facts of the class are wrong on this model: go on with its output."""
+        about, run = made.about, made.run
+        made.payload = "output"
+        run.schedule = run.report.schedule = self.planned(about)
+        run.follower = euler_follower(about, run.schedule, self.corrector)
+        self.show(about, run.schedule, None, [told])
+
+    def show(self, about, schedule, table, notes):
+        self.tell(plan_text(schedule, about.levels, table), notes, picture(schedule, about.levels))
+
+    def tell(self, text: str, notes: list[str], shown: str):
+        self.say("\n".join([text, *(f"  {note}" for note in notes)]), shown, begin=True)
+
+    def complete(self, made):
+        try:
+            super().complete(made)
+            if isinstance(made.run, FirstRun) and made.run.measured:
+                _, path = save_measured(made.about, made.run.measured.statistics)
+                self.say(f"MagCache: {path} written; this node takes it from the next queue on.")
+        except MagCacheError as error:
+            self.unmeasured = str(error)
+            self.say(f"MagCache measured nothing: {error} The next queue is planned for a speed-up of {SPEEDUP:g}.")
+
+    def end(self, made):
+        report = made.run.report
+        if report.calls:
+            self.say(report.line())
+        if report.schedule.why_none == MEASURING and not report.complete:
+            self.say("MagCache: the run broke off, nothing was measured; the next queue measures again.")
+
+    def found(self, about: Circumstances) -> Found:
+        """The ratios for a run."""
         model_type, note = about.recognised if self.model_type == "auto" else (self.model_type, "")
         if model_type:
             require_class(model_type, about.model)
         published = published_table(model_type, len(about.levels))
         own, said = (None, "") if self.table else own_table(about.patcher, about.model, about.levels)
         table = self.table or own or published
-        notes = [text for text in (note if table is published else "", said) if text]
+        return Found(table, published, [text for text in (note if table is published else "", said) if text])
+
+    def to_be_measured(self, about: Circumstances, found: Found) -> bool:
+        """Whether ratios of this model are wanted that nobody has measured."""
         host = HOSTS.get(class_name(about.model))
+        if self.measure == "off" or self.unmeasured or self.speedup or found.published or not (host and host.blocks):
+            return False
+        if self.off or len(about.levels) < Rule().min_steps:
+            return False
+        return self.rule_asked and not (found.table and (self.table or found.table.covers(about.levels)))
+
+    @property
+    def off(self) -> bool:
+        return self.thresholds.get("magcache_thresh") == 0 or self.thresholds.get("magcache_K") == 0
+
+    @property
+    def rule_asked(self) -> bool:
+        """Whether settings were given that only the paper's rule knows."""
+        return bool(self.thresholds) or self.window != (0, -1) or self.measure == "on"
+
+    def plan(self, about: Circumstances, found: Found) -> tuple[Schedule, RatioTable | None, list[str]]:
+        """(the schedule of a run, the table that it was made from, what to say of the choice)."""
+        table, published, notes = found
+        name, host = type(about.model).__name__, HOSTS.get(class_name(about.model))
         if self.speedup:
             return self.planned(about), None, notes
-        if not (host and host.blocks) or not (published or (table and self.thresholds)):
-            asked = self.thresholds.get("magcache_thresh", 0) > 0 or self.table or own
-            return self.planned(about), None, [*notes, *([why_no_rule(name, host, table)] if asked else [])]
+        if not (host and host.blocks) or not (published or (table and self.rule_asked)):
+            if self.unmeasured:
+                notes = [*notes, f"Nothing could be measured: {self.unmeasured}"]
+            elif (self.rule_asked or table) and not self.off:
+                notes = [*notes, why_no_rule(name, host, table)]
+            return self.planned(about), None, notes
         return self.by_the_rule(about, table, published), table, notes
 
     def planned(self, about) -> Schedule:
@@ -130,7 +200,7 @@ class NodeCache(NodePatch):
         if rule.experts == "last" and about.sigmas[-1] > 0:
             why = "the high-noise expert of this model is not cached"
             return replace(compute_all(steps, why), settings=settings)
-        return magcache_schedule(table.at(about.levels), settings, self.windowed(rule, steps))
+        return settings.plan(table, about.levels, rule=self.windowed(rule, steps))
 
     def windowed(self, rule, steps):
         """The rule, with the steps outside of start_step .. end_step computed."""
@@ -146,7 +216,7 @@ def why_no_rule(name: str, host: Host | None, table: RatioTable | None) -> str:
         return f"Of {name} only the output is predicted{why}: magcache_thresh and ratios have no effect, set speedup."
     if table:
         return f"The ratios of {table.name} are used once magcache_thresh is set."
-    return "The paper's rule has no ratios for this model: calibrate it, or set speedup."
+    return "The paper's rule has no ratios for this model: set measure_first_run to auto, or set speedup."
 
 
 def euler_follower(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:

@@ -1,16 +1,21 @@
-"""Which weights a model has, its LoRAs included, and the calibration that was measured of them."""
+"""Which weights a model has, its LoRAs included, and the calibrations that are measured of them."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import comfyui_version
 import numpy as np
 import torch
 
+from .circumstances import Circumstances
 from .common import tables
-from .common.calibration import fingerprint_of
+from .common.calibration import Statistics, fingerprint_of
 from .common.errors import MagCacheError
 from .common.tables import RatioTable, calibrations_folder
+from .models import published_table
 
 PLAIN = WeakKeyDictionary()  # model: fingerprint of the weights as they were loaded, read once
 
@@ -30,6 +35,29 @@ def own_table(patcher, model: torch.nn.Module, levels: np.ndarray) -> tuple[Rati
         if table is not None:
             return table, f"MagCache: {table.name} was measured without the LoRAs of this model."
     return table, ""
+
+
+def save_measured(about: Circumstances, statistics: Statistics) -> tuple[RatioTable, Path]:
+    """(the table of a measured run, the file that it was saved to, which `own_table` finds)."""
+    model_type, _ = about.recognised
+    _, patched = fingerprints(about.patcher, about.model)
+    name = f"{model_type or type(about.model).__name__.lower()}-{patched}"
+    published = published_table(model_type, len(about.levels))
+    table = statistics.table(
+        name,
+        settings=published.settings if published else {},
+        sampler={"guidance_scale": about.cfg},
+        provenance={
+            "fingerprint": patched,
+            "host": f"ComfyUI {comfyui_version.__version__}",
+            "model": about.signs.file_name,
+            "latent": list(about.latent),
+            "weight_patches": len(about.patcher.patches),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        },
+    )
+    return table, tables.save_calibration(calibrations_folder() / f"{name}.json", table)
 
 
 def fingerprints(patcher, model: torch.nn.Module) -> tuple[str, str]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-
-import comfyui_version
-import torch
 
 from .caching import UNPUBLISHED
 from .circumstances import Circumstances
-from .common import tables
 from .common.calibration import Statistics
 from .common.errors import MagCacheError
 from .common.hosts import host_of
 from .common.schedule import Rule, Schedule, Settings, magcache_schedule
-from .common.tables import RatioTable, calibrations_folder
-from .fingerprints import fingerprints
-from .models import published_table
+from .common.tables import RatioTable
+from .fingerprints import save_measured
 from .passes import MeasuringRun, Pass
 from .wrappers import NodePatch
 
@@ -57,26 +51,7 @@ class NodeCalibration(NodePatch):
             self.say("MagCache Calibration: the run broke off, nothing was written.", begin=True)
 
     def write(self, made: Pass):
-        about = made.about
-        model_type, _ = about.recognised
-        _, patched = fingerprints(about.patcher, about.model)
-        name = f"{model_type or type(about.model).__name__.lower()}-{patched}"
-        published = published_table(model_type, len(about.levels))
-        table = made.run.statistics.table(
-            name,
-            settings=published.settings if published else {},
-            sampler={"guidance_scale": about.cfg},
-            provenance={
-                "fingerprint": patched,
-                "host": f"ComfyUI {comfyui_version.__version__}",
-                "model": about.signs.file_name,
-                "latent": list(about.latent),
-                "weight_patches": len(about.patcher.patches),
-                "torch": torch.__version__,
-                "date": time.strftime("%Y-%m-%d"),
-            },
-        )
-        path = tables.save_calibration(calibrations_folder() / f"{name}.json", table)
+        table, path = save_measured(made.about, made.run.statistics)
         self.table, self.path, self.failure = table, path, None
         self.say(
             f"MagCache Calibration: {path} written; MagCache nodes take it from now on.\n{ratios_text(table)}",

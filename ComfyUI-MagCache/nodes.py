@@ -168,6 +168,19 @@ class MagCacheNode(io.ComfyNode):
                     ),
                     extra_dict=ADVANCED,
                 ),
+                io.Combo.Input(
+                    "measure_first_run",
+                    options=["auto", "on", "off"],
+                    default="auto",
+                    optional=True,
+                    tooltip=(
+                        "Of a model without ratios, while speedup is 0: compute the first run in full and measure it, "
+                        "for the paper's rule from the next queue on. auto: where magcache_thresh, retention_ratio, "
+                        "magcache_K or a window of steps is set, which need ratios. on: always. off: never; a speed-up "
+                        "of 2 is planned."
+                    ),
+                    extra_dict=ADVANCED,
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
@@ -188,6 +201,7 @@ class MagCacheNode(io.ComfyNode):
         mag_ratios="",
         corrector=True,
         cache_limit=LIMIT,
+        measure_first_run="auto",
     ):
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
@@ -202,6 +216,7 @@ class MagCacheNode(io.ComfyNode):
             mag_ratios.strip(),
             corrector,
             cache_limit,
+            measure_first_run,
         )
         return io.NodeOutput(magcache.on(model))
 

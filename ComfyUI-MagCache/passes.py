@@ -9,6 +9,7 @@ import torch
 
 from .circumstances import Circumstances
 from .common.blocks import TokensChanged
+from .common.calibration import Statistics
 from .common.conditioning import CHANGED
 from .common.corrector import Folded
 from .common.errors import MagCacheError
@@ -147,6 +148,7 @@ class Pass:
         return met[-1][0]
 
 
+NOTHING_RECORDED = "another patch skipped or replaced the first block"
 VERSIONS = 8  # of a conditioning that are remembered: where it changes at each step, none comes again
 GIVEN = ("c_crossattn", "y", "guidance")  # prompt, pooled prompt and guidance among the arguments of apply_model
 
@@ -160,12 +162,11 @@ def hooks_of(model) -> tuple:
 class BoundedRun(CachedRun):
     """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past.
 
-    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted; fall_back:
-    of `CachedRun`.
+    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
     """
 
-    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int, fall_back):
-        super().__init__(schedule, about.levels, residuals, fall_back=fall_back, corrector=False)
+    def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int):
+        super().__init__(schedule, about.levels, residuals, corrector=False)
         self.about, self.follower, self.limit, self.refused = about, follower, limit, {}
 
     def predict(self, parts, compute=""):
@@ -227,7 +228,7 @@ class BoundedRun(CachedRun):
             self.follower.clear()
 
     def nothing_recorded(self, error):
-        return "another patch skipped or replaced the first block"
+        return NOTHING_RECORDED
 
     def forget(self, parts, why):
         """The residuals of these parts do not fit."""
@@ -260,4 +261,31 @@ class MeasuringRun(MeasuredRun):
         super().complete()
 
     def nothing_recorded(self, error):
-        return "another patch skipped or replaced the first block"
+        return NOTHING_RECORDED
+
+
+class FirstRun(BoundedRun):
+    """A node's run that computes every step to measure it, for the runs after it. Where the facts of the class are
+    wrong on this model there is nothing to measure, and it goes on as a cached run with what `fall_back` plans."""
+
+    def __init__(self, about, schedule, residuals, noise_tokens, limit: int):
+        super().__init__(about, schedule, residuals, None, limit)
+        self.measured: MeasuringRun | None = MeasuringRun(about.levels, Statistics(), noise_tokens)
+        self.measured.report = self.report
+
+    def computed(self, call, made, output, rehearse):
+        (self.measured.computed if self.measured else super().computed)(call, made, output, rehearse)
+
+    def facts_are_wrong(self, told):
+        self.measured = None
+        super().facts_are_wrong(told)
+
+    def complete(self):
+        super().complete()
+        if self.measured:
+            self.measured.complete()
+
+    def end(self):
+        super().end()
+        if self.measured:
+            self.measured.end()

@@ -135,7 +135,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--scheduler", choices=SAMPLER_NAMES, default="euler")
     args = parser.parse_args()
-    subject, _ = load_subject(SimpleNamespace(**vars(args), prompts=2, seeds=1))
+    subject, _ = load_subject(SimpleNamespace(**vars(args), prompts=2, seeds=1, device=None))
     subject.jobs = [(prompt, seed) for seed, prompt in enumerate(PROMPTS[args.model], 200)]
     subject.guide(args.guidance)
     tabulate = needs("tabulate", "tabulate").tabulate

@@ -20,9 +20,10 @@ LEAST, MOST, HALVINGS = 1e-3, 4.0, 8  # of thresholds; the last ones tried are 3
 
 
 def diffusers_rows(
-    subject: Subject, table: RatioTable, steps: int, counts: list[int], recall: Callable
+    subject: Subject, table: RatioTable, steps: int, counts: list[int], recall: Callable, wanted: Callable[[str], bool]
 ) -> Iterator[Row]:
-    """Rows of diffusers' own hooks. recall(key, search): a threshold that was searched for before."""
+    """Rows of diffusers' own hooks. recall(key, search): a threshold searched for before; wanted: whether a row
+    of this name is."""
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
     transformer = subject.pipe.transformer
@@ -46,7 +47,7 @@ def diffusers_rows(
             MagCacheConfig(found.magcache_thresh, found.magcache_K, found.retention_ratio, steps, ratios)
         )
 
-    for count in counts:
+    for count in counts if wanted("diffusers MagCache") else ():
         # The hook computes as many steps as the rule at the same settings, or one more.
         number = recall(
             f"number of steps of diffusers MagCache for {count}",
@@ -56,7 +57,7 @@ def diffusers_rows(
         yield Row("diffusers MagCache", thresholds_text(settings), cache, steps, 1)
 
     def rows(family, config_of):
-        for count in counts:
+        for count in counts if wanted(family) else ():
             threshold = recall(
                 f"threshold of {family} for {count}",
                 lambda count=count: searched(subject, steps, count, lambda number: hooks(config_of(number, count))),
@@ -84,7 +85,7 @@ def diffusers_rows(
 
 
 def cache_dit_rows(
-    subject: Subject, table: RatioTable, steps: int, counts: list[int], recall: Callable
+    subject: Subject, table: RatioTable, steps: int, counts: list[int], recall: Callable, wanted: Callable[[str], bool]
 ) -> Iterator[Row]:
     """Rows of cache-dit, which leaves its mark on a pipeline: measure them last."""
     try:
@@ -121,7 +122,7 @@ def cache_dit_rows(
         ("cache-dit DBCache", {}),
         ("cache-dit DBCache, TaylorSeer", {"calibrator_config": taylor}),
     ):
-        for count in counts:
+        for count in counts if wanted(family) else ():
             threshold = recall(
                 f"threshold of {family} for {count}, {source}",
                 lambda count=count, options=options: searched(

@@ -68,7 +68,7 @@ MARGINS = {
 }
 
 
-def own_rows(subject, table, steps, counts, recall=None):
+def own_rows(subject, table, steps, counts, recall=None, wanted=None):
     """Rows of the plain sampler and of this project."""
     source = digest_of_code(set((REPOSITORY / "common").rglob("*.py")) - set(SCRIPTS.rglob("*.py")))
 
@@ -165,6 +165,10 @@ def all_rows(subject, file, calibration, guidances, all_steps, projects, only):
     are wanted; (): all."""
     results, tables, uncached = {}, {}, {}
     stages = [PROJECTS[name] for name in PROJECTS if name in projects]
+
+    def wanted(family):
+        return not only or family.startswith(tuple(only))
+
     for stage, guidance, steps in itertools.product(stages, guidances, all_steps):
         case, label = (guidance, steps), f"guidance {guidance:g}, {steps} steps"
         subject.guide(guidance)
@@ -180,8 +184,8 @@ def all_rows(subject, file, calibration, guidances, all_steps, projects, only):
             return measured_row(subject, row, *uncached[case], steps)
 
         counts = sorted({max(2, round(share * steps)) for share in SHARES}, reverse=True)
-        for row in stage(subject, tables[case], steps, counts, recall):
-            if only and not row.family.startswith(tuple(only)):
+        for row in stage(subject, tables[case], steps, counts, recall, wanted):
+            if not wanted(row.family):
                 continue
             drawn = f"{row.steps} steps" if row.steps != steps else ""
             key = ", ".join(part for part in (row.family, row.setting, drawn, row.source) if part)

@@ -39,9 +39,8 @@ from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402
 from common.tables import RatioTable  # noqa: E402
 
-REPEATS = (
-    3  # of each method, after one to warm up; a model that takes more than a second a call: one, and none to warm up
-)
+# Of each method, after one to warm up; a model that takes more than a second a call: one, and none to warm up.
+REPEATS = 2
 RUN_SECONDS, MOST_STEPS, FEWEST_STEPS = {"cuda": 4.0, "cpu": 1.0}, 28, 4  # about how long an un-cached run takes
 RUNS = 4.5  # un-cached runs that all methods take once, to decide whether there is time for them
 HOOK = "diffusers MagCache"

@@ -28,6 +28,8 @@ class Host:
         Empty: nothing is known of its inside, so only its output can be predicted; `why_output` says why.
     final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns
         them, and forward does something with them before its final layer (gathers them from the ranks that share them).
+    block_returns: (arguments of the first block, image tokens) -> what it returns, where that is more than the tokens;
+        needed where final_layer is None.
     image_tokens: keyword, or position, of the image tokens among the arguments of the first block: (batch, tokens,
         width), or (tokens, width) where forward packs its sequences into one.
     latent, timestep: names of forward's arguments.
@@ -71,6 +73,7 @@ class Host:
     tokens_lead: bool = False
     reads_blocks: bool = False
     why_output: str = ""
+    block_returns: Callable[[tuple, torch.Tensor], Any] | None = None
 
 
 class BlockStack:
@@ -94,7 +97,9 @@ class BlockStack:
         self.model, self.host = model, host
         self.first = FirstBlock(host.image_tokens, host.in_place)
         self.final = (
-            FinalLayer(host.tokens_lead) if host.final_layer else LastBlock(self.first.passed_on, host.tokens_lead)
+            FinalLayer(host.tokens_lead)
+            if host.final_layer
+            else LastBlock(self.first.passed_on, host.tokens_lead, host.block_returns)
         )
         self.shadows, self.shadowed = {}, {}
 
@@ -131,8 +136,9 @@ class BlockStack:
             stand_ins = {**dict.fromkeys(self.host.blocks, ()), self.host.final_layer: self.final}
             if self.host.reads_blocks:
                 stand_ins.update((name, ReadOnly(getattr(self.model, name))) for name in self.host.blocks)
-        else:  # as many in each list, for a forward that runs its lists in pairs
-            stand_ins = {**dict.fromkeys(self.host.blocks, (self.first.passed_on,)), self.host.blocks[0]: (self.final,)}
+        else:  # as many in each list, for a forward that runs its lists in pairs; none where blocks return other things
+            others = () if self.host.block_returns else (self.first.passed_on,)
+            stand_ins = {**dict.fromkeys(self.host.blocks, others), self.host.blocks[0]: (self.final,)}
         self.shadow({**stand_ins, **dict.fromkeys(self.host.hint_methods, no_hints)})
 
     def shadow(self, attributes):
@@ -249,10 +255,11 @@ class LastBlock:
     """Stands in for the last block: remembers the image tokens that come out. Or for all: returns those that come in
     with the residual."""
 
-    __slots__ = ("passed_on", "tokens_lead", "layer", "tokens", "residual", "others")
+    __slots__ = ("passed_on", "tokens_lead", "returns", "layer", "tokens", "residual", "others")
 
-    def __init__(self, passed_on, tokens_lead):
+    def __init__(self, passed_on, tokens_lead, returns):
         self.passed_on, self.tokens_lead = passed_on, tokens_lead
+        self.returns = returns or (lambda args, tokens: tokens)
         self.layer = self.tokens = self.residual = None
         self.others = set()
 
@@ -265,7 +272,8 @@ class LastBlock:
         if self.residual is None:
             self.tokens = self.layer(*args, **kwargs)
             return self.tokens
-        return added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead, self.others)
+        tokens = added(self.passed_on(*args, **kwargs), self.residual, self.tokens_lead, self.others)
+        return self.returns(args, tokens)
 
 
 class TokensChanged(MagCacheError):

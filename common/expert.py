@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 PATCHED_ALREADY = "This model is patched already; remove the first patch (handle.remove()) before the second."
 
 
+@functools.cache
+def graphs_know_the_class() -> bool:
+    """Whether a graph that torch.compile made of a whole model is checked against the model's class, by which it is
+    told from one with stand-ins: since torch 2.5. Before, such a model runs uncompiled; blocks compiled alone do not.
+    """
+    return torch.torch_version.TorchVersion(torch.__version__) >= (2, 5)
+
+
 class Expert:
     """One model instance with its forward replaced. Most samplers have one; some divide their steps between two."""
 
@@ -117,12 +125,13 @@ class PatchedForward:
             try:
                 if call is None:
                     return self.original(*args, **kwargs)
+                original = self.original if graphs_know_the_class() else torch.compiler.disable(self.original)
                 try:
-                    output = self.original(*args, **kwargs) if call.output is None else call.output
+                    output = original(*args, **kwargs) if call.output is None else call.output
                 except TokensChanged as changed:
                     call = patch.compute_instead(call, str(changed))
-                    output = self.original(*args, **kwargs)
-                return patch.finish_call(call, output, functools.partial(self.original, *args, **kwargs))
+                    output = original(*args, **kwargs)
+                return patch.finish_call(call, output, functools.partial(original, *args, **kwargs))
             except BaseException:
                 if call is not None:
                     patch.cancel_call(call)

@@ -32,7 +32,7 @@ def of_script(text, script):
     """[(arguments of torchrun or (), arguments of the script)] of the commands that start this script."""
     found = []
     for words in commands(text):
-        if script in words:
+        if script in words and words[0] != "cp":
             at = words.index(script)
             found.append((tuple(words[1:at]), tuple(words[at + 1 :])))
     return found

@@ -1,4 +1,5 @@
-// The plan and the result of a run, as a picture and a text on the node that planned it.
+// The plan and the result of a run, as a picture and a text on the node that planned it; and, on the classic page, its
+// advanced inputs behind a button. Nodes 2.0 fold them themselves.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -56,4 +57,37 @@ api.addEventListener("magcache", ({ detail }) => {
   fit(node);
 });
 
-app.registerExtension({ name: "magcache.said" });
+// Hide the advanced inputs of a new node. They stay its widgets, so a workflow keeps all values in their order. The state
+// is that of Nodes 2.0, which does not look at `hidden`.
+function fold(node) {
+  if (app.extensionManager?.setting.get("Comfy.Node.AlwaysShowAdvancedWidgets")) return;
+  const advanced = node.widgets.filter((widget) => widget.options?.advanced);
+  const defaults = advanced.map((widget) => widget.value);
+  const derived = (object, name, get) => Object.defineProperty(object, name, { configurable: true, get, set() {} });
+  for (const widget of advanced) derived(widget, "hidden", () => !node.showAdvanced);
+  const toggle = () => {
+    node.showAdvanced = !node.showAdvanced;
+    node.setSize([node.size[0], node.computeSize()[1]]);
+    node.setDirtyCanvas(true, true);
+  };
+  const button = node.addWidget("button", "advanced inputs", null, toggle, { serialize: false, canvasOnly: true });
+  button.serialize = false;
+  derived(button, "label", () => (node.showAdvanced ? "Hide advanced inputs" : "Show advanced inputs"));
+  // A workflow opens with those in sight that it has set or connected, unless it was saved folded.
+  const { onConfigure } = node;
+  node.onConfigure = function (saved) {
+    onConfigure?.apply(this, arguments);
+    const linked = new Set(node.inputs.filter((input) => input.link != null).map((input) => input.widget?.name));
+    const used = advanced.some((widget, index) => widget.value !== defaults[index] || linked.has(widget.name));
+    node.showAdvanced = saved.showAdvanced ?? used;
+    if (node.showAdvanced) fit(node);
+  };
+  node.setSize(node.computeSize());
+}
+
+app.registerExtension({
+  name: "magcache.said",
+  nodeCreated(node) {
+    if (node.comfyClass === "MagCache") fold(node);
+  },
+});

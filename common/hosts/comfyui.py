@@ -37,11 +37,17 @@ def output_only(why: str) -> Host:
 
 U_NET = output_only("a U-Net has no stack of blocks of one shape")
 TWO_STREAMS = output_only("it denoises picture and sound in two streams")
+INSIDE = output_only("its blocks are those of another model inside it")
+HALVES = output_only("it exchanges the halves of a batch")
 PIXELS = output_only("what follows its blocks makes pixels of the latent too")
 
 COMFYUI: dict[str, Host] = {
+    "comfy.ACEStepTransformer2DModel": Host(blocks=("transformer_blocks",), final_layer="final_layer"),
+    "comfy.AceStepConditionGenerationModel": INSIDE,
     "comfy.Anima": BLOCKS,
     "comfy.AnimateWanModel": WAN,
+    "comfy.AsymmDiTJoint": BLOCKS,  # Mochi
+    "comfy.AudioDiffusionTransformer": INSIDE,  # Stable Audio
     "comfy.BooguTransformer2DModel": Host(
         blocks=("double_stream_layers", "single_stream_layers"),
         final_layer="norm_out",
@@ -58,23 +64,38 @@ COMFYUI: dict[str, Host] = {
     "comfy.HiDreamImageTransformer2DModel": Host(
         blocks=("double_stream_blocks", "single_stream_blocks"), final_layer="final_layer", image_tokens="image_tokens"
     ),
+    "comfy.HiDreamO1Transformer": INSIDE,
     "comfy.HumoWanModel": WAN,
-    "comfy.HunYuanDiTPlain": output_only("it exchanges the halves of a batch"),
+    "comfy.HunYuanDiT": BLOCKS,
+    "comfy.HunYuanDiTPlain": HALVES,
     "comfy.Hunyuan3Dv2": HUNYUANVIDEO,
     "comfy.HunyuanVideo": HUNYUANVIDEO,
+    "comfy.Ideogram4Transformer2DModel": replace(
+        LAYERS, output_tokens=lambda model, forward: prod(forward["x"].shape[2:])
+    ),
     "comfy.JoyImageTransformer3DModel": Host(blocks=("double_blocks",), final_layer="norm_out", tokens_lead=True),
     "comfy.Kandinsky5": Host(blocks=("visual_transformer_blocks",), image_tokens=0),
     "comfy.LTXAVModel": TWO_STREAMS,
     "comfy.LTXVModel": Host(blocks=("transformer_blocks",), final_layer="norm_out", image_tokens=0, in_place=True),
+    "comfy.LatentSeqMMFlowModel": output_only("it denoises a shape and a camera in two streams"),  # TripoSplat
     "comfy.LensTransformer2DModel": replace(QWEN_IMAGE, noise_tokens=None),
-    "comfy.MMDiT": output_only("it modulates its tokens between its blocks and its final layer"),  # AuraFlow
+    "comfy.MMDiT": Host(  # AuraFlow, which modulates its tokens between its blocks and its final layer
+        blocks=("double_layers", "single_layers"),
+        image_tokens=1,
+        block_returns=lambda args, tokens: (args[0], tokens),  # text and image
+        output_tokens=lambda model, forward: pictures_own_tokens(forward),
+    ),
     "comfy.MageFlowTransformer2DModel": QWEN_IMAGE,
+    "comfy.MiniMaxH3Model": TWO_STREAMS,
     "comfy.MiniTrainDIT": BLOCKS,  # Cosmos-Predict2
+    "comfy.NaDiT": HALVES,  # SeedVR2
     "comfy.NextDiT": LAYERS,  # Z-Image, Lumina 2
     "comfy.NextDiTPixelSpace": PIXELS,
     "comfy.OmniGen2Transformer2DModel": replace(LAYERS, final_layer="norm_out"),
     "comfy.OpenAISignatureMMDITWrapper": Host(blocks=("joint_blocks",), final_layer="final_layer", image_tokens=1),
+    "comfy.PidNet": PIXELS,
     "comfy.PixArtMS": BLOCKS,
+    "comfy.PixDiT_T2I": PIXELS,
     "comfy.QwenImageTransformer2DModel": QWEN_IMAGE,
     "comfy.SCAIL2WanModel": WAN,
     "comfy.SCAILWanModel": WAN,

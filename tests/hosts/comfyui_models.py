@@ -1,13 +1,17 @@
 """Tiny random transformers of the families that the nodes know, built with ComfyUI's own classes, and what they are
 asked."""
 
+import sys
+from functools import partial
+
 import comfy.model_base
 import comfy.nested_tensor
 import comfy.supported_models
 import comfy.supported_models_base
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_families import FAMILIES, TEXT, TOKENS
+from comfyui_families import FAMILIES
+from comfyui_published import TEXT, TOKENS, WIDTH
 
 # What some of them want to be asked with: further entries of a conditioning.
 MASK = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
@@ -17,6 +21,13 @@ ASKED = {
     "omnigen2": MASK,
     "boogu": MASK,
     "hidream": {"conditioning_llama3": torch.ones(1, 2, TOKENS, TEXT)},
+    "mochi": MASK,
+    "hunyuandit": {
+        **MASK,
+        "conditioning_mt5xl": torch.ones(1, TOKENS, TEXT),
+        "attention_mask_mt5xl": torch.ones(1, TOKENS, dtype=torch.long),
+    },
+    "acestep": {"conditioning_lyrics": torch.zeros(1, 4, dtype=torch.long)},
 }
 
 
@@ -24,8 +35,13 @@ def build(family, seed=0):
     """A ModelPatcher of a tiny random model, as Load Diffusion Model returns it."""
     name, cls, config, _ = FAMILIES[family]
     configuration = getattr(comfy.supported_models, name)({**config, "dtype": torch.float32})
+    configuration.unet_config |= config  # where the class has sizes of its own
     configuration.set_inference_dtype(torch.float32, None)
     cpu = torch.device("cpu")
+    if family == "acestep":  # its encoder's sizes are fixed
+        encoder = sys.modules["comfy.ldm.ace.model"].LyricEncoder
+        few = {"output_size": WIDTH, "attention_heads": 2, "linear_units": WIDTH, "num_blocks": 1}
+        sys.modules["comfy.ldm.ace.model"].LyricEncoder = partial(getattr(encoder, "func", encoder), **few)
     if family == "anima":  # its adapter's sizes are fixed
         comfy.ldm.anima.model.LLMAdapter = lambda **options: torch.nn.Linear(1, 1)
     model = cls(configuration, device=cpu) if cls else configuration.get_model({}, device=cpu)

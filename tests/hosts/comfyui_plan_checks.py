@@ -5,9 +5,11 @@ import sys
 import comfy.samplers
 import nodes
 import torch
-from comfyui_families import FAMILIES, FLUX, HUNYUAN, WAN
+from comfyui_families import FAMILIES
 from comfyui_helpers import Watched, blocks, cached_patcher, errors, hosts, models, sample, tables, transformer_of
+from comfyui_model_checks import PUBLISHED
 from comfyui_models import build, latent, prompt
+from comfyui_published import FLUX, HUNYUAN, WAN
 
 
 def window_of_steps():
@@ -167,22 +169,31 @@ def wan22_in_two_samplers():
 
 
 def classes_are_recognised():
-    """ComfyUI's classes at their real sizes, without memory: what auto takes them for."""
+    """ComfyUI's classes at their real sizes, without memory: what auto takes them for, and that MODELS.md names these
+    types where ComfyUI takes such a file for that model."""
     import comfy.ldm.chroma.model
     import comfy.ldm.flux.model
     import comfy.ldm.hunyuan_video.model
     import comfy.ldm.qwen_image.model
     import comfy.ldm.wan.model
+    import comfy.model_detection
     import comfy.ops
 
+    supported, published = {}, {}
+
     def named(model, file_name="", **signs):
-        return models.recognise(model, models.Signs(file_name, **signs))[0]
+        model_type = models.recognise(model, models.Signs(file_name, **signs))[0]
+        if model_type:
+            published.setdefault(supported[model], set()).add(model_type)
+        return model_type
 
     def real(module, name, config):
         with torch.device("meta"):
-            return getattr(sys.modules[f"comfy.ldm.{module}.model"], name)(
+            model = getattr(sys.modules[f"comfy.ldm.{module}.model"], name)(
                 **config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init
             )
+        supported[model] = type(comfy.model_detection.model_config_from_unet_config(config)).__name__
+        return model
 
     dev = {
         **FLUX,
@@ -255,7 +266,7 @@ def classes_are_recognised():
     assert named(to_video, latent=(60, 104)) == "wan2.1_i2v_480p_14B"
     assert named(to_video, latent=(90, 160)) == "wan2.1_i2v_720p_14B"
     assert named(wan(**large, in_dim=36)) == "wan2.2_i2v_14B"
-    five = wan(dim=3072, num_heads=24, in_dim=48)
+    five = wan(dim=3072, num_heads=24, in_dim=48, out_dim=48)
     assert named(five) == "wan2.2_ti2v_5B_t2v" and named(five, start_image=True) == "wan2.2_ti2v_5B_i2v"
     for sizes, name in ((small, "wan2.1_vace_1.3B"), (large, "wan2.1_vace_14B")):
         assert named(wan(**sizes, model_type="vace", vace_layers=2, vace_in_dim=96)) == name
@@ -264,3 +275,4 @@ def classes_are_recognised():
     qwen = {**FAMILIES["qwen"][2], "num_layers": 60}
     picture = real("qwen_image", "QwenImageTransformer2DModel", qwen)
     assert named(picture) == "qwen_image" and named(picture, references=True) == "qwen_image_edit"
+    assert published == {name: set(model_types) for name, model_types in PUBLISHED.items()}

@@ -41,6 +41,7 @@ def main():
     sys.path.insert(0, str(Path(__file__).parent))
     import comfyui_change_checks
     import comfyui_fault_checks
+    import comfyui_first_run_checks
     import comfyui_measure_checks
     import comfyui_model_checks
     import comfyui_package_checks
@@ -50,6 +51,7 @@ def main():
     modules = (
         comfyui_change_checks,
         comfyui_fault_checks,
+        comfyui_first_run_checks,
         comfyui_measure_checks,
         comfyui_model_checks,
         comfyui_package_checks,

@@ -212,6 +212,25 @@ def test_calibration(worker, check):
 @pytest.mark.parametrize(
     "check",
     checks(
+        ("first_run_is_measured", "flux", 3.0),
+        ("first_run_is_measured", "zimage", 1.0),
+        ("first_run_is_measured", "wan", 3.0),
+        ("the_switch_holds",),
+        ("a_model_with_published_ratios_is_not_measured",),
+        ("interrupted_first_run_writes_nothing",),
+        ("a_partial_first_run_stands_for_no_fuller_one",),
+        ("first_runs_of_loras_are_their_own",),
+        ("both_of_two_samplers_are_measured",),
+        ("what_cannot_be_measured_is_cached_all_the_same",),
+    ),
+)
+def test_first_run(worker, check):
+    worker.run(*check)
+
+
+@pytest.mark.parametrize(
+    "check",
+    checks(
         ("wan22_is_told_from_wan21",),
         ("a_part_of_the_steps_is_noticed",),
         ("no_table_is_borrowed",),
@@ -298,6 +317,11 @@ def test_output(worker, family):
     "family",
     ["sd3", "zimage", "ltxv", "cosmos2", "anima", "hidream", "omnigen2", "boogu", "ernie", "krea2", "lens", "mageflow"]
     + [
+        "auraflow",
+        "mochi",
+        "hunyuandit",
+        "acestep",
+        "ideogram4",
         "pixart",
         "joyimage",
         "kandinsky5",
@@ -326,9 +350,13 @@ def test_output_with_a_sampler(worker, sampler):
     worker.run("output_with_a_sampler", sampler)
 
 
+def test_models(worker):
+    worker.run("models_are_as_the_table_says")
+
+
 @pytest.mark.parametrize("worker", ["0.30.0"], indirect=True)
-@pytest.mark.parametrize("check", ["models_are_as_the_table_says", "settings_are_as_the_readme_says"])
-def test_models(worker, check):
+@pytest.mark.parametrize("check", ["settings_are_as_the_readme_says", "every_described_class_is_tried"])
+def test_settings(worker, check):
     worker.run(check)
 
 

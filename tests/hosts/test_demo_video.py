@@ -11,6 +11,7 @@ from wan_runs import REPOSITORY
 
 from common.hosts import host_of
 from common.patch import magcache_forward
+from common.pipeline import enable
 from common.planner import Target
 from common.schedule import Rule, Settings
 from common.scripts.quality import quality
@@ -122,3 +123,24 @@ def test_cached_clips_are_close_to_uncached_ones(video_pipe, settings, floor):
     assert handle.reports[-1].reused >= 30 and handle.reports[-1].complete
     psnr = np.mean([quality(one, other)["psnr"] for one, other in zip(plain, cached)])
     assert psnr > floor, psnr
+
+
+def test_two_experts_of_a_trained_model():
+    """A gap never reaches across the change of experts, and cached clips are close. Floor: as above."""
+    from experts import load_experts
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*")
+        pipe = load_experts()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [clips.caption(*words) for words in list(SAID)[:2]]
+    plain = draw_clips(pipe, prompts, steps=20)
+    with enable(pipe, steps=10, announce=None) as cache:
+        cached = draw_clips(pipe, prompts, steps=20)
+    (report,) = cache.reports
+    levels = [float(level) / 1000 for level in pipe.scheduler.timesteps]
+    switch = next(step for step, level in enumerate(levels) if level < pipe.config.boundary_ratio)
+    assert 0 < switch < 19 and report.reused == 20 and report.complete
+    assert {kind for step, _, kind, *_ in report.calls if step == switch} == {"computed"}
+    psnr = np.mean([quality(one, other)["psnr"] for one, other in zip(plain, cached)])
+    assert psnr > 34.1, psnr

@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from readme_commands import of_script, readme
 from wan_runs import WanRuns
 
 from common.scripts.install import install
@@ -270,3 +271,32 @@ def test_help_and_mistyped_flags(opensora_checkouts, folder, variable):
     assert (
         mistyped.code == 1 and "There is no flag --magcache_tresh; --magcache_thresh is the nearest." in mistyped.output
     )
+
+
+LESS = {
+    "configs/diffusion": "--resolution 256px --num_frames 5 --num_steps 12 --num_workers 0 --save_dir out",
+    "configs/opensora-v1-2": "--num-frames 17 --resolution 144p --num-sampling-steps 12 --save-dir out",
+    "configs/opensora-v1-3": "--num-frames 49 --resolution 360p --num-sampling-steps 12 --save-dir out",
+}
+VARIABLES = {"diffusion": "MAGCACHE_OPENSORA", "opensora-v1-2": "MAGCACHE_OPENSORA_1_2"}
+LINES = of_script(readme("MagCache4Open-Sora"), "magcache_inference.py")
+
+
+@pytest.mark.parametrize("torchrun, argv", LINES, ids=[" ".join(argv)[8:70] for _, argv in LINES])
+def test_a_line_of_opensoras_readme_renders(opensora_checkouts, folder, torchrun, argv):
+    """Word for word, then smaller sizes and fewer steps; two processes for eight."""
+    config, *flags = argv
+    runs = opensora_checkouts(VARIABLES.get(config.split("/")[1], "MAGCACHE_OPENSORA_1_3"))
+    (folder / "assets").symlink_to(runs.folder / "assets")
+    less = next(less.split() for start, less in LESS.items() if config.startswith(start))
+    if "t2i2v" in config:
+        less += ["--img_resolution", "256px"]
+    count = 2 if "8" in torchrun or "2" in torchrun else 1
+    done = runs.torchrun("magcache_inference.py", config, *flags, *less, cwd=folder, count=count)
+    assert done[0].latents
+    if "--magcache_calibration" in flags:
+        (table,) = (folder / "home").iterdir()
+        assert read(table).steps == 12 and "Measured in" in done[0].output
+    else:
+        reports = [json.loads(path.read_text()) for path in folder.rglob("*.magcache.json")]
+        assert reports and all(report["complete"] for report in reports)

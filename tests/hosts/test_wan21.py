@@ -105,7 +105,7 @@ def blocks_entered(done):
     )
 
 
-def written(folder):
+def files_written(folder):
     return sorted(path.name for path in folder.iterdir() if path.name not in ("cat.png", "home"))
 
 
@@ -117,7 +117,7 @@ def test_off_is_the_checkouts_own_command(wan21_command, name, tmp_path):
     off = wan21_command(name)
     assert torch.equal(off.latents[0], plain.latents[0]) and len(off.latents) == len(plain.latents) == 1
     assert "MagCache is off; --use_magcache turns it on." in off.output and off.entered == plain.entered
-    (default,) = set(written(tmp_path)) - {f"plain.{suffix}"}
+    (default,) = set(files_written(tmp_path)) - {f"plain.{suffix}"}
     task = RUNS[name][3][2]
     assert re.fullmatch(re.escape(task) + r"_\d+\*\d+_1(_1)?_a_cat___a_dog_\d+_\d+\." + suffix, default)
     assert (tmp_path / default).read_bytes() == (tmp_path / f"plain.{suffix}").read_bytes()
@@ -149,7 +149,7 @@ def test_a_reused_call_is_the_hosts_forward_with_the_residual_in_place_of_the_bl
 def test_cached_wan21(wan21_command, name, solver, tmp_path):
     preset = RUNS[name][2]
     done = wan21_command(name, "--use_magcache", "--mag_ratios", preset, *REUSING, "--sample_solver", solver)
-    report_name, video = written(tmp_path)
+    report_name, video = files_written(tmp_path)
     report = json.loads((tmp_path / report_name).read_text())
     assert video.startswith(f"magcache_{RUNS[name][3][2]}_") and report_name == video.replace(".mp4", ".magcache.json")
     assert report["calls"] == 20 and report["reused"] >= 6 and report["unplanned"] == {} and report["complete"]
@@ -166,7 +166,7 @@ def test_cached_wan21(wan21_command, name, solver, tmp_path):
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])
 def test_compare_into_a_file_that_is_named(wan21_command, name, tmp_path):
     done = wan21_command(name, "--compare", "--mag_ratios", RUNS[name][2], *REUSING, "--save_file", "out/cat.mp4")
-    assert written(tmp_path / "out") == ["cat.magcache.json", "cat.mp4", "cat_compare.mp4"]
+    assert files_written(tmp_path / "out") == ["cat.magcache.json", "cat.mp4", "cat_compare.mp4"]
     uncached, cached, fewer = json.loads((tmp_path / "out" / "cat.magcache.json").read_text())["quality"].values()
     assert uncached["steps"] == 10 and cached["steps"] == fewer["steps"] < 10
     assert 0 < cached["psnr"] < 100 and 0 < cached["ssim"] <= 1
@@ -179,13 +179,15 @@ def test_a_task_without_a_table_says_so_then_calibrates(wan21_command, name, tmp
     refused = wan21_command(name, "--use_magcache", code=1)
     task = RUNS[name][3][2]
     assert f"No magnitude ratios are known for {task} with this checkpoint" in refused.output
-    assert "--magcache_calibration" in refused.output and "Traceback" not in refused.output and not written(tmp_path)
+    assert (
+        "--magcache_calibration" in refused.output and "Traceback" not in refused.output and not files_written(tmp_path)
+    )
 
 
 @pytest.mark.parametrize("name", ["flf2v", "t2i", "i2v", "vace", "2.2 ti2v"])
 def test_a_calibration_serves_the_next_command(wan21_command, name, tmp_path):
     measured = wan21_command(name, "--magcache_calibration")
-    assert not [file for file in written(tmp_path) if file.startswith("magcache_") or file.endswith(".json")]
+    assert not [file for file in files_written(tmp_path) if file.startswith("magcache_") or file.endswith(".json")]
     (path,) = (tmp_path / "home").iterdir()
     table = read(path)
     assert table.steps == 10 and list(table.mag_ratios) == ["cond", "uncond"] and measured.output.count(str(path)) == 1
@@ -210,7 +212,7 @@ def test_two_processes_render_what_one_does(wan21_command, name, flags, tmp_path
     torch.testing.assert_close(first.latents[0], one.latents[0], rtol=0, atol=1e-3)
     assert blocks_entered(first) == blocks_entered(second) == blocks_entered(one)
     assert not second.latents and "MagCache" not in second.output
-    assert written(tmp_path) == ["one.magcache.json", "one.mp4", "two.magcache.json", "two.mp4"]
+    assert files_written(tmp_path) == ["one.magcache.json", "one.mp4", "two.magcache.json", "two.mp4"]
 
 
 @pytest.mark.parametrize("name", ["t2v", "vace", "2.2 t2v"])

@@ -31,6 +31,7 @@ INPUTS = [
     "mag_ratios",
     "corrector",
     "cache_limit",
+    "measure_first_run",
 ]
 
 
@@ -95,13 +96,13 @@ BUILD = """([nodes, links]) => {
 }"""
 
 
-def build_workflow(page, between, seed):
+def build_workflow(page, between, seed, family="flux"):
     """A text-to-image workflow of the tests' own nodes. between: [type, position, values], the node on the model's
     way."""
     load_workflow(page, EMPTY)
     name, position, values = between
     nodes = [
-        ["model", "TinyModel", [20, 60], {"family": "flux"}, [240, 60]],
+        ["model", "TinyModel", [20, 60], {"family": family}, [240, 60]],
         ["positive", "TinyPrompt", [20, 180], {"seed": 0, "control_after_generate": "fixed"}, [240, 60]],
         ["negative", "TinyPrompt", [20, 300], {"seed": 1, "control_after_generate": "fixed"}, [240, 60]],
         ["size", "EmptySD3LatentImage", [20, 420], {"width": 64, "height": 64}, [240, 100]],
@@ -192,9 +193,25 @@ def test_a_run_shows_its_plan_and_what_it_saved(page, nodes):
     assert again["text"].count("MagCache plan") == again["text"].count("s saved") == 1, again
     assert (again["boxes"], again["open"]) == (12, 8) and again["cut"] < 2, again
     if nodes == "2.0":
-        assert page.get_by_text("Show advanced inputs").count() == 1
+        assert page.get_by_text("Show advanced inputs").count() == 1  # the page's own button, and not ours beside it
         assert page.get_by_text("magcache_thresh").count() == 0  # folded away
         screenshot(page, "node.png")
+    assert not page.mistakes
+
+
+def test_a_first_run_is_measured_and_the_next_is_faster(page):
+    """The node says so while it happens, and after it; the second queue takes what was measured."""
+    build_workflow(page, ["MagCache", [310, 60], {"magcache_thresh": 1}], seed=5, family="zimage")
+    press_run(page, "calls: measuring; next queue is faster.")
+    shown = page.evaluate(SHOWN)
+    assert shown["text"].startswith("MagCache: measuring; next queue is faster."), shown
+    assert (shown["boxes"], shown["open"]) == (12, 0) and "written; this node takes it" in shown["text"], shown
+    page.evaluate("""() => app.graph.nodes.find((node) => node.type === "KSampler").widgets
+      .find((widget) => widget.name === "seed").value += 1""")
+    press_run(page, " reused; transformer")
+    again = page.evaluate(SHOWN)
+    assert "(measured), magcache_thresh 1" in again["text"] and "measuring" not in again["text"], again
+    assert again["open"] > 0
     assert not page.mistakes
 
 
@@ -221,6 +238,73 @@ def test_the_slider_is_drawn_with_the_mouse(page):
     value = page.evaluate("""() => app.graph.nodes.find((node) => node.type === "MagCache").widgets
       .find((widget) => widget.name === "speedup").value""")
     assert 2.5 < value < 3.5 and abs(10 * value - round(10 * value)) < 1e-6, value
+
+
+# Which widgets of a MagCache node are drawn, and where the middle of its button is in the page.
+DRAWN = """() => {
+  const node = app.graph.nodes.find((node) => node.type === "MagCache");
+  const button = node.widgets.find((widget) => widget.type === "button");
+  const middle = [node.pos[0] + node.size[0] / 2, node.pos[1] + button.y + 10];
+  const [x, y] = app.canvas.ds.convertOffsetToCanvas(middle);
+  const box = app.canvas.canvas.getBoundingClientRect();
+  return {
+    names: node.widgets.filter((widget) => node.isWidgetVisible(widget)).map((widget) => widget.name),
+    label: button.label,
+    height: node.size[1],
+    button: [x + box.x, y + box.y],
+    values: node.serialize().widgets_values,
+  };
+}"""
+
+
+def press_button(page):
+    page.wait_for_timeout(300)  # drawn
+    page.mouse.click(*page.evaluate(DRAWN)["button"])
+    page.wait_for_timeout(300)
+    return page.evaluate(DRAWN)
+
+
+def test_advanced_inputs_fold_on_the_classic_page(page):
+    """A new node shows its slider and a button. The button brings the other inputs and takes them away again; hidden
+    or not, a workflow and what is queued have all values."""
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", False)
+    page.reload()
+    ready(page)
+    build_workflow(page, ["MagCache", [310, 60], {}], seed=9)
+    page.wait_for_timeout(300)
+    folded = page.evaluate(DRAWN)
+    assert folded["names"] == ["speedup", "advanced inputs"] and folded["label"] == "Show advanced inputs", folded
+    unfolded = press_button(page)
+    assert unfolded["names"] == [*INPUTS, "advanced inputs"] and unfolded["label"] == "Hide advanced inputs", unfolded
+    assert unfolded["height"] > folded["height"] and unfolded["values"] == folded["values"], (folded, unfolded)
+    page.evaluate("""() => app.graph.nodes.find((node) => node.type === "MagCache").widgets
+      .find((widget) => widget.name === "magcache_K").value = 3""")
+    again = press_button(page)
+    assert again["names"] == folded["names"] and again["height"] == folded["height"], (folded, again)
+    expected = ["auto", -1, -1, 3, 0, -1, 0, "gpu", "", True, 4, "auto"]
+    assert again["values"] == expected
+    queued = page.evaluate("async () => (await app.graphToPrompt()).output")
+    (inputs,) = [node["inputs"] for node in queued.values() if node["class_type"] == "MagCache"]
+    assert [inputs.pop(name) for name in INPUTS] == expected and list(inputs) == ["model"], inputs
+    # Saved folded, it opens folded; a workflow that never was folded opens with what it has set.
+    workflow = page.evaluate("() => app.graph.serialize()")
+    load_workflow(page, workflow)
+    opened = page.evaluate(DRAWN)
+    assert opened["names"] == folded["names"] and opened["values"] == expected, opened
+    for node in workflow["nodes"]:
+        node.pop("showAdvanced", None)
+    load_workflow(page, workflow)
+    opened = page.evaluate(DRAWN)
+    assert opened["names"] == unfolded["names"] and opened["height"] >= unfolded["height"], opened
+    assert opened["values"] == expected
+    # So it does with Nodes 2.0, which fold them themselves.
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", True)
+    page.reload()
+    ready(page)
+    load_workflow(page, workflow)
+    page.get_by_text("Hide advanced inputs").wait_for()
+    assert page.get_by_text("Hide advanced inputs").count() == page.get_by_text("magcache_K").count() == 1
+    assert page.evaluate(DRAWN)["values"] == expected and not page.mistakes
 
 
 def test_a_node_in_a_subgraph_shows_its_plan(page):
@@ -300,7 +384,7 @@ def test_released_workflows_open(page):
         assert not [name for name in opened["unknown"] if name.startswith(("MagCache", "Compile"))], (path, opened)
         assert len(opened["values"]) == len(saved)
         for values, node in zip(opened["values"], saved):
-            defaults = [values["model_type"], -1, -1, -1, 0, -1, 0, "gpu", "", True, 4]
+            defaults = [values["model_type"], -1, -1, -1, 0, -1, 0, "gpu", "", True, 4, "auto"]
             expected = [*node["widgets_values"], *defaults[len(node["widgets_values"]) :]]
             assert [values[name] for name in INPUTS] == pytest.approx(expected), path
 

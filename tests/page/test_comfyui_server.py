@@ -138,6 +138,32 @@ def test_calibration_over_http(server):
     )
 
 
+def test_first_run_over_http(server):
+    """A workflow of the released node, saved before there was such an input, with thresholds for a model without
+    ratios: measured in the first queue, faster in the second. The new input turns it off."""
+    run, _, home = server
+    _, inputs = released_inputs()
+    thresholds = {**inputs, "model_type": "auto", "magcache_thresh": 1.0}
+    before = set(home.glob("*.json"))
+    plain, first, second, off = run(
+        workflow(family="chroma"),
+        workflow(("MagCache", thresholds), family="chroma"),
+        workflow(("MagCache", thresholds), family="chroma", seed=1),
+        workflow(("MagCache", {**thresholds, "measure_first_run": "off", "speedup": 0.0}), family="chroma", seed=1),
+    )["answers"]
+    assert [one["error"] for one in (plain, first, second, off)] == [None] * 4
+    assert (answered_picture(first) == answered_picture(plain)).all()
+    (file,) = set(home.glob("*.json")) - before
+    told = shown(first)["MagCache"].splitlines()
+    assert told[0] == "MagCache: measuring; next queue is faster." and f"MagCache: {file} written" in told[3], told
+    boxes = first["texts"][0][2]
+    assert boxes.count("<rect") == 12 and 'fill="none"' not in boxes
+    for answer in (second, off):  # with the switch off what was measured is used all the same
+        assert f"ratios of {file.stem} (measured)" in answer["texts"][0][1], answer["texts"]
+        assert re.search(r"computed, \d+ reused; transformer", shown(answer)["MagCache"]), shown(answer)
+    file.unlink()
+
+
 def test_compiled_over_http(server):
     compile_node = "CompileModel", {"mode": "default", "backend": "eager", "fullgraph": False, "dynamic": False}
     answers = server[0](

@@ -22,6 +22,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 from packages import installed
+from readme_commands import changed, of_script, readme
 
 from common.scripts.install import install
 from common.tables import read
@@ -225,7 +226,8 @@ def test_a_changed_framepack_page_gets_one_sentence(framepack_checkout, tmp_path
 
 @pytest.fixture
 def framepack_address(framepack_checkout, tmp_path):
-    """The served page."""
+    """The page, served by the README's command at a free port."""
+    ((_, argv),) = of_script(readme("MagCache4FramePack"), "magcache_demo_gradio.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -235,13 +237,10 @@ def framepack_address(framepack_checkout, tmp_path):
             sys.executable,
             TESTS / "framepack_cpu.py",
             "magcache_demo_gradio.py",
-            "--server",
-            "127.0.0.1",
-            "--port",
-            str(port),
+            *changed(argv, port=port),
         ],
         cwd=framepack_checkout,
-        env=demo_environment(tmp_path),
+        env=demo_environment(tmp_path, BROWSER="true"),  # of --inbrowser: the command that does nothing
         stdout=log,
         stderr=log,
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from packages import installed
+from readme_commands import of_script, readme
 from served import Served, in_chromium
 
 from common.scripts.install import install
@@ -82,6 +83,13 @@ def test_hunyuan_jobs(served_hunyuan, hunyuan_checkout, tmp_path):
     video = Path(done["by its own ratios"]["outputs"][0])
     report = json.loads(video.with_suffix(".magcache.json").read_text())
     assert report["mag_ratios_of"] == read(measured).name and report["seed"] == 3 and report["complete"]
+
+
+def test_the_line_of_the_readme_opens_the_page(served_hunyuan):
+    """Word for word, in bfloat16."""
+    ((_, argv),) = of_script(readme("MagCache4HunyuanVideo"), OURS[0])
+    (done,) = served_hunyuan.jobs([{"inputs": INPUTS, "ours": TWICE}], OURS[0], *argv)
+    assert "6 of 12 model calls computed" in done["outputs"][-1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from packages import installed
 from PIL import Image
+from readme_commands import of_script, readme
 from served import Served, in_chromium
 from wan_runs import WanRuns
 
@@ -155,6 +156,23 @@ def test_a_page_that_loads_its_model_when_a_size_is_chosen(served_wan, wan_check
     for job in (twice, again):
         assert "12 of 24 model calls computed" in job["outputs"][-1]
     assert {job["models"] for job in (loaded, off, twice, other, again)} == {1}  # the other size's model is let go
+
+
+FOLDERS = {"T2V-1.3B": "t2v", "T2V-14B": "t2v", "I2V-14B-480P": "i2v", "I2V-14B-720P": "i2v"}
+FOLDERS |= {"FLF2V-14B-720P": "flf2v", "VACE-1.3B": "vace"}
+LINES = [argv for _, argv in of_script(readme("MagCache4Wan2.1"), "magcache_gradio.py")]
+
+
+@pytest.mark.parametrize("argv", LINES, ids=lambda argv: argv[0])
+def test_a_line_of_the_readme_opens_its_page(served_wan, wan_checkout, argv):
+    """Word for word; the folders hold tiny weights."""
+    for name, kind in FOLDERS.items():
+        link = wan_checkout / f"Wan2.1-{name}"
+        link.exists() or link.symlink_to(wan_checkout / "checkpoints" / kind)
+    plan = {"press": "plan", "inputs": {"Diffusion steps": 12, "sample_steps": 12}, "ours": TWICE}
+    (planned,) = served_wan.jobs([plan], "magcache_gradio.py", *argv)
+    loads_later = "--ckpt_dir_720p" in argv
+    assert ("the plan comes with the model" if loads_later else "6 of 12 steps compute") in planned["outputs"][0]
 
 
 def test_the_other_buttons_do_what_they_did(served_wan):

@@ -88,7 +88,7 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
     monkeypatch.setattr(quality_benchmark.Subject, "calibrated", lambda *_: loaded_demo[1])
     monkeypatch.setattr(quality_benchmark, "SHARES", (0.7, 0.5))
     monkeypatch.setattr(peers, "HALVINGS", 2)
-    monkeypatch.setattr(quality_benchmark, "cache_dit_rows", lambda *_: ())
+    monkeypatch.setitem(quality_benchmark.PROJECTS, "cache-dit", lambda *_: ())
     monkeypatch.setattr(quality_benchmark.Subject, "peak_bytes", lambda *_: 0)  # looks through all objects: slow here
     with pytest.raises(KeyboardInterrupt):
         run(breaks_after=3)

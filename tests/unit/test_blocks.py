@@ -98,6 +98,54 @@ def test_residual_between_first_and_last_block_of_lists_that_run_in_pairs():
     assert torch.equal(model(latent), output) and len(ran) == 4 and not {"here", "there"} & model.__dict__.keys()
 
 
+class TextBeside(torch.nn.Module):
+    """As AuraFlow of ComfyUI: blocks that return text and image, then blocks of both in a row, then a forward that
+    changes the image tokens before its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+        self.single = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+        for block in self.pairs:
+            block.forward = lambda text, image, plain=block.forward: (plain(text), plain(image + text.mean()))
+
+    def forward(self, text, image):
+        for block in self.pairs:
+            text, image = block(text, image)
+        if len(self.single):
+            row = torch.cat([text, image], dim=1)
+            for block in self.single:
+                row = block(row)
+            image = row[:, text.shape[1] :]
+        return 3 * image + 1
+
+
+@torch.no_grad()
+def test_residual_of_blocks_that_return_text_and_image():
+    model, text, image = TextBeside(), torch.randn(1, 3, 4), torch.randn(1, 5, 4)
+    output = model(text, image)
+    host = Host(
+        blocks=("pairs", "single"),
+        image_tokens=1,
+        block_returns=lambda args, tokens: (args[0], tokens),
+        output_tokens=lambda model, forward: forward["image"].shape[1],
+    )
+    stack = BlockStack(model, host)
+    stack.record({"image": image})
+    assert torch.equal(model(text, image), output)
+    residual = stack.finish()
+    assert torch.allclose(residual, (output - 1) / 3 - image, atol=1e-6)
+
+    ran = []
+    for block in (*model.pairs, *model.single):
+        block.register_forward_pre_hook(lambda module, args: ran.append(module))
+    stack.replace(residual)
+    reused = model(text, 2 * image)
+    stack.restore()
+    assert not ran and torch.allclose(reused, 3 * (2 * image + residual) + 1)
+    assert torch.equal(model(text, image), output) and len(ran) == 4
+
+
 class ReferencesStay(Model):
     """The reference tokens go through the head, and forward leaves them out afterwards. How many there are is no
     argument of forward."""

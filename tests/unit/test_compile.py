@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch._dynamo
 
+from common import expert
+
 
 class CountingBackend:
     """Counts graphs made, and attention layers run: five in a call that computes, none in one that reuses."""
@@ -35,7 +37,13 @@ def from_scratch():
     torch._dynamo.reset()
 
 
+GRAPHS = pytest.mark.skipif(
+    not expert.graphs_know_the_class(), reason="before torch 2.5 a model compiled as a whole runs uncompiled"
+)
+
+
 def compile_blocks(model, backend):
+    pytest.importorskip("diffusers", "0.35")
     model.compile_repeated_blocks(backend=backend, fullgraph=True)
     return model
 
@@ -49,6 +57,7 @@ def compile_wrapped(model, backend):
     return torch.compile(model, backend=backend)
 
 
+@GRAPHS
 @pytest.mark.parametrize(
     "compiled, order",
     [
@@ -125,6 +134,27 @@ def test_cached_and_un_cached_runs_take_turns(model, euler, cached, calibrating)
         assert handle.table.steps == 12
         graphs.append(backend.graphs)
     assert graphs[0] == graphs[2]
+
+
+@pytest.mark.parametrize("compiled", [compile_module, compile_wrapped])
+def test_where_graphs_do_not_know_the_class_the_model_runs_uncompiled(model, euler, cached, compiled, monkeypatch):
+    """torch 2.4 gave a graph of the un-cached model to calls with stand-ins, and a wrong latent without a word."""
+    monkeypatch.setattr(expert, "graphs_know_the_class", lambda: False)
+    eager = euler(copy.deepcopy(model))
+    plain = eager.run()
+    with cached(eager):
+        result = eager.run()
+    backend, sampler = CountingBackend(), euler(model)
+    sampler.model = compiled(model, backend)
+    assert torch.equal(sampler.run(), plain) and backend.graphs > 0
+    ran = backend.attentions
+    with cached(sampler) as handle:
+        assert torch.equal(sampler.run(), result) and backend.attentions == ran
+        assert (handle.reports[-1].computed, handle.reports[-1].reused) == (5, 7)
+        with handle.paused():
+            assert torch.equal(sampler.run(), plain)
+        assert torch.equal(sampler.run(), result)
+    assert torch.equal(sampler.run(), plain) and backend.attentions >= ran
 
 
 def test_a_compiled_run_after_an_exception(model, euler, cached):

@@ -1,5 +1,8 @@
 """Open-Sora 1.2 and 1.3 tell their users Python 3.9, and `install` runs in whatever Python a user has: with the
-standard library alone. Run by those that are installed here."""
+standard library alone. Run by those that are installed here, on the PATH or by pyenv.
+
+MAGCACHE_OTHER_PYTHON=/path/to/python runs the unit tests in an environment with an older torch. Tried were Python 3.9
+with torch 2.2.2 (Open-Sora 1.3's), 3.10 with 2.4.1 (Open-Sora 2.0's, HunyuanVideo's) and 3.10 with 2.5.1."""
 
 import json
 import os
@@ -43,19 +46,29 @@ for name in sys.argv[1:]:
 """
 
 
+def pythons(version):
+    """Those of this version: on the PATH, where pyenv's are only names of what may be missing, and pyenv's own."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    return [shutil.which(f"python{version}"), *sorted(root.glob(f"versions/{version}.*/bin/python"))]
+
+
 @pytest.fixture(params=PYTHONS)
 def python(request):
     """A Python of this version, without the packages of this one."""
-    found = shutil.which(f"python{request.param}")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
-    def run(*arguments):
-        command = [found, "-S", *map(str, arguments)]
-        return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    def starting(found):
+        def run(*arguments):
+            command = [found, "-S", *map(str, arguments)]
+            return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
-    if not found or run("--version").returncode:
+        return run
+
+    found = [starting(path) for path in pythons(request.param) if path]
+    works = [run for run in found if f"Python {request.param}." in run("--version").stdout]
+    if not works:
         pytest.skip(f"python{request.param} is not installed")
-    return run
+    return works[0]
 
 
 def modules(folder, prefix=""):
@@ -103,3 +116,19 @@ def test_a_drop_in_started_in_the_clone_says_what_is_missing(script):
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith(script.name)]
     assert "python -m common install" in sentence or "needs the package" in sentence
+
+
+def test_the_unit_tests_in_another_environment():
+    """But those of the repository's own tools, and of packages that are not there."""
+    other = os.environ.get("MAGCACHE_OTHER_PYTHON")
+    if not other:
+        pytest.skip("MAGCACHE_OTHER_PYTHON names no Python of another environment")
+    left_out = ("other_pythons", "package", "packages", "readme", "readme_commands", "benchmarks", "contributing")
+    ignored = [f"--ignore=tests/unit/test_{name}.py" for name in left_out]
+    done = subprocess.run(
+        [other, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "tests/unit", *ignored],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]

@@ -205,6 +205,8 @@ def test_a_cancel_between_the_two_calls_of_a_step(model, euler, cached):
 @pytest.mark.parametrize("cfg", [False, True], ids=["plain", "cfg"])
 def test_many_steps_in_low_precision(model, euler, cached, executed, ratios, dtype, cfg):
     """The timestep comes in the model's dtype: in bfloat16 neighbouring levels of 50 steps may round to one number."""
+    if dtype == torch.float16 and torch.__version__ < "2.3":
+        pytest.skip("torch 2.2 computes no float16 on a CPU")
     model.to(dtype)
     sampler, blocks = euler(model), executed(model)
     with cached(sampler, thresh=0.1, K=3) as handle:
