@@ -132,6 +132,11 @@ class Target:
             fewest_computed=computed,
         )
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it takes the Gram matrix of a calibration; published ratios have none."""
+        return self.predictor != "line"
+
     def of(self, payload: str) -> Target:
         """The same for another payload."""
         return replace(self, payload=payload)
