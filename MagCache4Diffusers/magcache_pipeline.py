@@ -33,7 +33,7 @@ from common.pipeline import DEFAULT_SPEEDUP, enable  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
 from common.report import write_report  # noqa: E402
 from common.scripts.checkout import one_sentence  # noqa: E402
-from common.scripts.flags import DTYPES, check_writable  # noqa: E402
+from common.scripts.flags import DTYPES, add_refine_flag, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
 from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
 from common.scripts.pipelines import load_pipeline, prompts_in  # noqa: E402
@@ -48,6 +48,7 @@ from common.scripts.quality import (  # noqa: E402
     save_frames,
     side_by_side,
 )
+from common.scripts.refine import check_refining, refine  # noqa: E402
 
 DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
 # What the bundled video model was trained for, in place of a large Wan's defaults.
@@ -113,6 +114,7 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     group.add_argument(
         "--magcache_calibration", action="store_true", help="compute everything and measure, for the runs after this"
     )
+    add_refine_flag(group)
     group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the pipeline as it is")
     group.add_argument(
         "--compare", action="store_true", help="also un-cached, and the plain sampler with as many steps"
@@ -128,6 +130,9 @@ def main() -> None:
     call = {**(VIDEO_CALL if args.model == "demo-video" else {}), **keywords(pipe, rest)}
     prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = place(pipe, args)
+    if args.magcache_refine:
+        refine_pipeline(pipe, args, call, prompts)
+        return
     numbered = list(enumerate(prompts, 1))
     if not args.context_parallel:
         numbered = numbered[rank::ranks]  # each rank its share
@@ -139,6 +144,9 @@ def check_pipeline_flags(args) -> None:
     """What cannot work is found before anything is loaded. Raises MagCacheError."""
     if args.compare and not args.magcache:
         raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+    check_refining(args, ("compare", "magcache_calibration", "magcache_thresh", "magcache_max_error"))
+    if args.magcache_refine and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MagCacheError("--magcache_refine compares all its pictures in one process: start it without torchrun.")
     if args.compare and args.magcache_calibration:
         raise MagCacheError("A calibration computes everything: --compare in a run after it.")
     if args.compare:
@@ -254,6 +262,16 @@ def share_one_picture(pipe, device: str) -> None:
             model.enable_parallelism(config=config)
         except (ArithmeticError, NotImplementedError, RuntimeError, ValueError) as error:  # no GPU: a division by zero
             raise MagCacheError(f"{type(model).__name__} cannot be shared by several GPUs ({error}).") from None
+
+
+def refine_pipeline(pipe, args, call: dict, prompts: list[str | None]) -> None:
+    """--magcache_refine, on the prompts."""
+
+    def drawn(prompt, title):
+        return frames_of(draw(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, title)[0])
+
+    asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
+    refine(pipe, drawn, prompts, **asked)
 
 
 def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import SHARES, load_subject, references  # noqa: E402
 from subject import SAMPLER_NAMES  # noqa: E402
 
-from common import planner  # noqa: E402
+from common import spread  # noqa: E402
 from common.errors import needs  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target  # noqa: E402
@@ -101,7 +101,7 @@ def trials():
     yield "as it is", nullcontext, True
     for share, power in ((0.75, 1), (0.5, 0.8), (0.5, 0.7), (0.75, 0.7), (1, 1)):
         name = f"spread in {share:g} of the index, power {power:g}"
-        yield name, lambda share=share, power=power: mock.patch.multiple(planner, INDEX_SHARE=share, EARLY=power), True
+        yield name, lambda share=share, power=power: mock.patch.object(spread, "MEASURE", (share, power)), True
     yield "newest output held", lambda: followed(0.0), True
     yield "line followed to its end", lambda: followed(1.0), True
     yield "corrected through two outputs", of_two, True

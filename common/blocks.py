@@ -26,8 +26,9 @@ class Host:
 
     blocks: its block lists, in the order in which forward runs them.
         Empty: nothing is known of its inside, so only its output can be predicted; `why_output` says why.
-    final_layer: the module whose first argument is the image tokens after the last block. None: the last block returns
-        them, and forward does something with them before its final layer (gathers them from the ranks that share them).
+    final_layer: the module, or the dictionary of them, whose first argument is the image tokens after the last block.
+        None: the last block returns them, and forward does something with them before its final layer (gathers them
+        from the ranks that share them).
     block_returns: (arguments of the first block, image tokens) -> what it returns, where that is more than the tokens;
         needed where final_layer is None.
     image_tokens: keyword, or position, of the image tokens among the arguments of the first block: (batch, tokens,
@@ -243,6 +244,10 @@ class FinalLayer:
         if name.startswith("__"):  # Dynamo asks for what slots have not
             raise AttributeError(name)
         return getattr(self.layer, name)
+
+    def __getitem__(self, key):  # of several final layers, one for each size of patches
+        self.layer = self.layer[key]
+        return self
 
     def __call__(self, tokens, *args, **kwargs):
         if self.residual is None:

@@ -17,7 +17,7 @@ from .blocks import Host
 from .steps import Call, same
 
 # Made anew for each step by what runs beside the model: whether they are there counts, not their values.
-MADE_EACH_STEP = ("controlnet", "block_samples")
+MADE_EACH_STEP = ("controlnet", "block_samples", "down_block_additional", "mid_block_additional")
 # Others at each step by their nature; a mask comes with its prompt, or follows the noise level (frames held in
 # Open-Sora).
 NO_CONDITIONING = ("mask", "timestep", "sigma")

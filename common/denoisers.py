@@ -39,7 +39,7 @@ def denoisers(pipe) -> list[Denoisers]:
 
 def checkpoint_of(pipe, group: Denoisers) -> str:
     """Hub id or folder."""
-    return pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", "")
+    return str(pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", ""))
 
 
 def refuse_other_caches(model: torch.nn.Module) -> None:

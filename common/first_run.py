@@ -53,6 +53,7 @@ class MeasuredFirst(MagCache):
         self.find_table, self.settings, self.boundary = find_table, settings, boundary
         self.name, self.path, self.description = name, path, description
         self.measured: RatioTable | None = None  # in this process
+        self.refuse_other_weights: Callable[[], None] = lambda: None  # as `Calibration` has it
         payload = PAYLOADS[settings.payload or "residual"]
         super().__init__(
             models, host, timesteps, self.plan_run, Residuals, announce, None, payload, None, scheduler, owner=owner
@@ -98,6 +99,7 @@ class MeasuredFirst(MagCache):
             return
         self.measured = run.statistics.table(self.name, **self.description)
         try:
+            self.refuse_other_weights()
             if self.path:
                 run.report.measuring = f"{MEASURING} (saved to {save_calibration(self.path, self.measured)})"
         except MagCacheError as error:

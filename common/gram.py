@@ -2,8 +2,8 @@
 
 G[i, j] = <r_i, r_j> for the block-stack residuals of a run or for the model's outputs. From it follows the exact
 squared error, on the calibration's tokens, of predicting r_i by a*r_j + b*r_k, and the weights a, b that make it
-least. So the schedule whose relative errors, each to the fourth power so that peaks count, add up to the least is a
-shortest path over pairs of neighbouring computed steps. numpy only.
+least; and the schedule with the fewest computed steps that keeps a bound, as a shortest path over pairs of neighbouring
+computed steps. numpy only.
 """
 
 from __future__ import annotations
@@ -175,33 +175,26 @@ def pair_errors(gram, predictor="linear"):
     return errors, weights.transpose(3, 0, 1, 2)
 
 
-def fourth_powers(errors):
-    return errors**POWER
+def plan_steps(forecast, max_error, magcache_K=None, kept=1):
+    """The schedule with the fewest computed steps that keeps every reused one's expected relative error within
+    max_error; of several the one whose errors, each to the fourth power, add up to the least.
 
-
-def plan_steps(forecast, computed=None, magcache_K=None, kept=1, max_error=None, cost=fourth_powers):
-    """The schedule with exactly `computed` computed steps (None: the fewest that max_error allows) and the least sum of
-    costs.
-
-    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute; max_error: bound on
-    the expected relative error of every reused step; cost: of `Forecast.errors`, elementwise. Exact: dynamic
-    programming over (anchor, the one before). Returns a Schedule with each step's expected relative
-    error; with the linear predictor it has `weights`.
+    magcache_K: most reuses in a row (None: any); kept: how many steps, from the first on, compute. Exact: dynamic
+    programming over (anchor, the one before). Returns a Schedule with each step's expected relative error; with the
+    linear predictor it has `weights`.
     """
     steps = forecast.steps
     i, j, _ = np.indices((steps,) * 3)
     possible = np.isfinite(forecast.errors) & (i >= kept) & (i - j <= (steps if magcache_K is None else magcache_K))
-    if max_error is not None:
-        possible &= forecast.errors <= max_error**2
+    possible &= forecast.errors <= max_error**2
 
-    until = sum_until(cost(np.where(possible, forecast.errors, 0)))
+    until = sum_until(np.where(possible, forecast.errors, 0) ** POWER)
     until[sum_until((i > j) & ~possible) > 0] = np.inf
+    return scheduled(cheapest_path(until), forecast, kept)
 
-    return scheduled(cheapest_path(until, computed), forecast, kept)
 
-
-def cheapest_path(until, computed=None):
-    """The `computed` anchors (None: as few as can be) whose costs add up to the least, the first of them step 0.
+def cheapest_path(until):
+    """As few anchors as can be, the first of them step 0, whose costs add up to the least.
 
     until: (steps + 1, steps, steps), the cost at [m, j, k] of reusing the steps j+1 .. m-1 from the anchors j and k.
     """
@@ -209,7 +202,7 @@ def cheapest_path(until, computed=None):
     # through[j, k]: least cost so far with newest anchor j and the one before it k; k = j while there is only one.
     through, choices = np.full((steps, steps), np.inf), []
     through[0, 0] = 0
-    while len(choices) + 1 < (computed or steps) and (computed or not np.isfinite(through + until[steps]).any()):
+    while len(choices) + 1 < steps and not np.isfinite(through + until[steps]).any():
         following, choice = np.full((steps, steps), np.inf), np.zeros((steps, steps), dtype=int)
         for m in range(1, steps):
             # Newest anchor m, before it j; the best anchor before that one is choice[m, j].
@@ -247,6 +240,36 @@ def scheduled(anchors, forecast, kept=1):
         fewest_computed=len(anchors),
         weights=forecast.weights_of(reuse),
     )
+
+
+def along(grams, reuse, predictor="linear", switch_step=None, uncovered=False):
+    """(expected relative error (steps,), weights (branches, steps, 2) or None) of each step of one schedule, as
+    `Forecast.error_of` and `weights_of`, without weighing every other. grams: (branches, steps, steps); uncovered: mask
+    (steps,) of what neither is predicted nor predicts."""
+    computed, i = np.flatnonzero(~reuse), np.arange(1, len(reuse))
+    newest = np.searchsorted(computed, i) - 1
+    j, k = computed[newest], computed[np.maximum(newest - 1, 0)]
+    second = np.arange(len(reuse)) >= (len(reuse) if switch_step is None else switch_step)
+    uncovered = uncovered | np.zeros(len(reuse), dtype=bool)
+    lone = (j == k) | (second[j] != second[k]) | uncovered[j] | uncovered[k]
+    errors, weights = [], np.zeros((len(grams), len(reuse), 2))
+    for gram, row in zip(grams, weights):
+        anchors = np.stack([np.stack([gram[j, j], gram[j, k]], -1), np.stack([gram[k, j], gram[k, k]], -1)], -2)
+        products = np.stack([gram[i, j], gram[i, k]], -1)[..., None]
+        found = PREDICTORS[predictor](anchors + RIDGE * np.diag(gram).mean() * np.eye(2), products)[..., 0]
+        found[lone] = [1.0, 0.0]
+        missed = gram[i, i] - 2 * (found * products[..., 0]).sum(-1) + np.einsum("ia,iab,ib->i", found, anchors, found)
+        errors.append(np.maximum(missed, 0) / gram[i, i])
+        row[1:] = found
+    error = np.sqrt(np.mean(errors, axis=0))
+    error[(second[i] != second[j]) | uncovered[i] | uncovered[j]] = 0.0
+    return np.append(0.0, error), None if predictor == "reuse" else weights
+
+
+def error_by_gram(schedule, levels, table):
+    """Expected relative error of every step that a schedule of the paper's rule reuses."""
+    error, _ = along(table_grams(table, levels, "residual"), schedule.reuse, "reuse", table.switch_step(levels))
+    return error[schedule.reuse]
 
 
 def resample_gram(gram, sigmas, new_sigmas):

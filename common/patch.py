@@ -66,6 +66,7 @@ def magcache_forward(
     def plan(levels, payload):
         return settings.of(payload).plan(table, levels, switch_step(levels, boundary), rule, interpolation)
 
+    payload = (settings.suited(table) if isinstance(settings, Target) else settings).payload
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
     def residuals():
@@ -79,7 +80,7 @@ def magcache_forward(
         residuals,
         announce,
         table,
-        PAYLOADS[settings.payload or "residual"],
+        PAYLOADS[payload or "residual"],
         guard,
         scheduler,
         corrector,
@@ -176,6 +177,7 @@ class Calibration(Patch):
         self.statistics = statistics
         self.table: RatioTable | None = None
         self.failure: MagCacheError | None = None
+        self.refuse_other_weights: Callable[[], None] = lambda: None  # than those that the file is named after
         super().__init__(models, host, timesteps, owner=owner)
 
     def __exit__(self, kind, error, trace):
@@ -190,6 +192,7 @@ class Calibration(Patch):
         try:
             run.complete()
             self.table = self.statistics.table(self.name, **self.description)
+            self.refuse_other_weights()
             if self.path and is_writer():
                 self.path = save_calibration(self.path, self.table)
         except MagCacheError as error:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .blocks import Host
 from .calibration import fingerprint
 from .clock import Clock
+from .conditioning import adapters_of
 from .denoisers import Denoisers, checkpoint_of, denoisers, refuse_other_caches
 from .discover import Undescribed
 from .errors import MagCacheError
@@ -29,7 +30,7 @@ from .gram import has_gram
 from .handle import Patch
 from .hosts import HOSTS, class_name, output_host
 from .loop import LoopEnd
-from .patch import MagCache, magcache_calibration, magcache_forward
+from .patch import magcache_calibration, magcache_forward
 from .planner import Target
 from .ranks import in_a_group, is_writer, shared_by_processes, told_by_writer
 from .report import RunReport
@@ -49,6 +50,7 @@ def enable(
     retention_ratio: float | None = None,
     calibrate: bool | None = None,
     announce: Callable[[str], None] | None = tqdm.write,
+    measure: tuple[float, float] | None = None,
 ) -> PipelineCache:
     """Let a diffusers pipeline skip model calls from now on, until `disable(pipe)` or the end of a `with` block.
 
@@ -59,6 +61,7 @@ def enable(
         everything, its result is the un-cached one, and what it measured is saved for the runs after it, in any
         process. False: refuse instead. True: measure, and cache nothing; each complete run is saved.
     announce: gets the plan as text at the start of each run; None: nobody.
+    measure: in which the computed steps of a speed-up are spread (`planner.Target`).
     Raises MagCacheError for what cannot work, in one sentence.
     """
     pipe = getattr(pipe, "decoder_pipe", pipe)  # of two pipelines in one, the one that draws
@@ -86,7 +89,7 @@ def enable(
             weights = fingerprint(group.models[0])
             if targets or not rule:
                 targets = targets or {"magcache_speedup": DEFAULT_SPEEDUP}
-                settings: Target | Settings = Target(**targets, **rule, payload="output")
+                settings: Target | Settings = Target(**targets, **rule, payload="output", measure=measure)
             else:
                 settings = paper_rule(rule, pipe, group, weights)
             handles.append(caching_patch(pipe, group, weights, settings, announce, calibrate is None))
@@ -164,7 +167,12 @@ def caching_patch(
 ) -> Patch | Undescribed:
     """`magcache_forward` on the denoiser of a pipeline, or `MeasuredFirst` where a table is needed and may be measured.
     weights: their fingerprint."""
+<<<<<<< HEAD
     clock, checkpoint = Clock(pipe, group.models), checkpoint_of(pipe, group)
+=======
+    clock, checkpoint, rule = Clock(pipe, group.models), checkpoint_of(pipe, group), isinstance(settings, Settings)
+    refuse_others = only_these_weights(group)
+>>>>>>> main
 
     def known(levels=None):
         table = find(checkpoint, weights, levels)
@@ -188,7 +196,7 @@ def caching_patch(
         facts, timesteps = clock.host(host), clock.timesteps
         if measures and (table is None or host.blocks):
             name, path, description = calibration_of(pipe, group, weights, host)
-            handle: MagCache = MeasuredFirst(
+            handle: Any = MeasuredFirst(
                 group.models,
                 facts,
                 timesteps,
@@ -199,6 +207,7 @@ def caching_patch(
                 description,
                 **options,
             )
+            handle.refuse_other_weights = refuse_others
         else:
             handle = magcache_forward(group.models, facts, table, settings, timesteps, **options)
         handle.guidance = clock.guidance
@@ -219,14 +228,16 @@ def unknown(name: str, rule: bool) -> str:
 def calibration_patch(pipe, group: Denoisers, announce) -> Patch | Undescribed:
     """`magcache_calibration` on the denoiser of a pipeline."""
     clock, weights = Clock(pipe, group.models), fingerprint(group.models[0])
+    refuse_others = only_these_weights(group)
     if announce:
         announce(f"MagCache: calibrating; complete runs are saved to {calibration_file(pipe, group, weights)}")
 
     def patch(host):
         name, path, description = calibration_of(pipe, group, weights, host)
-        return magcache_calibration(
-            group.models, clock.host(host), clock.timesteps, name, path, description, owner=pipe
-        )
+        facts = clock.host(host)
+        handle = magcache_calibration(group.models, facts, clock.timesteps, name, path, description, owner=pipe)
+        handle.refuse_other_weights = refuse_others
+        return handle
 
     return described(pipe, group, "residual", patch)
 
@@ -238,6 +249,20 @@ def refuse_if_unmeasurable(group: Denoisers, host: Host | None) -> None:
             f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
             "there is nothing to calibrate, and a speedup needs no calibration."
         )
+
+
+def only_these_weights(group: Denoisers) -> Callable[[], None]:
+    """A function that raises MagCacheError once the adapters on the models are others than now."""
+    before = [adapters_of(model) for model in group.models]
+
+    def refuse():
+        if [adapters_of(model) for model in group.models] != before:
+            raise MagCacheError(
+                "A LoRA was loaded, scaled or taken off since MagCache was enabled, so what was measured is not of the "
+                "weights that were there then; enable it again to calibrate these."
+            )
+
+    return refuse
 
 
 def calibration_file(pipe, group: Denoisers, weights: str) -> Path:

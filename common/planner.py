@@ -1,8 +1,9 @@
 """Schedules for a number of computed steps, a speed-up or an error: without a calibration, or from one.
 
-Without one the computed steps are spread over the run (`spread_steps`), and a skipped output is predicted along the
-line through the two newest (`trajectory.Trajectory`). With one, `gram` tells what every prediction would miss. numpy
-only.
+The computed steps are spread over the run (`spread`), since whole schedules are not ranked by what single
+predictions miss. Without a calibration a skipped output is predicted along the line through the two newest
+(`trajectory.Trajectory`). With one, `gram` tells how to weigh them, and which schedule keeps a bound on the error.
+numpy only.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MagCacheError
-from .gram import PREDICTORS, Forecast, has_gram, plan_steps, unpredicted
+from .gram import PREDICTORS, Forecast, along, has_gram, plan_steps, table_grams, unpredicted
 from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
+from .spread import MEASURE, MEASURE_WEIGHED, fewest_computed, refined_measure, spread_steps
 
 if TYPE_CHECKING:
     from .tables import RatioTable
 
-INDEX_SHARE = 0.5  # of the step's index in the measure that computed steps are spread in; the rest: noise level
-EARLY = 0.6  # its power: below 1, more of them lie at the beginning, where guidance decides what is drawn
-EXACT_STEPS = 100  # of longer runs not every schedule is weighed (`long_runs`): time and memory grow with their cube
+EXACT_STEPS = 100  # of longer runs not every schedule is weighed: time and memory grow with their cube
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class Target:
     fewest with no expected relative error above `magcache_max_error`.
 
     predictor: "line" needs no calibration and no facts of the model: computed steps spread evenly, outputs predicted
-        along the line through the two newest. "linear" and "reuse" plan from a calibration and weigh the two newest or
-        take the newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload
-        residual are asked for.
+        along the line through the two newest. "linear" weighs the two newest as a calibration tells, "reuse" takes the
+        newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload residual are
+        asked for. `suited` says where linear gives way.
     payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: what line takes,
         the output, else the residual).
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
     first on, that compute (None: the first).
     magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
+    measure: in which computed steps are spread evenly (`spread`; None: the one that was found best for the table's
+        checkpoint, else MEASURE, or MEASURE_WEIGHED where the two newest are weighed).
     """
 
     magcache_steps: int | None = None
@@ -50,6 +52,7 @@ class Target:
     magcache_max_error: float | None = None
     payload: str | None = None
     magcache_guard: float | None = None
+    measure: tuple[float, float] | None = None
 
     def __post_init__(self):
         asked = [self.magcache_steps, self.magcache_speedup, self.magcache_max_error]
@@ -100,22 +103,35 @@ class Target:
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
         table: None will do for the predictor line. rule: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
-        ratios = None if table is None else table.at(levels, interpolation)
-        if self.predictor == "line":
-            return replace(self.spread(levels, switch_step), settings=self, ratios=ratios)
-        if table is None or not has_gram(table):
+        target, ratios = self.suited(table), None if table is None else table.at(levels, interpolation)
+        if target.predictor == "line":
+            target = replace(target, measure=target.measure or refined_measure(table))
+            schedule = target.spread(levels, switch_step)
+        elif table is None or not has_gram(table):
             has = "There is no calibration" if table is None else f"{table.name} has magnitude ratios only"
             raise MagCacheError(
                 f"{has}; the predictors linear and reuse, magcache_max_error and the guard need the Gram matrix that a "
                 "calibration measures."
             )
-        if len(levels) > EXACT_STEPS:
-            from .long_runs import plan_long_run  # which is made of what is here
+        elif target.magcache_max_error is None:
+            schedule = target.weighed(table, levels, switch_step)
+        else:
+            schedule = target.within(target.magcache_max_error, table, levels, switch_step)
+        if target.predictor != self.predictor and table is not None:
+            how = "outputs are predicted without them" if target.predictor == "line" else "the newest is taken as it is"
+            told = f"{table.name} was calibrated with guidance, which multiplies what its weights miss: {how}"
+            schedule = replace(schedule, told=told)
+        return replace(schedule, settings=target, ratios=ratios)
 
-            return plan_long_run(self, table, levels, switch_step)
-        forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
-        share, beyond = reused_share(table, self.payload), unpredicted(table, levels)
-        return replace(self.place(forecast, share, switch_step, beyond), settings=self, ratios=ratios)
+    def suited(self, table: RatioTable | None) -> Target:
+        """The same, or what is done in its place: the weights of the predictor linear were fitted to the branches of
+        guidance, which multiplies what they miss. A table of more than one branch serves as none, and where an error is
+        asked for the newest is taken as it is."""
+        if self.predictor != "linear" or table is None or len(table.mag_ratios) < 2 or not has_gram(table):
+            return self
+        if self.magcache_max_error is not None or self.magcache_guard is not None:
+            return replace(self, predictor="reuse")
+        return replace(self, predictor="line", payload="output")
 
     def spread(self, levels: np.ndarray, switch_step: int | None = None) -> Schedule:
         """The Schedule whose computed steps, the first and the last among them, are spread evenly."""
@@ -124,7 +140,7 @@ class Target:
             return compute_all(steps, f"a run of {steps} steps has nothing to gain (MagCache starts at {few})")
         kept, computed = self.kept(steps), self.computed_of(steps, 0.0, switch_step) or steps
         reuse = np.ones(steps, dtype=bool)
-        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step)] = False
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, measure=self.measure)] = False
         return Schedule(
             reuse,
             np.arange(steps) < kept,
@@ -132,10 +148,54 @@ class Target:
             fewest_computed=computed,
         )
 
+<<<<<<< HEAD
     @property
     def needs_gram(self) -> bool:
         """Whether it takes the Gram matrix of a calibration; published ratios have none."""
         return self.predictor != "line"
+=======
+    def weighed(
+        self, table: RatioTable, levels: np.ndarray, switch_step: int | None = None, computed: int | None = None
+    ) -> Schedule:
+        """The Schedule whose computed steps (None: as many as are asked for) are spread evenly, with what the
+        calibration has for the others."""
+        steps, kept, beyond = len(levels), self.kept(len(levels)), unpredicted(table, levels)
+        grams = table_grams(table, levels, self.payload)
+        if computed is None:
+            computed = self.computed_of(steps, reused_share(table, self.payload), switch_step, beyond) or steps
+        reuse = np.ones(steps, dtype=bool)
+        measure = self.measure or (MEASURE if len(grams) > 1 else MEASURE_WEIGHED)
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, beyond, measure)] = False
+        error, weights = along(grams, reuse, self.predictor or "linear", switch_step, ~table.covered(levels))
+        return Schedule(
+            reuse,
+            np.arange(steps) < kept,
+            expected_error=error,
+            why_none="" if reuse.any() else "every step was asked to compute",
+            fewest_computed=computed,
+            weights=weights,
+        )
+
+    def within(
+        self, max_error: float, table: RatioTable, levels: np.ndarray, switch_step: int | None = None
+    ) -> Schedule:
+        """The Schedule with the fewest computed steps, in long runs the fewest evenly spread ones, for which no skipped
+        one's expected relative error exceeds max_error."""
+        steps, kept = len(levels), self.kept(len(levels))
+        if steps <= EXACT_STEPS:
+            forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
+            return plan_steps(forecast, max_error, self.magcache_K, kept)
+        computed = steps
+        least = fewest_computed(steps, self.magcache_K, kept, switch_step, unpredicted(table, levels))
+        while least < computed:
+            middle = (least + computed) // 2
+            one = self.weighed(table, levels, switch_step, middle)
+            if np.asarray(one.expected_error)[one.reuse].max(initial=0) <= max_error:
+                computed = middle
+            else:
+                least = middle + 1
+        return self.weighed(table, levels, switch_step, computed)
+>>>>>>> main
 
     def of(self, payload: str) -> Target:
         """The same for another payload."""
@@ -144,12 +204,6 @@ class Target:
     def kept(self, steps: int) -> int:
         """How many steps, from the first on, compute in any case."""
         return max(1, int(steps * (self.retention_ratio or 0)))
-
-    def place(self, forecast, share=0.0, switch_step=None, beyond=None):
-        """The Schedule that these errors ask for; share: cost of a reused step, in computed ones; beyond: of
-        `fewest_computed`."""
-        computed = self.computed_of(forecast.steps, share, switch_step, beyond)
-        return plan_steps(forecast, computed, self.magcache_K, self.kept(forecast.steps), self.magcache_max_error)
 
     def computed_of(
         self, steps: int, share: float = 0.0, switch_step: int | None = None, beyond: np.ndarray | None = None
@@ -168,61 +222,6 @@ class Target:
         if computed < least:
             raise MagCacheError(f"Of {steps} steps, between {least} and {steps} can be computed, not {computed}.")
         return computed
-
-
-def spread_steps(
-    levels: np.ndarray,
-    computed: int,
-    magcache_K: int | None = None,
-    kept: int = 1,
-    switch_step: int | None = None,
-) -> list[int]:
-    """Indices of `computed` steps, spread evenly in `places`. The first and the last compute, since only what lies
-    between two is corrected; so do the first and the last of each expert where there are enough. magcache_K: most
-    between two; kept: how many compute from the first on."""
-    place, steps = places(levels), len(levels)
-    if switch_step is None or not 0 < switch_step < steps:
-        return spread_evenly(place, computed, magcache_K, kept)
-    # Each expert's share, and no less than its own cap needs.
-    least = fewest_computed(switch_step, magcache_K, min(kept, switch_step))
-    most = computed - fewest_computed(steps - switch_step, magcache_K)
-    first = int(np.clip(round(computed * place[switch_step]), least, min(most, switch_step)))
-    first = max(first, computed - (steps - switch_step))
-    late = spread_evenly(place[switch_step:], computed - first, magcache_K)
-    return spread_evenly(place[:switch_step], first, magcache_K, kept) + [switch_step + step for step in late]
-
-
-def places(levels: np.ndarray) -> np.ndarray:
-    """Where each step lies in a run, from 0 to 1: INDEX_SHARE of its index and the rest of how far the noise level has
-    fallen, to the power EARLY."""
-    levels = np.asarray(levels, dtype=float)
-    fallen = (levels[0] - levels) / max(levels[0] - levels[-1], 1e-9)
-    return (INDEX_SHARE * np.linspace(0, 1, len(levels)) + (1 - INDEX_SHARE) * fallen) ** EARLY
-
-
-def spread_evenly(place: np.ndarray, computed: int, magcache_K: int | None = None, kept: int = 1) -> list[int]:
-    """Indices of `computed` of these places, the first `kept` and the last among them, the rest as evenly as can be."""
-    steps = len(place)
-    apart = steps if magcache_K is None else magcache_K + 1
-    chosen = list(range(min(kept, computed)))
-    last = min(steps - 1, chosen[-1] + (computed - len(chosen)) * apart)
-    wanted = np.linspace(place[chosen[-1]], place[-1], computed - len(chosen) + 1)[1:]
-    for left, where in zip(range(len(wanted) - 1, -1, -1), wanted):
-        possible = np.arange(max(chosen[-1] + 1, last - left * apart), min(steps - 1 - left, chosen[-1] + apart) + 1)
-        chosen.append(int(possible[np.abs(place[possible] - where).argmin()]))
-    return chosen
-
-
-def fewest_computed(steps, magcache_K=None, kept=1, switch_step=None, beyond=None):
-    """How many steps compute at least: the first `kept`, the first of each expert, those of the mask `beyond`
-    (`unpredicted`), and one after every magcache_K reuses."""
-    reuse, run = np.zeros(steps, dtype=bool), 0
-    possible = np.ones(steps, dtype=bool) if beyond is None else ~beyond
-    for step in range(steps):
-        allowed = step >= kept and step != switch_step and possible[step]
-        reuse[step] = allowed and (magcache_K is None or run < magcache_K)
-        run = run + 1 if reuse[step] else 0
-    return int(steps - reuse.sum())
 
 
 def speedup(steps, computed, share):

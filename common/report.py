@@ -12,8 +12,7 @@ import numpy as np
 
 from . import __version__
 from .files import write_json
-from .gram import has_gram
-from .long_runs import error_by_gram
+from .gram import error_by_gram, has_gram
 from .planner import Target, nearest_by_the_rule, reused_share, speedup
 from .schedule import Schedule, Settings, rule_of
 from .steps import Call
@@ -40,9 +39,10 @@ class PlanLine(NamedTuple):
     """One line of a plan. kind: what it tells, by which a front end chooses; text: the line.
 
     kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over),
-    "uncovered" (steps beyond the table), "notes" (of a borrowed table), "nothing" (why nothing will be reused),
-    "gain" (computed steps and speed-up), "out of reach" (the speed-up asked for), "error" (expected), "other error"
-    (of the other way to plan as many computed steps), "corrector" (whether skipped steps are made again), "memory".
+    "uncovered" (steps beyond the table), "notes" (of a borrowed table; why not planned as asked), "nothing" (why
+    nothing will be reused), "gain" (computed steps and speed-up), "out of reach" (the speed-up asked for), "error"
+    (expected), "other error" (of the other way to plan as many computed steps), "corrector" (whether skipped steps
+    are made again), "memory".
     """
 
     kind: str
@@ -93,6 +93,8 @@ def plan_lines(
         )
     if table is not None and table.origin == "borrowed":
         lines.append(PlanLine("notes", f"  {table.notes}"))
+    if schedule.told:
+        lines.append(PlanLine("notes", f"  {schedule.told}"))
     if schedule.why_none:
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
     elif schedule.accumulated_error is not None:
@@ -126,13 +128,10 @@ def rule_lines(schedule: Schedule, levels: np.ndarray, table: RatioTable | None)
         lines.append(PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"))
         if schedule.steps <= COMPARED_STEPS:
             other = Target(schedule.computed, predictor="linear").plan(table, levels, table.switch_step(levels))
-            lines.append(
-                PlanLine(
-                    "other error",
-                    f"    a planned run with magcache_steps {schedule.computed}: "
-                    f"{error_text(np.asarray(other.expected_error)[other.reuse])}",
-                )
-            )
+            if other.expected_error is not None:
+                errors = error_text(other.expected_error[other.reuse])
+                text = f"    a planned run with magcache_steps {schedule.computed}: {errors}"
+                lines.append(PlanLine("other error", text))
     return lines
 
 

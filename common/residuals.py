@@ -33,10 +33,12 @@ class Residuals:
     ) -> None:
         self.device, self.dtype, self.for_all, self.peak_bytes = device, dtype, for_all, 0
         self.kept: dict[Hashable, list[Kept]] = {}
+        self.branches = 0  # seen so far
 
     def keep(self, part: Part, residual: torch.Tensor) -> None:
         """Keep a residual computed for a part. It takes the place of an earlier evaluation at the same step."""
         key, call, latent = part
+        self.branches = max(self.branches, call.branch + 1)
         kept = Kept(
             call.step,
             signature(latent),
@@ -50,8 +52,8 @@ class Residuals:
     def predict(self, part: Part, schedule: Schedule) -> tuple[torch.Tensor | None, str]:
         """(residual, "") for a part, or (None, why nothing kept belongs here).
 
-        Residuals of the planned steps are weighed as planned; where only the newest is there, it is taken as it is. A
-        residual older than planned is not used.
+        Residuals of the planned steps are weighed as planned; where only the newest is there, or guidance makes more
+        branches than the weights are for, it is taken as it is. A residual older than planned is not used.
         """
         key, call, latent = part
         anchors, kept = schedule.anchors(call.step), self.kept.get(key, [])
@@ -61,9 +63,9 @@ class Residuals:
             return None, "the latent changed its shape or device"
         kept = kept[: len(anchors)]
         as_planned = [one.step for one in kept] == anchors and all(one.latent == kept[0].latent for one in kept)
-        if schedule.weights is None or not as_planned:
+        if schedule.weights is None or not as_planned or self.branches > len(schedule.weights):
             return kept[0].as_made(), ""
-        weights = schedule.weights[min(call.branch, len(schedule.weights) - 1), call.step].tolist()
+        weights = schedule.weights[call.branch, call.step].tolist()
         if weights[0] == 1.0 and not any(weights[1:]):
             return kept[0].as_made(), ""
         residual = weights[0] * kept[0].as_made()

@@ -101,11 +101,11 @@ class Schedule:
     """One run, planned.
 
     reuse: whether step i reuses a residual; retained: the steps that compute whatever the error.
-    accumulated_error: of the paper's rule, on which that was decided (None: planned otherwise).
-    expected_error: the expected relative error of predicting each step (None: the rule knows none).
-    settings: what was asked for; why_none: why nothing is reused; ratios: (branches, steps).
+    accumulated_error: of the paper's rule, on which that was decided (None: planned otherwise); expected_error: the
+    expected relative error of predicting each step (None: not known).
+    settings: what was planned; why_none: why nothing is reused; ratios: (branches, steps).
     fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
-    weights: (branches, steps, 2), how a step weighs the two newest residuals; None: the newest as it is.
+    weights: (branches, steps, 2), of the two newest residuals (None: as they are); told: why not as asked for.
     """
 
     reuse: np.ndarray
@@ -117,6 +117,7 @@ class Schedule:
     ratios: np.ndarray | None = field(default=None, repr=False)
     fewest_computed: int = 0
     weights: np.ndarray | None = field(default=None, repr=False)
+    told: str = ""
 
     @property
     def steps(self) -> int:

@@ -177,5 +177,7 @@ DIFFUSERS: dict[str, Host] = {
     "diffusers.WanAnimateTransformer3DModel": BLOCKS,
     "diffusers.WanTransformer3DModel": BLOCKS,
     "diffusers.WanVACETransformer3DModel": Host(blocks=("vace_blocks", "blocks"), final_layer="norm_out"),
-    "diffusers.ZImageTransformer2DModel": Host(blocks=("layers",), image_tokens=0, latent="x", **rising("t")),
+    "diffusers.ZImageTransformer2DModel": Host(
+        blocks=("layers",), final_layer="all_final_layer", image_tokens=0, latent="x", **rising("t")
+    ),
 }

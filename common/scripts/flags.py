@@ -71,6 +71,16 @@ def add_magcache_flags(parser):
     return group
 
 
+def add_refine_flag(group):
+    """For scripts of diffusers pipelines (`refine.refine`)."""
+    group.add_argument(
+        "--magcache_refine",
+        action="store_true",
+        help="with --magcache_speedup or --magcache_steps: calibrate on the prompts, draw each again in a few ways to "
+        "spread the computed steps, and keep the closest for later runs of this checkpoint; saves no pictures",
+    )
+
+
 def add_opt_in_flags(parser):
     """The MagCache group of a host that computes everything unless it is asked not to."""
     add_magcache_flags(parser).add_argument(

@@ -14,11 +14,12 @@ from ..errors import MagCacheError
 from ..hosts.diffusers import FLUX
 from ..tables import published
 from .checkout import one_sentence
-from .flags import DTYPES, add_magcache_flags, check_flags, check_writable, flags_taken
+from .flags import DTYPES, add_magcache_flags, add_refine_flag, check_flags, check_writable, flags_taken
 from .install import REPOSITORY
 from .outputs import beside, files_of, own_place
 from .pipelines import load_pipeline, prompts_in
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
+from .refine import check_refining, refine
 from .session import Session, check_calibration
 
 DEMO = REPOSITORY / "demo" / "image"
@@ -50,11 +51,15 @@ class Script:
 def main(*, description: str, **lines):
     """Run a script. description: shown by --help; lines: the fields of `Script`."""
     script = Script(**lines)
-    ours = flags_taken(add_magcache_flags)
+    ours = flags_taken(add_flux_flags)
     args = parse(script, description)
     check_flux_flags(args, ours)
     choose_model(args, script)
     run(args, ours, script)
+
+
+def add_flux_flags(parser):
+    add_refine_flag(add_magcache_flags(parser))
 
 
 def parse(script, description):
@@ -92,6 +97,7 @@ def check_flux_flags(args, ours):
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
     check_flags(ours, ("torchmetrics", "tabulate", "matplotlib"))
     check_calibration(ours, args.steps)
+    check_refining(ours, ("compare", "magcache_calibration", "magcache_thresh", "magcache_predictor", "mag_ratios"))
     if args.output.suffix.lower() not in PICTURES:
         raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
     check_writable("--output", args.output)
@@ -107,6 +113,10 @@ def run(args, ours, script):
     checkpoint = fingerprint(pipe.transformer)
     height, width = picture_size(args, script, pipe)
     call = pipeline_arguments(args, pipe, height, width)
+    if ours.magcache_refine:
+        place_flux(pipe, args, device)
+        refine_flux(pipe, args, ours, call)
+        return
     session = None
     if ours.magcache or ours.magcache_calibration is not None:
         about = {"model": args.model, "lora": args.lora or "", "seed": args.seed, "device": device}
@@ -151,6 +161,19 @@ def run(args, ours, script):
     if compared:
         with session.bookkeeping("The side-by-side picture"):
             show_comparison(compared, sheet)
+
+
+def refine_flux(pipe, args, ours, call):
+    """--magcache_refine, on the prompts."""
+
+    def draw(prompt, title):
+        pipe.set_progress_bar_config(desc=title)
+        generator = torch.Generator("cpu").manual_seed(args.seed)
+        image = pipe(prompt=prompt, num_inference_steps=args.steps, output_type="np", generator=generator, **call)
+        return (image.images * 255).round().astype(np.uint8)
+
+    asked = {"speedup": ours.magcache_speedup, "steps": ours.magcache_steps}
+    refine(pipe, draw, args.prompts, **asked, K=ours.magcache_K, retention_ratio=ours.retention_ratio)
 
 
 def picture_size(args, script, pipe):

@@ -23,6 +23,7 @@ from ..planner import Target
 from ..ranks import is_writer, told_by_writer
 from ..report import RunReport, write_report
 from ..schedule import Rule, Settings, rule_of
+from ..spread import refined_measure
 from ..tables import RatioTable, best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
 from .flags import cache_options, check_writable, settings_of, target_of
 from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, report_place
@@ -156,12 +157,12 @@ class Session:
 
     def find_table(self, checkpoint: str) -> RatioTable | None:
         """The ratios to use: those named, else this checkpoint's own for this task and the nearest size, else the
-        published ones; None where there are none and they are to be measured."""
+        published ones; None where there are none and they are to be measured. A run that needs none: those refined."""
         if self.args.mag_ratios:
             return self.named_table()
-        if needs_no_table(self.settings()):
-            return None
         own = self.own_tables(checkpoint)
+        if needs_no_table(self.settings()):
+            return best(table for table in own if refined_measure(table))
         fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
         for table in own:
             if table not in fine:

@@ -10,7 +10,7 @@ from diffusers.models import attention_processor as processors
 from diffusers.models import embeddings
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
-from tiny_pipelines import FAMILIES, TEXT, WIDTH, embeds, flux_controlnet, run_pipeline
+from tiny_pipelines import FAMILIES, TEXT, WIDTH, embeds, run_pipeline, with_control_net
 
 from common.pipeline import enable
 
@@ -166,7 +166,7 @@ def test_a_callback_changes_the_conditioning(what):
 @pytest.mark.robustness("What a residual belongs to", "a control net ends (at 0.42 of a run)")
 def test_a_control_nets_time_is_over():
     """At 0.42 of the run, in the middle of a gap: on both sides of it the picture follows the un-cached one."""
-    pipe, arguments = flux_controlnet()
+    pipe, arguments = with_control_net("flux")
     call = {**arguments(1), "control_guidance_end": 0.42}
     for steps in range(12, 24):  # as many as let it end in a gap
         with enable(pipe, speedup=2.5, announce=None) as cache:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
+import peft
 import pytest
 import torch
 from ranks import two_ranks
@@ -223,6 +224,28 @@ def test_what_goes_wrong_loses_nothing(home, monkeypatch):
         assert said[-1] == cache.report and f"{SAID}, in this process only (" in cache.report
         run_pipeline(pipe, arguments(1), STEPS)
     assert cache.reports[-1].reused and home.read_text() == "in the way"
+
+
+def test_a_lora_put_on_since_is_not_saved_under_the_name_of_the_weights(home):
+    pipe, arguments = FAMILIES["flux"]()
+    said, lora = [], peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    with pytest.raises(MagCacheError, match="A LoRA was loaded, scaled or taken off since"):
+        with enable(pipe, calibrate=True, announce=None):
+            pipe.transformer.add_adapter(lora, "mine")
+            run_pipeline(pipe, arguments(1), STEPS)
+    with enable(pipe, **RULE, announce=said.append) as cache:
+        pipe.transformer.set_adapters(["mine"], [0.5])
+        run_pipeline(pipe, arguments(1), STEPS)
+        assert f"{SAID}, in this process only (A LoRA was loaded, scaled" in cache.report and files(home) == []
+        run_pipeline(pipe, arguments(1), STEPS)
+    assert cache.reports[-1].reused
+    with enable(pipe, **RULE, announce=None):
+        run_pipeline(pipe, arguments(1), STEPS)
+    (with_lora,) = files(home)
+    pipe.transformer.delete_adapters("mine")
+    with enable(pipe, **RULE, announce=None) as cache:
+        run_pipeline(pipe, arguments(1), STEPS)
+    assert not cache.reports[0].reused and len(files(home)) == 2 and with_lora in files(home)
 
 
 @pytest.mark.parametrize("family, why", [("sdxl", "a U-Net has no stack"), ("ltx2", "it denoises picture and sound")])

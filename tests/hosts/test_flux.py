@@ -19,10 +19,12 @@ from PIL import Image
 
 from common.calibration import fingerprint
 from common.hosts.diffusers import FLUX
+from common.refine import MEASURES, best_measure
 from common.schedule import Settings, magcache_schedule, rule_of
 from common.scripts import flux
 from common.scripts.quality import quality
-from common.tables import load, read
+from common.spread import spread_steps
+from common.tables import load, read, write
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -226,16 +228,50 @@ def test_planned_run_computes_as_many_steps_as_asked(capsys):
     assert report["computed"] == 10 and report["extra_bytes"] == 64 * 160 * 4
 
 
-def test_planned_guidance_weighs_each_branch(capsys):
+def test_a_calibration_with_guidance_plans_as_none_does(capsys):
     two = ("--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2)
     run_flux(capsys, DEV, *two, "--magcache_calibration", "two.json")
     assert read("two.json").statistics["gram"].keys() == {"cond", "uncond"}
     weighed = ("--magcache_steps", 12, "--magcache_predictor", "linear")
-    run_flux(capsys, DEV, *two, "--mag_ratios", "two.json", *weighed, "--compare")
+    text = run_flux(capsys, DEV, *two, "--mag_ratios", "two.json", *weighed, "--compare")
+    assert "calibrated with guidance" in text
+    planned = Image.open("magcache_flux.png")
+    run_flux(capsys, DEV, *two, "--magcache_steps", 12, "--output", "free.png")
+    assert np.array_equal(planned, Image.open("free.png"))
     report = json.loads(Path("magcache_flux.magcache.json").read_text())
     assert report["computed"] == 24 and report["unplanned"] == {}
     _, cached, fewer = report["quality"].values()
     assert cached["psnr"] > fewer["psnr"] + 3
+
+
+def test_what_was_refined_serves_the_runs_after_it(capsys):
+    """In any task that the checkpoint is found for, by its weights; --no-magcache and other wishes are refused."""
+    flags = ("--prompt", PROMPT, "a robot", "--steps", 12, "--magcache_steps", 5)
+    text = run_flux(capsys, DEV, *flags, "--magcache_refine")
+    assert not list(Path().glob("*.png")) and text.count(" dB, worst") == len(MEASURES)
+    (path,) = (Path("home")).glob("*.json")
+    kept = read(path).statistics["refined"]
+    assert (kept["steps"], kept["computed"], kept["prompts"]) == (12, 5, 2)
+    share, power = kept["measure"]
+    assert f"spread their computed steps in the measure {share:g}, {power:g} from now on" in text
+    closeness = {(share, power): psnr for share, power, psnr in kept["psnr"]}
+    assert set(closeness) == set(MEASURES) and best_measure(closeness) == (share, power)
+    # One that is surely not the default, so that it shows.
+    kept["measure"] = [1.0, 1.0]
+    table = read(path)
+    write(path, replace(table, statistics={**table.statistics, "refined": kept}))
+    text = run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 12, "--magcache_steps", 5)
+    strip = json.loads(Path("magcache_flux.magcache.json").read_text())["strip"]
+    chosen = spread_steps(table.sigmas, 5, measure=(1.0, 1.0))
+    assert [step for step, kind in enumerate(strip) if kind == "#"] == chosen and "measure (1.0, 1.0)" in text
+    assert chosen != spread_steps(table.sigmas, 5)
+    for more, part in (
+        (["--compare"], "leave out --compare"),
+        (["--no-magcache"], "leave out --no-magcache"),
+        (["--magcache_calibration"], "leave out --magcache_calibration"),
+    ):
+        assert part in flux_complaint(capsys, DEV, *flags, "--magcache_refine", *more)
+    assert "name it with --magcache_speedup" in flux_complaint(capsys, DEV, "--magcache_refine")
 
 
 def test_prompt_file_seed_and_size(capsys, tmp_path):

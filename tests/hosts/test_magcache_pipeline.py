@@ -90,6 +90,18 @@ def test_the_comparison_of_a_video_moves_and_is_written_over_only_by_itself(tmp_
     assert heights[1] < heights[0] - 20
 
 
+def test_what_was_refined_is_found_by_the_next_run(tmp_path, script):
+    video = ("--model", "demo-video", "--num_frames", "5", "--num_inference_steps", "8", "--magcache_steps", "4")
+    ended, said = script(*video, "--magcache_refine")
+    assert ended is None and not list(tmp_path.glob("*.mp4")) and "spread their computed steps in the measure" in said
+    (path,) = (tmp_path / "home").glob("*.json")
+    content = json.loads(path.read_text())
+    content["statistics"]["refined"]["measure"] = [1.0, 1.0]
+    path.write_text(json.dumps(content))
+    ended, said = script(*video)
+    assert ended is None and "measure (1.0, 1.0)" in said
+
+
 def test_each_rank_draws_its_share_and_files_of_others_stay(tmp_path, script):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n\na sun\n")
     (tmp_path / "mine_3.png").write_text("not ours")

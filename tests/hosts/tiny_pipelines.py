@@ -3,6 +3,7 @@ downloaded, and a run of eight steps takes a second or two."""
 
 from __future__ import annotations
 
+import inspect
 from operator import attrgetter
 
 import diffusers
@@ -15,8 +16,12 @@ TEXT, WIDTH = 6, 16  # tokens of a prompt, and their width
 
 def random_model(name, seed=0, **config):
     torch.manual_seed(seed)
-    made = attrgetter(name)(diffusers)(**config).eval().requires_grad_(False)
-    for parameter in made.parameters():  # a fresh final layer is often zero, and pads are uninitialised
+    return with_random_weights(attrgetter(name)(diffusers)(**config), seed)
+
+
+def with_random_weights(made, seed=0):
+    torch.manual_seed(seed)
+    for parameter in made.eval().requires_grad_(False).parameters():  # a fresh final layer is often zero
         parameter.copy_(
             torch.randn(parameter.shape) * (0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.2)
         )
@@ -56,13 +61,6 @@ def flux():
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "pooled_prompt_embeds": embeds(seed, 1, WIDTH),
         "height": 16, "width": 16,
     }  # fmt: skip
-
-
-def flux_controlnet():
-    pipe, arguments = flux()
-    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
-    pipe = diffusers.FluxControlNetPipeline(controlnet=random_model("FluxControlNetModel", 1, **FLUX), **parts)
-    return pipe, lambda seed: {**arguments(seed), "control_image": embeds(seed, 1, 3, 16, 16)}
 
 
 def tiny_wan_transformer(seed=0):
@@ -116,14 +114,16 @@ def qwen_image():
     }  # fmt: skip
 
 
+SD3 = {
+    "sample_size": 32, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+    "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": WIDTH,
+    "pooled_projection_dim": WIDTH, "out_channels": 4,
+}  # fmt: skip
+
+
 def sd3():
-    transformer = random_model(
-        "SD3Transformer2DModel", sample_size=32, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
-        out_channels=4,
-    )  # fmt: skip
     pipe = diffusers.StableDiffusion3Pipeline(
-        transformer, flow(shift=3.0), small_vae(4), **no_text("", "_2", "_3")
+        random_model("SD3Transformer2DModel", **SD3), flow(shift=3.0), small_vae(4), **no_text("", "_2", "_3")
     )  # fmt: skip
     return pipe, lambda seed: {
         "prompt_embeds": embeds(seed, 1, TEXT, WIDTH), "pooled_prompt_embeds": embeds(seed, 1, WIDTH),
@@ -290,8 +290,67 @@ FAMILIES = {
 }
 
 
+def flux_control_net(pipe):
+    return random_model("FluxControlNetModel", 1, **FLUX)
+
+
+def sd3_control_net(pipe):
+    return random_model("SD3ControlNetModel", 1, **{**SD3, "num_layers": 1})
+
+
+def qwen_image_control_net(pipe):
+    config = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+    return with_random_weights(
+        diffusers.QwenImageControlNetModel.from_transformer(
+            pipe.transformer, load_weights_from_transformer=False, **config
+        ),
+        1,
+    )
+
+
+def z_image_control_net(pipe):
+    """It has the transformer's own embedders."""
+    return random_model(
+        "ZImageControlNetModel", 1, control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=4,
+        add_control_noise_refiner="control_noise_refiner", dim=32, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+    )  # fmt: skip
+
+
+def sdxl_control_net(pipe):
+    net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 4))
+    return with_random_weights(net, 1)
+
+
+CONTROL_NETS = {  # by family: the pipeline, its control net, the keyword of the picture
+    "flux": ("FluxControlNetPipeline", flux_control_net, "control_image"),
+    "sd3": ("StableDiffusion3ControlNetPipeline", sd3_control_net, "control_image"),
+    "qwen_image": ("QwenImageControlNetPipeline", qwen_image_control_net, "control_image"),
+    "z_image": ("ZImageControlNetPipeline", z_image_control_net, "control_image"),
+    "sdxl": ("StableDiffusionXLControlNetPipeline", sdxl_control_net, "image"),
+}
+
+
+def with_control_net(family):
+    pipe, arguments = FAMILIES[family]()
+    name, control_net, keyword = CONTROL_NETS[family]
+    pipe = of_the_parts_of(pipe, name, controlnet=control_net(pipe))
+    return pipe, lambda seed: {**arguments(seed), keyword: picture_for(arguments(seed))}
+
+
+def of_the_parts_of(pipe, name, **more):
+    """A pipeline of another class."""
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{name: part for name, part in pipe.components.items() if name in known}, **more)
+
+
+def picture_for(call):
+    return embeds(3, 1, 3, call["height"], call["width"]).clamp(0, 1)
+
+
 def run_pipeline(pipe, arguments, steps=8, seed=0, **more):
     """The latents of one run."""
+    torch.manual_seed(seed)  # SD3's control net draws from the global generator
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     arguments = {"num_inference_steps": steps, "output_type": "latent", "generator": generator, **arguments, **more}

@@ -20,20 +20,15 @@ from common.tables import read
 
 
 @pytest.fixture
-def measured_table(model, euler, calibrating):
-    sampler = euler(copy.deepcopy(model))
-    with calibrating(sampler) as handle:
-        sampler.run(cfg=True, prompt=7)
-    return handle.table
+def planned_run(model, euler, calibrating, host):
+    """`magcache_forward` with a target, calibrated on another prompt, with guidance or without."""
 
-
-@pytest.fixture
-def planned_run(measured_table, host):
-    """`magcache_forward` with a target, calibrated on another prompt."""
-
-    def patch(sampler, target, announce=None, **options):
+    def patch(sampler, target, announce=None, guided=False, **options):
+        measured = euler(copy.deepcopy(model))
+        with calibrating(measured) as handle:
+            measured.run(cfg=guided, prompt=7)
         return magcache_forward(
-            sampler.model, host, measured_table, target, lambda: sampler.timesteps, announce=announce, **options
+            sampler.model, host, handle.table, target, lambda: sampler.timesteps, announce=announce, **options
         )
 
     return patch
@@ -51,10 +46,10 @@ class Outputs:
         if not self.schedule.reuse[step]:
             made.insert(0, output[0].clone())
             return output
-        weights = self.schedule.weights[self.sampler.branch, step].tolist()
-        anchors = self.schedule.anchors(step)
-        predicted = made[0] if len(anchors) == 1 else (weights[0] * made[0]).add_(made[1], alpha=weights[1])
-        return (predicted,)
+        if len(self.schedule.anchors(step)) == 1 or len(self.made) > 1:  # guidance, which the weights are not for
+            return (made[0],)
+        a, b = self.schedule.weights[0, step].tolist()
+        return ((a * made[0]).add_(made[1], alpha=b),)
 
 
 @pytest.mark.parametrize("run", [{}, {"cfg": True}, {"batch": 2, "cfg": True}], ids=["one branch", "cfg", "batch"])
@@ -160,10 +155,10 @@ def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
 def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned_run):
     plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
     with planned_run(plain, Target(6, predictor="linear")):
-        result = plain.run(cfg=True, prompt=7)
+        result = plain.run(prompt=7)
     with planned_run(guarded, Target(6, magcache_guard=3)) as handle:
-        assert torch.equal(guarded.run(cfg=True, prompt=7), result)
-    assert handle.reports[0].reused == 12 and not handle.reports[0].unplanned
+        assert torch.equal(guarded.run(prompt=7), result)
+    assert handle.reports[0].reused == 6 and not handle.reports[0].unplanned
 
 
 @pytest.mark.parametrize("payload", ["residual", "output"])
@@ -178,7 +173,7 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
                 block.proj_out.weight.mul_(-5)
         return {}
 
-    with planned_run(sampler, Target(7, magcache_guard=3, payload=payload)) as handle:
+    with planned_run(sampler, Target(7, magcache_guard=3, payload=payload), guided=cfg) as handle:
         result = sampler.run(cfg=cfg, extra=disturb)
         model.load_state_dict(weights)
         again = sampler.run(cfg=cfg)
@@ -195,7 +190,7 @@ def test_a_guard_stops_skipping_where_the_sample_leaves_the_calibration(model, e
         why.startswith(f"the guard saw step {seen} predicted ") and calls == branches * int(reuse[seen + 1 :].sum()) > 0
     )
     assert f"{calls} computed unplanned (the guard saw" in report.line()
-    with planned_run(expected, Target(7, magcache_guard=3, payload=payload)):
+    with planned_run(expected, Target(7, magcache_guard=3, payload=payload), guided=cfg):
         assert torch.equal(again, expected.run(cfg=cfg))  # the next run starts anew
 
 

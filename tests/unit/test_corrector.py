@@ -14,9 +14,10 @@ from common.blocks import Host
 from common.corrector import EULER, Folded, Replay, follower_of, why_uncorrected
 from common.errors import MagCacheError
 from common.patch import magcache_forward
-from common.planner import Target, spread_steps
+from common.planner import Target
 from common.ratios import flow_sigmas
 from common.schedule import Settings
+from common.spread import spread_steps
 from common.tables import RatioTable
 from common.trajectory import Trajectory, interpolation_weights
 

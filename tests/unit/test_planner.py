@@ -10,13 +10,25 @@ import pytest
 from tiny_tables import gram_of, residuals, table
 
 from common.errors import MagCacheError
-from common.gram import Forecast, packed, pair_errors, plan_steps, resample_gram, table_grams, unpacked
-from common.long_runs import along, error_by_gram
-from common.planner import Target, nearest_by_the_rule, speedup, spread_steps
+from common.gram import (
+    Forecast,
+    along,
+    error_by_gram,
+    packed,
+    pair_errors,
+    plan_steps,
+    resample_gram,
+    table_grams,
+    unpacked,
+    unpredicted,
+)
+from common.planner import Target, nearest_by_the_rule, speedup
 from common.ratios import flow_sigmas
+from common.refine import MEASURES, closeness_of, refined
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
-from common.tables import load
+from common.spread import MEASURE, MEASURE_WEIGHED, spread_steps
+from common.tables import load, read, write
 
 
 def forecast_of(rows, predictor="linear"):
@@ -40,42 +52,33 @@ def error_of(rows, anchors, predictor, switch_step=0):
     return np.array(errors)
 
 
+def best_within(rows, bound, predictor, switch_step=0):
+    """The anchors, as few as can be and then those with the least sum of fourth powers, with which no error exceeds a
+    bound: found by trying all."""
+    for count in range(len(rows)):
+        costs = {}
+        for rest in itertools.combinations(range(1, len(rows)), count):
+            anchors = sorted({0, switch_step, *rest})
+            errors = error_of(rows, anchors, predictor, switch_step)
+            if len(anchors) == count + 1 and errors.max(initial=0) <= bound**2:
+                costs[tuple(anchors)] = (errors**2).sum()
+        if costs:
+            return list(min(costs, key=costs.get))
+
+
 @pytest.mark.parametrize("predictor", ["linear", "reuse"])
-@pytest.mark.parametrize("computed", [2, 3, 4, 6])
-def test_plan_is_the_best_of_all_schedules(predictor, computed):
-    rows = residuals(9)
-    best = min(
-        itertools.combinations(range(1, 9), computed - 1),
-        key=lambda rest: (error_of(rows, (0, *rest), predictor) ** 2).sum(),
+@pytest.mark.parametrize("switch_step", [0, 4])
+@pytest.mark.parametrize("bound", [0.7, 0.5, 0.2, 0.05])
+def test_a_bound_on_the_error_is_kept_by_the_best_of_all_schedules(predictor, switch_step, bound):
+    rows, levels = residuals(9), flow_sigmas(9)
+    schedule = Target(magcache_max_error=bound, predictor=predictor).plan(
+        table(levels, cond=rows), levels, switch_step or None
     )
-    schedule = plan_steps(forecast_of(rows, predictor), computed)
-    assert np.flatnonzero(~schedule.reuse).tolist() == [0, *best]
-    np.testing.assert_allclose(
-        schedule.expected_error[schedule.reuse] ** 2, error_of(rows, (0, *best), predictor), rtol=1e-2
-    )
-
-
-def test_plan_with_two_experts_is_the_best_of_all_schedules():
-    rows = residuals(9)
-    best = min(
-        ({0, 4, *rest} for rest in itertools.combinations({1, 2, 3, 5, 6, 7, 8}, 2)),
-        key=lambda anchors: (error_of(rows, anchors, "linear", switch_step=4) ** 2).sum(),
-    )
-    synthetic = table(flow_sigmas(9), cond=rows)
-    schedule = Target(4, predictor="linear").plan(synthetic, flow_sigmas(9), switch_step=4)
-    assert set(np.flatnonzero(~schedule.reuse)) == best and np.isfinite(schedule.expected_error).all()
-    with pytest.raises(MagCacheError, match="between 2 and 9"):
-        Target(1, predictor="linear").plan(synthetic, flow_sigmas(9), switch_step=4)
-
-
-@pytest.mark.parametrize("bound", [0.5, 0.2, 0.05, 0.01])
-def test_max_error_computes_as_few_steps_as_any_schedule_could(bound):
-    rows = residuals(9)
-    schedule = plan_steps(forecast_of(rows), max_error=bound)
-    assert schedule.expected_error[schedule.reuse].max(initial=0) <= bound
-    for rest in itertools.combinations(range(1, 9), schedule.computed - 2):
-        anchors = (0, *rest)
-        assert error_of(rows, anchors, "linear").max() > 0.99 * bound**2
+    anchors = best_within(rows, bound, predictor, switch_step)
+    assert np.flatnonzero(~schedule.reuse).tolist() == anchors
+    errors = schedule.expected_error[schedule.reuse]
+    np.testing.assert_allclose(errors**2, error_of(rows, anchors, predictor, switch_step), rtol=2e-2, atol=1e-9)
+    assert errors.max(initial=0) <= bound
 
 
 def test_max_error_at_its_ends():
@@ -94,15 +97,72 @@ def test_max_error_at_its_ends():
     ],
 )
 def test_caps(caps, allowed):
-    forecast = forecast_of(residuals(20))
-    schedule, free = plan_steps(forecast, 11, **caps), plan_steps(forecast, 11)
-    assert schedule.computed == 11 and allowed(schedule.strip) and not allowed(free.strip)
+    levels, own = flow_sigmas(20), {"magcache_K": caps.get("magcache_K"), "retention_ratio": caps.get("kept", 0) / 20}
+    synthetic = table(levels, cond=residuals(20))
+    for asked in ({"magcache_max_error": 0.8}, {"magcache_steps": 11, "predictor": "linear"}, {"magcache_steps": 11}):
+        schedule, free = (Target(**asked, **more).plan(synthetic, levels) for more in (own, {}))
+        assert allowed(schedule.strip)
+        if "magcache_steps" in asked:
+            assert schedule.computed == 11
+        else:
+            assert schedule.computed > free.computed and not allowed(free.strip)
+
+
+def test_a_calibration_spreads_the_steps_and_weighs_the_newest_two():
+    """Whole schedules are not ranked by one-step errors: nothing of the calibration moves a computed step."""
+    levels, strips = flow_sigmas(28, 3.0), set()
+    for seed in range(3):
+        rows = residuals(28, seed=seed)
+        schedule = Target(11, predictor="linear").plan(table(levels, cond=rows), levels)
+        anchors = np.flatnonzero(~schedule.reuse).tolist()
+        assert anchors == spread_steps(levels, 11, measure=MEASURE_WEIGHED) and anchors[-1] == 27
+        errors = schedule.expected_error[schedule.reuse]
+        np.testing.assert_allclose(errors**2, error_of(rows, anchors, "linear"), rtol=2e-2)
+        strips.add(schedule.strip)
+    assert len(strips) == 1
+
+
+def test_a_calibration_with_guidance_plans_as_none_does():
+    """Guidance multiplies what weights miss: no step of such a run is weighed, and the plan says so."""
+    levels = flow_sigmas(28, 3.0)
+    guided = table(levels, cond=residuals(28, seed=1), uncond=residuals(28, seed=2))
+    free = Target(11).plan(None, levels)
+    for payload in ("residual", "output"):
+        target = Target(11, predictor="linear", payload=payload)
+        schedule, text = target.plan(guided, levels), plan_text(target.plan(guided, levels), levels, guided)
+        assert schedule.strip == free.strip and schedule.weights is None and schedule.settings.payload == "output"
+        assert schedule.predictor == "line" and "synthetic was calibrated with guidance" in text
+    for more in ({"magcache_max_error": 0.3}, {"magcache_steps": 11, "magcache_guard": 2}):
+        schedule = Target(**more).plan(guided, levels)
+        assert schedule.weights is None and schedule.predictor == "reuse" and (schedule.expected_error[1:] > 0).any()
+        assert "the newest is taken as it is" in plan_text(schedule, levels, guided)
+    rule = magcache_schedule(guided.at(levels), Settings(0.1, 3, 0.2))
+    assert "expected relative error of a reused residual" in plan_text(rule, levels, guided)
+
+
+@pytest.mark.parametrize("switch_step", [None, 3, 10, 19])
+@pytest.mark.parametrize("covered", [slice(0, 15), slice(5, 20), slice(4, 16)])
+def test_steps_beyond_a_calibration_compute(covered, switch_step):
+    levels = flow_sigmas(20, 3.0)
+    short = table(levels[covered], cond=residuals(20)[covered])
+    beyond = unpredicted(short, levels)
+    for computed in (14, 16):
+        schedule = Target(computed, predictor="linear").plan(short, levels, switch_step)
+        assert schedule.computed == computed and not schedule.reuse[beyond].any()
+        assert not schedule.reuse[[0, switch_step or 0]].any()
+        for step in schedule.skipped_steps:  # nor does one of them predict
+            newest, *before = schedule.anchors(step)
+            uncovered = ~short.covered(levels)
+            assert not uncovered[newest]
+            assert all(not uncovered[one] or schedule.weights[0, step, 1] == 0 for one in before)
 
 
 def test_weights_predict_the_residual():
     """Also at computed steps, where a guard compares."""
     rows = residuals(12)
-    schedule = plan_steps(forecast_of(rows), 5)
+    levels = flow_sigmas(12)
+    synthetic = table(levels, cond=rows)
+    schedule = Target(5, predictor="linear").plan(synthetic, levels)
     for step in range(1, 12):
         anchors = schedule.anchors(step)
         weights = schedule.weights[0, step][: len(anchors)]
@@ -111,7 +171,7 @@ def test_weights_predict_the_residual():
         assert np.linalg.norm(missed) / np.linalg.norm(rows[step]) == pytest.approx(
             schedule.expected_error[step], rel=1e-3
         )
-    assert schedule.depth == 2 and plan_steps(forecast_of(rows, "reuse"), 5).depth == 1
+    assert schedule.depth == 2 and Target(5, predictor="reuse").plan(synthetic, levels).depth == 1
 
 
 def test_one_anchor_reuses_as_the_paper_does():
@@ -125,9 +185,9 @@ def test_one_anchor_reuses_as_the_paper_does():
 
 def test_branches_count_alike_and_share_the_schedule():
     one, other = residuals(14, seed=1), residuals(14, seed=2)
-    both = plan_steps(Forecast.of_grams([gram_of(one), gram_of(other)]), 6)
-    scaled = plan_steps(Forecast.of_grams([gram_of(one), 1e4 * gram_of(other)]), 6)
-    assert both.strip == scaled.strip and both.weights.shape == (2, 14, 2)
+    both = plan_steps(Forecast.of_grams([gram_of(one), gram_of(other)]), 0.3)
+    scaled = plan_steps(Forecast.of_grams([gram_of(one), 1e4 * gram_of(other)]), 0.3)
+    assert both.reuse.any() and both.strip == scaled.strip and both.weights.shape == (2, 14, 2)
     assert not np.allclose(both.weights[0], both.weights[1])
 
 
@@ -333,3 +393,43 @@ def test_a_thousand_steps_are_planned_in_bounded_memory():
             assert schedule.expected_error[schedule.reuse].max() <= 0.1 < 0.2
     assert tracemalloc.get_traced_memory()[1] < 200 * 2**20
     tracemalloc.stop()
+
+
+# The measure in which steps are spread
+
+
+def found(table_, levels, closeness, computed=14):
+    schedule = Target(computed).plan(None, levels)
+    return refined(table_, closeness, schedule, 4)
+
+
+@pytest.mark.parametrize("gain, measure", [(0.9, MEASURE), (1.1, (0.5, 0.8))])
+def test_a_refined_calibration_spreads_the_steps_of_any_later_speedup(tmp_path, gain, measure):
+    levels = flow_sigmas(28, 3.0)
+    closeness = dict.fromkeys(MEASURES, 40.0) | {(0.5, 0.8): 40.0 + gain}
+    write(tmp_path / "mine.json", found(table(levels, cond=residuals(28)), levels, closeness))
+    mine = read(tmp_path / "mine.json")
+    for target, steps in ((Target(14), 28), (Target(magcache_speedup=3), 50)):
+        schedule = target.plan(mine, flow_sigmas(steps, 3.0))
+        wanted = spread_steps(flow_sigmas(steps, 3.0), schedule.computed, measure=measure)
+        assert np.flatnonzero(~schedule.reuse).tolist() == wanted
+        assert (wanted == spread_steps(flow_sigmas(steps, 3.0), schedule.computed)) == (measure == MEASURE)
+        assert f"measure {measure}" in plan_text(schedule, flow_sigmas(steps, 3.0), mine)
+    own = Target(14, measure=(1.0, 1.0)).plan(mine, levels)  # a measure that is asked for wins
+    assert np.flatnonzero(~own.reuse).tolist() == spread_steps(levels, 14, measure=(1.0, 1.0))
+
+
+def test_every_measure_draws_once_and_equal_pictures_do_not_outweigh_the_rest():
+    asked = []
+    closeness = closeness_of(lambda measure: asked.append(measure) or [40.0, np.inf])
+    assert asked == list(MEASURES) and set(closeness.values()) == {(40 + 99) / 2}
+
+
+@pytest.mark.parametrize("content", [{"measure": [0.5]}, {"measure": "x"}, {"measure": [2, 1]}, {"measure": [0, 0]}, 3])
+def test_a_measure_that_cannot_be_read_gets_one_sentence(content):
+    levels = flow_sigmas(28, 3.0)
+    broken = table(levels, {"refined": content}, cond=residuals(28))
+    with pytest.raises(MagCacheError, match="its refined measure cannot be read; refine again"):
+        Target(14).plan(broken, levels)
+    with pytest.raises(MagCacheError, match="There is nothing to refine: a run of 4 steps"):
+        refined(broken, dict.fromkeys(MEASURES, 40.0), Target(2).plan(None, flow_sigmas(4)), 1)
