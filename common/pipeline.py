@@ -167,12 +167,8 @@ def caching_patch(
 ) -> Patch | Undescribed:
     """`magcache_forward` on the denoiser of a pipeline, or `MeasuredFirst` where a table is needed and may be measured.
     weights: their fingerprint."""
-<<<<<<< HEAD
     clock, checkpoint = Clock(pipe, group.models), checkpoint_of(pipe, group)
-=======
-    clock, checkpoint, rule = Clock(pipe, group.models), checkpoint_of(pipe, group), isinstance(settings, Settings)
     refuse_others = only_these_weights(group)
->>>>>>> main
 
     def known(levels=None):
         table = find(checkpoint, weights, levels)

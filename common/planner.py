@@ -148,12 +148,11 @@ class Target:
             fewest_computed=computed,
         )
 
-<<<<<<< HEAD
     @property
     def needs_gram(self) -> bool:
         """Whether it takes the Gram matrix of a calibration; published ratios have none."""
         return self.predictor != "line"
-=======
+
     def weighed(
         self, table: RatioTable, levels: np.ndarray, switch_step: int | None = None, computed: int | None = None
     ) -> Schedule:
@@ -195,7 +194,6 @@ class Target:
             else:
                 least = middle + 1
         return self.weighed(table, levels, switch_step, computed)
->>>>>>> main
 
     def of(self, payload: str) -> Target:
         """The same for another payload."""

@@ -69,6 +69,10 @@ class Settings:
         """The same for another payload: the rule looks at ratios alone."""
         return self
 
+    def suited(self, table: RatioTable | None) -> Settings:
+        """The same for any table."""
+        return self
+
 
 OFF = Settings(magcache_thresh=0.0, magcache_K=0, retention_ratio=1.0)  # of an un-cached run
 
