@@ -27,7 +27,7 @@ def graphs_know_the_class() -> bool:
     """Whether a graph that torch.compile made of a whole model is checked against the model's class, by which it is
     told from one with stand-ins: since torch 2.5. Before, such a model runs uncompiled; blocks compiled alone do not.
     """
-    return torch.torch_version.TorchVersion(torch.__version__) >= (2, 5)
+    return torch.torch_version.TorchVersion(torch.__version__) >= "2.5"
 
 
 class Expert:
@@ -85,7 +85,7 @@ class Expert:
         below = getattr(self.forward.original, "__wrapped__", None)
         while below is not None and below is not found:
             below = getattr(below, "__wrapped__", None)
-        if found is not None and below is found:
+        if below is found and found is not None:
             self.forward = PatchedForward(self, found, own=True)
             self.model.forward = self.forward
 

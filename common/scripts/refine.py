@@ -51,7 +51,7 @@ def refine(pipe: Any, draw: Callable[[str | None, str], np.ndarray | None], prom
 
     closeness = closeness_of(psnr_of)
     for handle in cache.handles:
-        calibration = getattr(handle, "patch", handle)  # of a class that nobody described
+        calibration: Any = getattr(handle, "patch", handle)  # of a class that nobody described
         checkpoint = calibration.table.provenance["fingerprint"]
         for path, table in calibrations(f"*-{checkpoint}*.json").items():  # whichever of them a run takes
             write(path, refined(table, closeness, schedules[-1], len(prompts)))

@@ -102,9 +102,9 @@ def test_no_block_is_entered_or_fetched_on_a_reused_step(
 
 
 @ORDERS
-def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, executed, expected, order):
+def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, executed, expected_results, order):
     """With streams, group offloading watches the first call and then takes its watching hook off."""
-    (result, guided), (plain, _) = expected
+    (result, guided), (plain, _) = expected_results
 
     def prefetched(model):
         groups_of(1)(model)
