@@ -30,7 +30,7 @@ UNPUBLISHED = {"magcache_thresh": 0.06, "magcache_K": 2, "retention_ratio": 0.2}
 MEASURING = "measuring; next queue is faster"
 
 
-class Found(NamedTuple):
+class FoundTable(NamedTuple):
     """The ratios for a run. table: those to take, or None; published: those of the model type; notes: what to say."""
 
     table: RatioTable | None
@@ -99,7 +99,7 @@ class NodeCache(NodePatch):
         self.show(about, schedule, table, notes)
         return made
 
-    def first_run(self, about: Circumstances, found: Found) -> Pass:
+    def first_run(self, about: Circumstances, found: FoundTable) -> Pass:
         """Everything computes and is measured, as by a MagCache Calibration node."""
         schedule = compute_all(len(about.levels), MEASURING)
         run = FirstRun(about, schedule, Residuals(self.device), host_of(about.model).noise_tokens, self.limit)
@@ -141,7 +141,7 @@ class NodeCache(NodePatch):
         if report.schedule.why_none == MEASURING and not report.complete:
             self.say("MagCache: the run broke off, nothing was measured; the next queue measures again.")
 
-    def found(self, about: Circumstances) -> Found:
+    def found(self, about: Circumstances) -> FoundTable:
         """The ratios for a run."""
         model_type, note = about.recognised if self.model_type == "auto" else (self.model_type, "")
         if model_type:
@@ -149,9 +149,9 @@ class NodeCache(NodePatch):
         published = published_table(model_type, len(about.levels))
         own, said = (None, "") if self.table else own_table(about.patcher, about.model, about.levels)
         table = self.table or own or published
-        return Found(table, published, [text for text in (note if table is published else "", said) if text])
+        return FoundTable(table, published, [text for text in (note if table is published else "", said) if text])
 
-    def to_be_measured(self, about: Circumstances, found: Found) -> bool:
+    def to_be_measured(self, about: Circumstances, found: FoundTable) -> bool:
         """Whether ratios of this model are wanted that nobody has measured."""
         host = HOSTS.get(class_name(about.model))
         if self.measure == "off" or self.unmeasured or self.speedup or found.published or not (host and host.blocks):
@@ -169,7 +169,7 @@ class NodeCache(NodePatch):
         """Whether settings were given that only the paper's rule knows."""
         return bool(self.thresholds) or self.window != (0, -1) or self.measure == "on"
 
-    def plan(self, about: Circumstances, found: Found) -> tuple[Schedule, RatioTable | None, list[str]]:
+    def plan(self, about: Circumstances, found: FoundTable) -> tuple[Schedule, RatioTable | None, list[str]]:
         """(the schedule of a run, the table that it was made from, what to say of the choice)."""
         table, published, notes = found
         name, host = type(about.model).__name__, HOSTS.get(class_name(about.model))

@@ -89,7 +89,7 @@ def rows(items, tests: dict[str, str]) -> list[Row]:
     return sorted(found.values(), key=lambda row: [*SECTIONS].index(row.section))
 
 
-def page_text(items, tests: dict[str, str]) -> str:
+def robustness_text(items, tests: dict[str, str]) -> str:
     text, every = HEAD, rows(items, tests)
     for section, (before, after) in SECTIONS.items():
         table = ["| tried | what happens | test |", "|---|---|---|"]
@@ -112,11 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is what the tests say")
     if parser.parse_args().check:
-        if page_text(marked_tests("--collect-only", "-qq").items, {}) != PAGE.read_text():
+        if robustness_text(marked_tests("--collect-only", "-qq").items, {}) != PAGE.read_text():
             raise SystemExit(f"{PAGE} is not what the tests say: run `python benchmarks/robustness_page.py`.")
         return
     outcomes = marked_tests()
-    PAGE.write_text(page_text(outcomes.items, outcomes.tests))
+    PAGE.write_text(robustness_text(outcomes.items, outcomes.tests))
     wrong = [test for test, outcome in outcomes.tests.items() if outcome != "passed"]
     print(f"{PAGE}: {len(rows(outcomes.items, {}))} rows of {len(outcomes.tests)} tests")
     sys.exit(f"Not passed: {', '.join(wrong)}" if wrong else 0)

@@ -81,12 +81,12 @@ class Expert:
     def stay_on(self) -> None:
         """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
         the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
-        found: Any = self.model.__dict__.get("forward")
+        found = self.model.__dict__.get("forward")
         below = getattr(self.forward.original, "__wrapped__", None)
         while below is not None and below is not found:
             below = getattr(below, "__wrapped__", None)
-        if below is not None:
-            self.forward = PatchedForward(self, below, own=True)
+        if below is found and found is not None:
+            self.forward = PatchedForward(self, found, own=True)
             self.model.forward = self.forward
 
     def refuse_other_caches(self) -> None:

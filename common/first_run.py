@@ -86,7 +86,7 @@ class MeasuredFirst(MagCache):
         """Whether a run is planned by this table, and not measured."""
         if table is None or table.covered(levels).mean() < LEAST_COVERED:
             return False
-        return isinstance(self.settings, Settings) or table.fine_enough(levels)
+        return not self.settings.needs_gram or table.fine_enough(levels)
 
     def complete_run(self, run):
         """What goes wrong here is told: what was rendered is not lost for it."""

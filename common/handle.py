@@ -270,9 +270,7 @@ class Patch:
             self.forget(self.sampling)
         self.forget_threads_that_ended()
         if timesteps is None or len(timesteps) == 0:
-            raise MagCacheError(
-                "The sampler has no timesteps yet: patch the model before the pipeline runs, not its parts."
-            )
+            raise MagCacheError("The sampler has no timesteps yet: patch the model before the pipeline runs.")
         timesteps_listed = timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps
         tracker = StepTracker(np.asarray(timesteps_listed, dtype=float) / TRAIN_TIMESTEPS, level, tolerance)
         run = self.new_run(tracker.levels, expert, arguments, latent)

@@ -66,7 +66,7 @@ def magcache_forward(
     def plan(levels, payload):
         return settings.of(payload).plan(table, levels, switch_step(levels, boundary), rule, interpolation)
 
-    payload = (settings.suited(table) if isinstance(settings, Target) else settings).payload
+    payload = settings.suited(table).payload
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
     def residuals():

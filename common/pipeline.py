@@ -167,12 +167,12 @@ def caching_patch(
 ) -> Patch | Undescribed:
     """`magcache_forward` on the denoiser of a pipeline, or `MeasuredFirst` where a table is needed and may be measured.
     weights: their fingerprint."""
-    clock, checkpoint, rule = Clock(pipe, group.models), checkpoint_of(pipe, group), isinstance(settings, Settings)
+    clock, checkpoint = Clock(pipe, group.models), checkpoint_of(pipe, group)
     refuse_others = only_these_weights(group)
 
     def known(levels=None):
         table = find(checkpoint, weights, levels)
-        return table if rule or (table and has_gram(table)) or not needed else None
+        return table if not settings.needs_gram or (table and has_gram(table)) else None
 
     needed = settings.predictor != "line"
     together = needed and shared_by_processes(group.models)
@@ -180,7 +180,7 @@ def caching_patch(
     measures = needed and may_measure and (together or not in_a_group())
     if needed and not measures and table is None:
         refuse_if_unmeasurable(group, HOSTS.get(class_name(inner_module(group.models[0]))))
-        raise MagCacheError(unknown(type(group.models[0]).__name__, rule))
+        raise MagCacheError(unknown(type(group.models[0]).__name__, not settings.needs_gram))
 
     def patch(host):
         options: dict[str, Any] = {

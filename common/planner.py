@@ -148,6 +148,11 @@ class Target:
             fewest_computed=computed,
         )
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it takes the Gram matrix of a calibration; published ratios have none."""
+        return self.predictor != "line"
+
     def weighed(
         self, table: RatioTable, levels: np.ndarray, switch_step: int | None = None, computed: int | None = None
     ) -> Schedule:

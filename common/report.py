@@ -223,8 +223,7 @@ class RunReport:
     @property
     def typical_seconds(self) -> float:
         """Of a computed call."""
-        computed = self.laps("computed")
-        usual = typical_seconds(computed)
+        usual = typical_seconds(computed := self.laps("computed"))
         return min((lap() for lap in computed), default=0.0) if usual is None else usual
 
     @property

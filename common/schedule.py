@@ -25,8 +25,8 @@ class Settings:
     """The paper's rule. magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio:
     share kept at the start.
 
-    magcache_speedup, payload, magcache_guard, predictor: as a `planner.Target` has them, which may choose; the rule is
-    not given a speed-up, it reuses the residual of the blocks as it is, and no guard watches it.
+    magcache_speedup, payload, magcache_guard, predictor, needs_gram: as a `planner.Target` has them, which may choose;
+    the rule is not given a speed-up, it reuses the residual of the blocks as it is, no guard watches it, and ratios do.
     """
 
     magcache_thresh: float
@@ -36,6 +36,7 @@ class Settings:
     payload: ClassVar[str] = "residual"
     magcache_guard: ClassVar[float | None] = None
     predictor: ClassVar[str] = "reuse"
+    needs_gram: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.magcache_thresh >= 0:
@@ -66,6 +67,10 @@ class Settings:
 
     def of(self, payload: str) -> Settings:
         """The same for another payload: the rule looks at ratios alone."""
+        return self
+
+    def suited(self, table: RatioTable | None) -> Settings:
+        """The same for any table."""
         return self
 
 

@@ -20,7 +20,7 @@ STEPS = 24
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def with_random_weights(module):
+def with_normal_weights(module):
     torch.manual_seed(3)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -33,7 +33,7 @@ def flux_image_adapter(pipe):
         {
             name: one
             if name.startswith("single")
-            else with_random_weights(FluxIPAdapterAttnProcessor(model.inner_dim, WIDTH, num_tokens=[4]))
+            else with_normal_weights(FluxIPAdapterAttnProcessor(model.inner_dim, WIDTH, num_tokens=[4]))
             for name, one in model.attn_processors.items()
         }
     )
@@ -46,7 +46,7 @@ def sdxl_image_adapter(pipe):
     hidden = {name: model.get_submodule(name.rpartition(".")[0]).to_q.out_features for name in model.attn_processors}
     model.set_attn_processor(
         {
-            name: with_random_weights(processors.IPAdapterAttnProcessor2_0(hidden[name], WIDTH, (4,)))
+            name: with_normal_weights(processors.IPAdapterAttnProcessor2_0(hidden[name], WIDTH, (4,)))
             if name.endswith("attn2.processor")
             else one
             for name, one in model.attn_processors.items()
@@ -58,7 +58,7 @@ def sdxl_image_adapter(pipe):
 
 def image_embeddings(model, rows=1):
     model.encoder_hid_proj = embeddings.MultiIPAdapterImageProjection(
-        [with_random_weights(embeddings.ImageProjection(WIDTH, WIDTH, 4))]
+        [with_normal_weights(embeddings.ImageProjection(WIDTH, WIDTH, 4))]
     )
     return {"ip_adapter_image_embeds": [embeds(5, rows, 1, WIDTH)]}
 
@@ -68,11 +68,11 @@ def sd3_image_adapter(pipe):
     width = model.inner_dim
     model.set_attn_processor(
         {
-            name: with_random_weights(processors.SD3IPAdapterJointAttnProcessor2_0(width, width, 8, 16))
+            name: with_normal_weights(processors.SD3IPAdapterJointAttnProcessor2_0(width, width, 8, 16))
             for name in model.attn_processors
         }
     )
-    model.image_proj = with_random_weights(
+    model.image_proj = with_normal_weights(
         embeddings.IPAdapterTimeImageProjection(
             embed_dim=WIDTH, output_dim=width, hidden_dim=16, dim_head=8, heads=2, num_queries=2, timestep_in_dim=16
         )

@@ -228,7 +228,7 @@ def test_planned_run_computes_as_many_steps_as_asked(capsys):
     assert report["computed"] == 10 and report["extra_bytes"] == 64 * 160 * 4
 
 
-def test_a_calibration_with_guidance_plans_as_none_does(capsys):
+def test_a_calibrated_run_of_flux_with_guidance_plans_as_one_without(capsys):
     two = ("--prompt", PROMPT, "--negative_prompt", "", "--true_cfg_scale", 2)
     run_flux(capsys, DEV, *two, "--magcache_calibration", "two.json")
     assert read("two.json").statistics["gram"].keys() == {"cond", "uncond"}

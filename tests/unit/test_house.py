@@ -40,3 +40,20 @@ def test_the_page_on_robustness_is_what_its_tests_say():
     page = [sys.executable, REPOSITORY / "benchmarks" / "robustness_page.py", "--check"]
     done = subprocess.run(page, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_file_of_the_engine_is_long():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in REPOSITORY.glob("common/*.py")}
+    assert len(lengths) > 20 and {name: lines for name, lines in lengths.items() if lines > 300} == {}
+
+
+def test_nobody_asks_which_kind_of_wish_it_is():
+    """`Settings` and `Target` answer alike: no type of theirs is tested for."""
+    asked = [
+        str(path)
+        for path, tree in sources().items()
+        for node in ast.walk(tree)
+        if path.parts[0] != "tests" and isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+        if {"Settings", "Target"} & {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+    ]
+    assert asked == []

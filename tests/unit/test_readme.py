@@ -80,9 +80,9 @@ def test_the_summary_of_video_is_of_its_table():
     for label, *shown in rows:
         shown = [cell.strip("*") for cell in shown]
         family = label.partition(":")[0]
-        with_guidance, without = (measured[family, f"Guidance {guidance}:"] for guidance in (5, 1))
-        assert [cell for cell in shown if cell] == with_guidance + without, label
-    assert len(rows) >= 14
+        with_guidance, without = (measured.get((family, f"Guidance {guidance}:"), []) for guidance in (5, 1))
+        assert [cell for cell in shown if cell] == with_guidance + without != [], label
+    assert len(rows) >= 13
 
 
 def test_ci_runs_the_first_commands():
