@@ -68,7 +68,7 @@ FAMILIES_HEAD = """## Families, tried whole
 Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py`,
 `tests/hosts/test_pipeline_families.py` and `tests/hosts/test_first_run.py`. ✓: tried, and right on every run of the
 suite. Empty: diffusers has no such pipeline (image to image, control nets) or cannot divide the class on a CPU (context
-parallel), it takes too long to trace here (compiled blocks), or there is no one stack of blocks to measure.
+parallel), or the class has no one stack of blocks to measure.
 
 """
 TRIED = {  # tests: a column of that table

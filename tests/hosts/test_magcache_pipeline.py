@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -296,6 +297,29 @@ def test_torchrun_with_two_processes(tmp_path, script):
     assert {path.name for path in tmp_path.glob("*.png")} == names
     assert done.stdout.count("computes 3 of 6") == 4, "three prompts, and one plan for the shared picture"
     assert np.abs(read_picture("shared.png") - read_picture("mine_1.png")).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ("torchrun", "--standalone", "--nproc_per_node", "2"),
+        ("accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+         "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+    ids=lambda start: start[0],
+)  # fmt: skip
+def test_two_processes_by_the_command_that_starts_them(start, tmp_path):
+    """The script itself, each process with its share of a prompt file."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    command = [Path(sys.executable).with_name(start[0]), *start[1:], SCRIPT, "--prompt_file", "prompts.txt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MAGCACHE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [*map(str, command), "--output", "mine.png", *SMALL],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"mine_1.png", "mine_2.png"}
+    assert done.stdout.count("computes 3 of 6") == 2
 
 
 def test_describe_prints_the_facts_of_a_model(capsys):

@@ -270,7 +270,7 @@ def test_a_class_nobody_described_is_looked_at(monkeypatch):
     assert cache.reports[0].reused == STEPS // 2
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "qwen_image", "ltx", "sd3", "sdxl"])  # others take longer to trace
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_blocks(family):
     """The compiler's own tracing, without generating code; of a class that names no repeated blocks, all of it."""
     pipe, arguments = FAMILIES[family]()
