@@ -3,6 +3,7 @@
 import multiprocessing
 import tempfile
 
+import torch
 import torch.distributed as dist
 
 SECONDS = 120
@@ -23,6 +24,7 @@ def two_ranks(work, *arguments):
 
 
 def member(rank, meeting, work, arguments):
+    torch.set_num_threads(1)  # threads of before the fork are not here, and a product of matrices would wait for them
     dist.init_process_group("gloo", init_method=f"file://{meeting}/group", rank=rank, world_size=2)
     work(rank, *arguments)
     dist.barrier()
