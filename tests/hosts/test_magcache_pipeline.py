@@ -69,7 +69,7 @@ def test_the_comparison_of_a_video_moves_and_is_written_over_only_by_itself(tmp_
         ended, said = script(
             "--model", "demo-video", "--compare", "--magcache_steps", "4", "--num_inference_steps", "6"
         )
-        assert ended is None and "Prompt 1 of 1: a red balloon rises" in said
+        assert ended is None and "Prompt 1 of 1: a fox moves" in said
     report = json.loads((tmp_path / "magcache_demo-video.magcache.json").read_text())
     names = [f"magcache_demo-video{ending}" for ending in (".mp4", "_compare_2.mp4", "_compare.webp")]
     assert report["files"] == names

@@ -16,7 +16,7 @@ from readme_commands import REPOSITORY, commands, readme
 
 from common.__main__ import main
 from common.scripts import page
-from common.scripts.flags import add_magcache_flags, add_opt_in_flags, flags_and_rest
+from common.scripts.flags import add_magcache_flags, add_opt_in_flags, add_refine_flag, flags_and_rest
 
 FOLDERS = sorted(path.parent.name for path in REPOSITORY.glob("MagCache4*/README.md"))
 
@@ -126,6 +126,7 @@ def test_the_command_that_install_prints_takes_flags_that_exist(folder):
 def test_every_flag_of_magcache_that_a_page_names_exists(page_of):
     parser = argparse.ArgumentParser(add_help=False)
     add_opt_in_flags(parser)
+    add_refine_flag(parser)
     known = {name for action in parser._actions for name in action.option_strings} | {"--magcache_all_tokens"}
     named = set(re.findall(r"--(?:no-)?mag(?:cache)?_?\w+(?!\.\.\.|\w)", page_of.read_text()))  # not --magcache...
     assert named <= known, named - known
