@@ -86,9 +86,9 @@ def test_the_comparison_of_a_video_moves_and_is_written_over_only_by_itself(tmp_
         moving.seek(16)
         last = np.asarray(moving.convert("RGB"))[40:]
     assert np.abs(first[:, :192].astype(int) - first[:, 196 : 2 * 192 + 4]).mean() < 12  # un-cached, MagCache
-    # The balloon, of which only red is bright, has risen.
-    heights = [np.argwhere(frame[:, :192, 1] < 128)[:, 0].mean() for frame in (first, last)]
-    assert heights[1] < heights[0] - 20
+    # The fox, which is bright in red on dark blue, has moved to the right.
+    places = [np.argwhere(frame[:, :192, 0] > 128)[:, 1].mean() for frame in (first, last)]
+    assert places[1] > places[0] + 20
 
 
 def test_what_was_refined_is_found_by_the_next_run(tmp_path, script):
