@@ -81,6 +81,8 @@ class Expert:
     def stay_on(self) -> None:
         """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
         the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
+        if not self.on:  # removed during the call
+            return
         found = self.model.__dict__.get("forward")
         below = getattr(self.forward.original, "__wrapped__", None)
         while below is not None and below is not found:

@@ -8,6 +8,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from offloading import CPU, sequential, whole_model
 
+from common.expert import forwards, patches_of
+
 pytest.importorskip("diffusers", "0.35")
 from diffusers.hooks.group_offloading import (  # noqa: E402
     GroupOffloadingType,
@@ -101,15 +103,16 @@ def test_no_block_is_entered_or_fetched_on_a_reused_step(
     assert torch.equal(sampler.run(), plain)
 
 
+def prefetched(model):
+    """Groups of one block, with the hook that watches their order in the first call."""
+    groups_of(1)(model)
+    model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading")
+
+
 @ORDERS
 def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, executed, expected_results, order):
     """With streams, group offloading watches the first call and then takes its watching hook off."""
     (result, guided), (plain, _) = expected_results
-
-    def prefetched(model):
-        groups_of(1)(model)
-        model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading")
-
     sampler, blocks = euler(model), executed(model)
     handle = both(model, sampler, prefetched, cached, order)
     for _ in range(2):
@@ -118,7 +121,22 @@ def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, 
     assert [report.reused for report in handle.reports] == [7, 7]
     assert torch.equal(sampler.run(cfg=True), guided)
     handle.remove()
-    assert torch.equal(sampler.run(), plain) and "magcache" not in dir(model.forward)
+    assert torch.equal(sampler.run(), plain) and not patches_of(model)
+
+
+def test_a_patch_that_is_removed_in_that_call_stays_off(model, euler, cached, expected_results):
+    _, (plain, _) = expected_results
+    prefetched(model)
+    sampler = euler(model)
+    handle = cached(sampler)
+
+    def remove_once(*_):
+        hook.remove()
+        handle.remove()
+
+    hook = model.transformer_blocks[0].register_forward_pre_hook(remove_once)
+    assert torch.equal(sampler.run(), plain)
+    assert not any(hasattr(forward, "magcache") for forward in forwards(model))
 
 
 @pytest.mark.parametrize("offload", [sequential, whole_model])
