@@ -109,6 +109,11 @@ def prefetched(model):
     model._diffusers_hook.register_hook(LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading")
 
 
+@pytest.mark.robustness(
+    "When the patch would do nothing",
+    "group offload with streams, whose hook that watches the first call then takes itself off, put on before or after",
+    "every step is cached as planned; a patch that is removed in that call stays off",
+)
 @ORDERS
 def test_a_hook_that_takes_itself_off_leaves_the_patch_on(model, euler, cached, executed, expected_results, order):
     """With streams, group offloading watches the first call and then takes its watching hook off."""
