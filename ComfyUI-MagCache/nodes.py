@@ -369,7 +369,7 @@ def released_packages():
     found = []
     for root in folder_paths.get_folder_paths("custom_nodes"):
         for path in Path(root).glob("*/pyproject.toml"):
-            text, folder = path.read_text(errors="replace"), path.parent
+            text, folder = path.read_text(encoding="utf-8", errors="replace"), path.parent
             ours = PACKAGE.is_relative_to(folder.resolve()) or folder.suffix == ".disabled"
             if not ours and 'name = "magcache"' in text and "[tool.comfy]" in text:
                 found.append(folder)

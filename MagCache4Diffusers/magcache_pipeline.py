@@ -208,7 +208,7 @@ def prompts_of(args) -> list[str | None]:
     if args.prompt_file:
         return prompts_in(args.prompt_file)
     if args.prompt is None and args.model in DEMOS:
-        return (DEMOS[args.model] / "prompts.txt").read_text().splitlines()[:1]
+        return (DEMOS[args.model] / "prompts.txt").read_text(encoding="utf-8").splitlines()[:1]
     return args.prompt or [None]  # some pipelines take none
 
 
@@ -416,7 +416,7 @@ def save(pipe, output, args, number: int, count: int) -> tuple[list[Path], np.nd
         if frames is None:
             save_sound(path, sound, sampling_rate(pipe))
         else:
-            save_frames(path, frames, None if len(frames) == 1 else args.fps)
+            path = save_frames(path, frames, None if len(frames) == 1 else args.fps)
             if sound is not None:
                 add_sound(path, sound, sampling_rate(pipe))
         paths.append(path)
@@ -439,7 +439,12 @@ def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
     save_sound(beside_it, sound, rate)
     ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
     inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy"]
-    done = subprocess.run([ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)], capture_output=True, text=True)
+    done = subprocess.run(
+        [ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         whole.unlink(missing_ok=True)
         print(f"The sound is in {beside_it} ({done.stderr.strip().splitlines()[-1]}).", file=sys.stderr)

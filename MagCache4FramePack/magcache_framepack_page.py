@@ -104,7 +104,7 @@ def check_gradio(requirements):
     pins = (
         [
             line.partition("==")[2].strip()
-            for line in requirements.read_text().splitlines()
+            for line in requirements.read_text(encoding="utf-8").splitlines()
             if line.replace(" ", "").startswith("gradio==")
         ]
         if requirements.is_file()

@@ -48,7 +48,9 @@ def error_and_computed(prediction, measured):
 
 def main():
     tabulate = needs("tabulate", "tabulate").tabulate
-    studio = json.loads((REPOSITORY / "tests" / "unit" / "framepack_studio_ratios.json").read_text())["mag_ratios"]
+    studio = json.loads((REPOSITORY / "tests" / "unit" / "framepack_studio_ratios.json").read_text(encoding="utf-8"))[
+        "mag_ratios"
+    ]
     tables = {
         (size, steps): studio_table(size, ratios)
         for size, by_steps in studio.items()

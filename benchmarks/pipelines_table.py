@@ -231,7 +231,9 @@ def main() -> None:
         f"{tables_of(model_name) if state_of(model_name, proofs) in ('proved', 'described') else '-'} |"
         for pipeline, model_name in pipelines()
     ]
-    OUTPUT.write_text(HEAD.format(version=diffusers.__version__, families=families) + "\n".join(rows) + "\n")
+    OUTPUT.write_text(
+        HEAD.format(version=diffusers.__version__, families=families) + "\n".join(rows) + "\n", encoding="utf-8"
+    )
     print(f"{OUTPUT}: {len(rows)} pipelines, {len(proofs)} classes tried")
 
 

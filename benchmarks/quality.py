@@ -323,14 +323,19 @@ def load_subject(args):
     if args.model == "demo":
         pipe, _ = load_demo()
         call = {"height": 64, "width": 64, "max_sequence_length": 16}
-        calibration = [(prompt, 0) for prompt in (DEMO / "calibration_prompts.txt").read_text().splitlines()]
+        calibration = [
+            (prompt, 0) for prompt in (DEMO / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
+        ]
         prompts = PROMPTS
     elif args.model in ("demo-video", "demo-video-experts"):
         torch.set_num_threads(1)
         pipe = load_demo_video(experts=args.model == "demo-video-experts")
         call = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 16}
-        calibration = [(prompt, 100) for prompt in (DEMO_VIDEO / "calibration_prompts.txt").read_text().splitlines()]
-        prompts = (DEMO_VIDEO / "prompts.txt").read_text().splitlines()
+        calibration = [
+            (prompt, 100)
+            for prompt in (DEMO_VIDEO / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
+        ]
+        prompts = (DEMO_VIDEO / "prompts.txt").read_text(encoding="utf-8").splitlines()
     else:
         from diffusers import DiffusionPipeline
 
@@ -346,7 +351,7 @@ def load_subject(args):
             raise MagCacheError(
                 "--model needs a --prompt_file: four prompts to calibrate on, then those to measure on."
             )
-        lines = args.prompt_file.read_text().splitlines()
+        lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
         calibration, prompts = [(prompt, 0) for prompt in lines[:4]], lines[4:]
     if args.device:
         # A convolution of TensorFloat-32 would be another model's.
@@ -419,7 +424,7 @@ def main():
     text = page_text(args, subject, by_case)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{args.name}_table.md").write_text(text)
+    (args.output / f"{args.name}_table.md").write_text(text, encoding="utf-8")
     draw_quality(by_case, args.output / f"{args.name}.png")
 
 

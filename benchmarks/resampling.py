@@ -24,7 +24,7 @@ RUNS = ((8, 3.0), (14, 3.0), (20, 3.0), (50, 3.0), (14, 1.0), (28, 1.0), (50, 6.
 
 def main():
     pipe, table = load_demo()
-    prompts = (DEMO / "calibration_prompts.txt").read_text().splitlines()
+    prompts = (DEMO / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
     rows = []
     for steps, shift in tqdm(RUNS, desc="calibrating"):
         pipe.scheduler.set_shift(shift)

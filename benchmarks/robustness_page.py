@@ -101,7 +101,11 @@ def robustness_text(items, tests: dict[str, str]) -> str:
 def marked_tests(*options: str) -> Outcomes:
     """Collect, and unless the options say otherwise run, the tests with a mark."""
     outcomes, folder = Outcomes(), REPOSITORY / "tests"
-    files = [str(path) for path in sorted(folder.rglob("test_*.py")) if "mark.robustness(" in path.read_text()]
+    files = [
+        str(path)
+        for path in sorted(folder.rglob("test_*.py"))
+        if "mark.robustness(" in path.read_text(encoding="utf-8")
+    ]
     status = pytest.main(["-n", "0", "-m", "robustness", *options, *files], plugins=[outcomes])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with {status!r}; no page was written.")
@@ -112,11 +116,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is what the tests say")
     if parser.parse_args().check:
-        if robustness_text(marked_tests("--collect-only", "-qq").items, {}) != PAGE.read_text():
+        if robustness_text(marked_tests("--collect-only", "-qq").items, {}) != PAGE.read_text(encoding="utf-8"):
             raise SystemExit(f"{PAGE} is not what the tests say: run `python benchmarks/robustness_page.py`.")
         return
     outcomes = marked_tests()
-    PAGE.write_text(robustness_text(outcomes.items, outcomes.tests))
+    PAGE.write_text(robustness_text(outcomes.items, outcomes.tests), encoding="utf-8")
     wrong = [test for test, outcome in outcomes.tests.items() if outcome != "passed"]
     print(f"{PAGE}: {len(rows(outcomes.items, {}))} rows of {len(outcomes.tests)} tests")
     sys.exit(f"Not passed: {', '.join(wrong)}" if wrong else 0)

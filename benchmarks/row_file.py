@@ -30,7 +30,7 @@ class RowFile:
         if not self.path.exists():
             return {}
         try:
-            held = json.loads(self.path.read_text())
+            held = json.loads(self.path.read_text(encoding="utf-8"))
             theirs, known = held["run"], held["known"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MagCacheError(f"{self.path} holds no measured rows ({error}); name another --rows.") from None
@@ -54,5 +54,5 @@ class RowFile:
 
 def digest_of_code(files: Iterable[Path]) -> str:
     """Eight hexadecimal digits that change with what these Python files do, not with their comments and layout."""
-    code = [ast.dump(ast.parse(path.read_text())) for path in sorted(files)]
+    code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(files)]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:8]

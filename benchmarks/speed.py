@@ -324,7 +324,7 @@ def main():
     text += "".join(f"\nLeft out: {one}." for one in left_out)
     print(text)
     if args.output:
-        args.output.write_text(text + "\n")
+        args.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import MagCacheError, needs
+from .errors import MagCacheError, any_console, needs
 
 if TYPE_CHECKING:
     from .schedule import Settings
@@ -201,6 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; COMMAND --help lists them")
     args = parser.parse_args(arguments)
+    any_console()
     try:
         COMMANDS[args.command](args.arguments)
         sys.stdout.flush()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 
 class MagCacheError(Exception):
     """A mistake that the user can mend; its text is one sentence that says how."""
+
+
+def any_console() -> None:
+    """From here on whatever a program prints can be printed: a console or a log file that lacks a character, as on
+    Windows, shows its number. Without it, a name in another script ends the program once its file is saved."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def needs(module: str, package: str) -> ModuleType:

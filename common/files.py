@@ -27,7 +27,7 @@ def write_text(path: str | Path, text: str) -> None:
     part = path.with_name(f".{crc32(path.name.encode()):08x}.{os.getpid()}.part")  # the name may fill all 255 bytes
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise MagCacheError(f"{path} cannot be written ({error.strerror}); choose another place.") from None

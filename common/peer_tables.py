@@ -9,6 +9,7 @@ are marked as assumed.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .errors import MagCacheError
@@ -63,7 +64,7 @@ def fields_of(
         )
     settings = {ours: first_of(about, theirs) for ours, theirs in SETTINGS.items()}
     return {
-        "name": name.rsplit(".", 1)[0] + (f"-{entry.replace('/', '-')}" if entry else ""),
+        "name": name.rsplit(".", 1)[0] + (f"-{re.sub('[^-.0-9A-Za-z_]', '-', entry)}" if entry else ""),
         "mag_ratios": branches,
         "sigmas": flow_sigmas(count, float(shift)).round(6).tolist(),
         "origin": "published",

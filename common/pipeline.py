@@ -263,7 +263,7 @@ def only_these_weights(group: Denoisers) -> Callable[[], None]:
 
 def calibration_file(pipe, group: Denoisers, weights: str) -> Path:
     """Where `find` looks for a calibration of these weights."""
-    name = checkpoint_of(pipe, group).rstrip("/").rpartition("/")[2] or type(group.models[0]).__name__
+    name = Path(checkpoint_of(pipe, group)).name or type(group.models[0]).__name__
     return calibrations_folder() / f"{name}-{weights}.json"
 
 

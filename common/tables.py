@@ -180,7 +180,7 @@ def read(path: str | Path) -> RatioTable:
 def json_content(path: Path) -> Any:
     """The content of a JSON file. Raises MagCacheError."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs put a mark in front
     except FileNotFoundError:
         raise MagCacheError(f"There is no calibration file {path}; a calibration run makes one.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -198,7 +198,7 @@ def load(name_or_path: str | Path) -> RatioTable:
     preset = PRESETS / f"{name_or_path}.json"
     if preset.is_file():
         return read(preset)
-    if str(name_or_path).endswith(".json") or os.sep in str(name_or_path):
+    if str(name_or_path).endswith(".json") or {"/", os.sep} & {*str(name_or_path)}:
         return read(name_or_path)
     raise MagCacheError(
         f"There is no preset '{name_or_path}'; the presets are {', '.join(preset_names())}, "

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..calibration import fingerprint
-from ..errors import MagCacheError
+from ..errors import MagCacheError, any_console
 from ..ranks import is_writer
 
 
@@ -22,6 +22,7 @@ def one_sentence(main):
 
     @functools.wraps(main)
     def told(*args, **kwargs):
+        any_console()
         try:
             main(*args, **kwargs)
         except (MagCacheError, ModuleNotFoundError) as error:

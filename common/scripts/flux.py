@@ -152,7 +152,7 @@ def run(args, ours, script):
         if session:
             session.about = {**about, "prompt": prompt}
         picture = session.render(draw, args.steps) if session else draw(args.steps)
-        save_frames(output, picture)
+        output = save_frames(output, picture)
         print(f"{output}  ({prompt})")
         if session:
             session.saved(output, sheet=False)
@@ -240,7 +240,9 @@ def choose_model(args, script):
     if args.prompt_file:
         args.prompts = prompts_in(args.prompt_file)
     else:
-        args.prompts = args.prompt or ((DEMO / "prompts.txt").read_text().splitlines() if is_demo else [script.prompt])
+        args.prompts = args.prompt or (
+            (DEMO / "prompts.txt").read_text(encoding="utf-8").splitlines() if is_demo else [script.prompt]
+        )
 
 
 def load_flux(args, dtype):

@@ -39,13 +39,13 @@ def install(folder: str, path: str | Path) -> str:
         raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
     if not checkout.is_dir():
         raise MagCacheError(f"There is no folder {checkout}.")
-    facts = recognised(json.loads((source / "install.json").read_text()), checkout)
+    facts = recognised(json.loads((source / "install.json").read_text(encoding="utf-8")), checkout)
 
     files = {**common_files(), **{name: source / name for name in facts["files"]}}
     target = checkout / facts.get("into", "")
     manifest_path = target / MANIFEST
     try:
-        written = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+        written = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else {}
     except (OSError, ValueError):
         raise MagCacheError(f"{manifest_path} cannot be read; remove it and what was installed with it.") from None
     foreign = [

@@ -27,7 +27,7 @@ def fitting(stem: str, ending: str) -> str:
 def report_at(path: Path) -> dict | None:
     """The content of an earlier report; None where there is none, or a file of somebody else."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) and {"strip", "sections"} & content.keys() else None
@@ -43,6 +43,15 @@ def files_of(target: Path) -> list:
     """Names of the files that an earlier report of this output says it wrote."""
     files = (report_at(beside(target, REPORT)) or {}).get("files")
     return [*files] if isinstance(files, list) else []
+
+
+def put_in_place(part: Path, target: Path) -> Path:
+    """Give a finished file its name and return it: a name with a number where the file of that name cannot be replaced,
+    as on Windows while a player shows it."""
+    try:
+        return part.replace(target)
+    except OSError:
+        return part.replace(own_place(target, []))
 
 
 def own_place(path: Path, ours) -> Path:

@@ -30,7 +30,7 @@ def load_pipeline(source: str | Path, dtype: torch.dtype, lora: str | None = Non
 def prompts_in(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises MagCacheError for a file that has none or cannot be read."""
     try:
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise MagCacheError(f"--prompt_file {path} cannot be read ({error}).") from None
     if not prompts:

@@ -11,6 +11,7 @@ from textwrap import fill, shorten
 import numpy as np
 
 from ..errors import MagCacheError, needs
+from .outputs import put_in_place
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
@@ -130,8 +131,8 @@ def padded(frames: np.ndarray, height: int, length: int) -> np.ndarray:
     return wide
 
 
-def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) -> None:
-    """Write uint8 frames as a picture or video: under a temporary name, then renamed."""
+def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) -> Path:
+    """Write uint8 frames as a picture or video, under a temporary name, then renamed; returns where they are."""
     path = Path(path)
     part = path.with_name(f".{os.getpid()}.part{path.suffix}")
     try:
@@ -144,7 +145,7 @@ def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) 
             needs("imageio.v3", "imageio[ffmpeg]").imwrite(
                 part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2
             )
-        part.replace(path)
+        return put_in_place(part, path)
     except (OSError, ValueError) as error:
         raise MagCacheError(f"{path} cannot be written ({error}).") from None
     finally:

@@ -26,7 +26,7 @@ from ..schedule import Rule, Settings, rule_of
 from ..spread import refined_measure
 from ..tables import RatioTable, best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
 from .flags import cache_options, check_writable, settings_of, target_of
-from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, report_place
+from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, put_in_place, report_place
 from .plots import plot_schedule
 from .quality import quality, quality_table, side_by_side
 
@@ -354,7 +354,7 @@ class Session:
                 write(tensor=tensor, save_file=str(part), **kwargs)
                 if not part.is_file():
                     raise MagCacheError(f"{target} could not be written; the host's message above says why.")
-                part.replace(target)
+                target = put_in_place(part, target)
             finally:
                 with suppress(OSError):
                     part.unlink()

@@ -121,7 +121,7 @@ def checkpoint_config(folder):
     for path in (folder / "high_noise_model" / "config.json", folder / "config.json"):
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text()))
+                return dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
                 if is_writer():
                     print(f"Passed over: {path} cannot be read ({error}), so no published ratios are looked for.")

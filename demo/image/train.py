@@ -153,9 +153,9 @@ def build_tokenizers(folder, captions):
     )
     clip.save_pretrained(folder / "tokenizer")
     model = json.loads(bpe.to_str())["model"]
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
     # Whole words first, single characters for everything else.
     words = sorted({"▁" + word.strip(",") for caption in captions for word in caption.split()})
@@ -207,7 +207,7 @@ def build_tokenizers(folder, captions):
         # What transformers 5 writes here, transformers 4 cannot read.
         tokenizer.save(str(folder / name / "tokenizer.json"))
         config |= {"model_max_length": TEXT_LENGTH}
-        (folder / name / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / name / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return clip, t5
 
 
@@ -410,7 +410,8 @@ def save_flux(folder, vae, transformer, clip, t5):
             },
             indent=2,
         )
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
 
 
@@ -496,7 +497,8 @@ def main():
             },
             indent=2,
         )
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
     shutil.rmtree(args.out, ignore_errors=True)
     building.rename(args.out)

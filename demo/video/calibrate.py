@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = WanPipeline.from_pretrained(HERE / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    prompts = (HERE / "calibration_prompts.txt").read_text().splitlines()
+    prompts = (HERE / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
     about = {
         "models": ["demo-video"],
         # Those released for Wan2.1's 1.3B model.

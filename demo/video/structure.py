@@ -83,7 +83,7 @@ def build_tokenizer(folder: Path) -> T5TokenizerFast:
         "extra_ids": 0,
         "model_max_length": TEXT_LENGTH,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return T5TokenizerFast.from_pretrained(folder)
 
 
@@ -134,6 +134,6 @@ def save_model(folder: Path, transformer, vae, encoder) -> None:
         "transformer_2": [None, None],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
-    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (part / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

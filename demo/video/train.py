@@ -377,7 +377,7 @@ def main() -> None:
             part = FlowMatching(latents, prompts, args.batch, random.Random(args.seed), low, high)
             card[name] = train_expert(name, full, part, args.expert_minutes, args.experts)
     card |= {"minutes": round((time.time() - started) / 60, 1), "date": time.strftime("%Y-%m-%d")}
-    (args.output / "training.json").write_text(json.dumps(card, indent=1) + "\n")
+    (args.output / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
