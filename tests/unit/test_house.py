@@ -42,6 +42,22 @@ def test_the_page_on_robustness_is_what_its_tests_say():
     assert done.returncode == 0, done.stderr
 
 
+def test_text_is_opened_with_its_encoding():
+    """Else it is the system's, and Windows has another one than the rest."""
+    openers = {"open", "read_text", "write_text", "fdopen"}
+    silent = [
+        f"{path}:{call.lineno}"
+        for path, tree in sources().items()
+        for call in ast.walk(tree)
+        if path.parts[0] != "tests" and isinstance(call, ast.Call)
+        if ast.unparse(call.func).rpartition(".")[2] in openers
+        and ast.unparse(call.func) not in ("Image.open", "wave.open", "os.open", "write_text")
+        and not any(word.arg == "encoding" for word in call.keywords)
+        and not any(isinstance(argument, ast.Constant) and "b" in str(argument.value) for argument in call.args[:2])
+    ]
+    assert silent == []
+
+
 def test_no_file_of_the_engine_is_long():
     lengths = {path.name: len(path.read_text().splitlines()) for path in REPOSITORY.glob("common/*.py")}
     assert len(lengths) > 20 and {name: lines for name, lines in lengths.items() if lines > 300} == {}

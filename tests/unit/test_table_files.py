@@ -226,7 +226,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, method, failure
 
 @pytest.mark.robustness("Files", "writing a file fails, or is interrupted")
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    def interrupt(self, text):
+    def interrupt(self, text, **how):
         self.write_bytes(text[:10].encode())
         raise KeyboardInterrupt
 
