@@ -51,14 +51,11 @@ from common.scripts.quality import (  # noqa: E402
 from common.scripts.refine import check_refining, refine  # noqa: E402
 
 DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
-# What the bundled video model was trained for, in place of a large Wan's defaults.
-VIDEO_CALL = {
-    "height": 64,
-    "width": 64,
-    "num_frames": 17,
-    "num_inference_steps": 30,
-    "guidance_scale": 5.0,
-    "max_sequence_length": 16,
+# What the bundled models were trained for, in place of the defaults of a large FLUX and Wan.
+TRAINED_FOR = {"height": 64, "width": 64, "max_sequence_length": 16}
+DEMO_CALLS = {
+    "demo": TRAINED_FOR,
+    "demo-video": {**TRAINED_FOR, "num_frames": 17, "num_inference_steps": 30, "guidance_scale": 5.0},
 }
 SETTINGS = {
     "magcache_speedup": "speedup",
@@ -127,7 +124,7 @@ def main() -> None:
     args, rest = flags(sys.argv[1:])
     check_pipeline_flags(args)
     pipe = load_model(args)
-    call = {**(VIDEO_CALL if args.model == "demo-video" else {}), **keywords(pipe, rest)}
+    call = {**DEMO_CALLS.get(args.model, {}), **keywords(pipe, rest)}
     prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = place(pipe, args)
     if args.magcache_refine:

@@ -129,7 +129,7 @@ def install_command(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
 
     command = install(args.folder, args.path)
-    print("Installed. Run it there, in the environment of that checkout (torch 2.4 or newer):")
+    print("Installed. Run it there, in the environment of that checkout (torch 2.2 or newer):")
     print(f"  cd {args.path}\n  {command}")
 
 

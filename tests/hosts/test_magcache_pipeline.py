@@ -51,15 +51,22 @@ def script(tmp_path, monkeypatch, capsys):
 
 
 def test_a_picture_its_report_and_the_comparison(tmp_path, script):
-    ended, said = script("--magcache_steps", "4", "--compare", "--guidance_scale", "2.5", *SMALL)
+    ended, said = script("--magcache_steps", "6", "--compare", "--guidance_scale", "2.5", "--num_inference_steps", "12")
     assert ended is None
-    assert "computes 4 of 6" in said and "fewer steps" in said and "reused" in said
+    assert "computes 6 of 12" in said and "fewer steps" in said and "reused" in said
     report = json.loads((tmp_path / "magcache_demo.magcache.json").read_text())
     assert report["files"] == ["magcache_demo.png", "magcache_demo_compare.png"]
     assert all((tmp_path / name).stat().st_size for name in report["files"])
-    assert report["strip"].count("#") == 4 and report["call"]["guidance_scale"] == 2.5
+    assert report["strip"].count("#") == 6 and report["call"]["guidance_scale"] == 2.5
     assert report["quality"]["un-cached"]["psnr"] is None  # of equal pictures
     assert report["quality"]["MagCache"]["psnr"] > report["quality"]["fewer steps"]["psnr"]
+
+
+def test_the_demo_draws_what_it_was_trained_for(tmp_path, script):
+    """And not at the size of a large FLUX, which takes minutes and shows nothing."""
+    ended, _ = script("--model", "demo", "--no-magcache", "--num_inference_steps", "1")
+    with Image.open(tmp_path / "magcache_demo.png") as picture:
+        assert ended is None and picture.size == (64, 64)
 
 
 def test_the_comparison_of_a_video_moves_and_is_written_over_only_by_itself(tmp_path, script):

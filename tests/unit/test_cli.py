@@ -1,5 +1,6 @@
 """`python -m common`: presets, plan, compare, install; and the figures of `common.quality`."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,12 @@ def test_install_prints_what_to_run_in_the_version_that_it_recognised(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(MagCacheError, match="is not a checkout of hpcaitech/Open-Sora: it has no opensora/registry.py"):
         install("MagCache4Open-Sora", tmp_path / "other")
+
+
+def test_install_names_the_oldest_torch_that_the_package_allows(tmp_path, capsys):
+    main(["install", "MagCache4FLUX", str(tmp_path)])
+    oldest = re.search(r'"torch>=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())[1]
+    assert f"(torch {oldest} or newer)" in capsys.readouterr().out
 
 
 def test_every_dropin_folder_is_complete():
