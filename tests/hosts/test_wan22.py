@@ -440,3 +440,16 @@ def test_segments_by_command(wan22_command, kind, calls, tmp_path):
         wan22_command(kind, *flags, "plain.mp4").latents[-1],
     )
     assert 0 < (last - plain).abs().mean() and (last - of_two).abs().mean() < (last - plain).abs().mean() / 10
+
+
+@pytest.mark.parametrize("kind", ["s2v", "animate"])
+def test_segments_are_compared(wan22_command, kind, tmp_path):
+    """What the README advises where no settings were measured: all segments of the three renderings, and the sheet."""
+    wan22_command(kind, "--frame_num", "9", "--magcache_speedup", "2", "--compare", "--save_file", "cat.mp4")
+    report = json.loads((tmp_path / "cat.magcache.json").read_text())
+    assert report["files"] == ["cat_compare.mp4"] and len(report["earlier_clips"]) == 1
+    uncached, cached, fewer = report["quality"].values()
+    assert (uncached["steps"], cached["steps"], fewer["steps"]) == (12, 6, 6)
+    assert 0 < cached["psnr"] < 100 and 0 < fewer["psnr"] < 100
+    video, sheet = (read_frames(tmp_path / name)[0] for name in ("cat.mp4", "cat_compare.mp4"))
+    assert len(sheet) == len(video) > 8 and sheet.shape[2] >= 3 * video.shape[2]
