@@ -1,7 +1,7 @@
 """Train the bundled demo video model: a small Wan that draws moving emoji, in the ordinary diffusers folder format.
 
     python demo/video/train.py --device cuda       # about nine minutes of a large GPU; writes demo/video/model
-    python demo/video/train.py                     # on a CPU: a day for the same, two hours for a rough one
+    python demo/video/train.py                     # on a CPU: a rougher one, in an hour and a half
     python demo/video/train.py --work training     # keeps its state there: the same command goes on after a stop
 
 With --expert_minutes, two experts are fine-tuned from it, as LoRAs, for the noise levels above and below the boundary
