@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,14 @@ def test_the_summary_of_video_is_of_its_table():
         with_guidance, without = (measured.get((family, f"Guidance {guidance}:"), []) for guidance in (5, 1))
         assert [cell for cell in shown if cell] == with_guidance + without != [], label
     assert len(rows) >= 13
+
+
+def test_the_python_that_the_first_command_needs():
+    """The oldest that every package of requirements.txt takes: what pip would refuse is no good beginning."""
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    names = [re.match(r"[\w-]+", line)[0] for line in lines if "==" in line]
+    needed = [re.match(r">=3\.(\d+)", metadata(name)["Requires-Python"])[1] for name in names]
+    assert f"You need Python 3.{max(map(int, needed))} or later" in README and len(names) > 15
 
 
 def test_ci_runs_the_first_commands():
