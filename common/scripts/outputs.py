@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 REPORT = ".magcache.json"
+REFUSED = re.compile(r'[<>:"|?*\x00-\x1f]')  # in a name, by Windows
 NAME_BYTES = 255  # of a file's name, in every common file system
 
 
@@ -46,12 +48,12 @@ def files_of(target: Path) -> list:
 
 
 def put_in_place(part: Path, target: Path) -> Path:
-    """Give a finished file its name and return it: a name with a number where the file of that name cannot be replaced,
-    as on Windows while a player shows it."""
+    """Give a finished file its name and return it. Windows refuses to replace a file that a player shows: the new one
+    gets a number. It refuses some characters, as in the time that HunyuanVideo puts there: they become "-"."""
     try:
         return part.replace(target)
     except OSError:
-        return part.replace(own_place(target, []))
+        return part.replace(own_place(target.with_name(REFUSED.sub("-", target.name)), []))
 
 
 def own_place(path: Path, ours) -> Path:

@@ -110,6 +110,21 @@ def test_a_file_in_use_is_not_replaced_and_the_new_one_is_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"cat.png", "cat_2.png", "cat_3.png"}
 
 
+def test_a_name_that_the_system_refuses_does_not_cost_the_result(tmp_path, monkeypatch):
+    """HunyuanVideo puts the time into its names, with colons."""
+    replace = Path.replace
+
+    def replace_on_windows(self, target):
+        if RESERVED.search(Path(target).name):
+            raise OSError(22, "The filename, directory name, or volume label syntax is incorrect")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_on_windows)
+    (tmp_path / "part").write_bytes(b"a video")
+    kept = put_in_place(tmp_path / "part", tmp_path / '2026-11-26-10:15:47_seed0_"What?".mp4')
+    assert kept.name == "2026-11-26-10-15-47_seed0_-What--.mp4" and kept.read_bytes() == b"a video"
+
+
 def test_files_have_names_for_every_system():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     names = [name for name in listed.stdout.split("\0") if name]
