@@ -43,12 +43,17 @@ class Replay:
     The scheduler, with its history, is set back to where it was after the last computed step and runs over the skipped
     steps with corrected outputs. What that changes is carried on as a difference to the samples that the pipeline
     passed in, so that masks, blends and callbacks between steps keep their effect. It sees guided outputs.
+
+    What is predicted and corrected is what the scheduler integrates: the model's output, or x0 = sample - sigma * output
+    under solvers of data prediction. An output that is held there while the sample leaves its line would turn into
+    another x0 at each step, which such a solver takes for a change.
     """
 
     def __init__(self, scheduler: Any, levels: Sequence[float], predicts: bool = False) -> None:
         """predicts: whether skipped outputs are moved along the line, too; else they are taken as they come."""
         self.scheduler, self.predicts = scheduler, predicts
         self.trajectory = Trajectory(sigmas_of(scheduler, levels))
+        self.of_data = integrates_data(scheduler)
         self.step: int | None = None  # of the model's calls since the last step of the sampler
         self.reused = False
         self.original = scheduler.step
@@ -98,18 +103,20 @@ class Replay:
             self.clear()
             return self.original(model_output, timestep, sample, *args, **kwargs)
         if self.reused:
-            if self.predicts:
-                model_output = self.trajectory.predicted(step, model_output)
+            if self.predicts and self.trajectory.anchors:
+                held = self.trajectory.anchors[0][1] if self.of_data else model_output
+                model_output = self.output(step, sample, self.trajectory.predicted(step, held))
             result = self.original(model_output, timestep, sample, *args, **kwargs)
             if not self.trajectory.anchors:
                 return result
             # Copied: pipelines may write into what they are given.
             self.gap.append(Skipped(step, model_output, timestep, sample, result[0].clone(), args, kwargs))
             return result
+        integrated = self.integrated(step, sample, model_output)  # of the sample that the model was given
         if self.gap:
-            sample = self.replayed(step, model_output, sample)
+            sample = self.replayed(step, integrated, sample)
         result = self.original(model_output, timestep, sample, *args, **kwargs)
-        self.trajectory.computed(step, model_output)
+        self.trajectory.computed(step, integrated)
         self.state = {
             name: list(value) if isinstance(value, list) else value
             for name, value in self.scheduler.__dict__.items()
@@ -117,13 +124,26 @@ class Replay:
         }
         return result
 
-    def replayed(self, step, model_output, sample):
-        """The sample of a computed step as it would be if the skipped steps had used corrected outputs."""
+    def integrated(self, step: int, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What the scheduler integrates of the model's output: x0 (float32), or the output."""
+        return sample.float() - self.trajectory.levels[step] * output.float() if self.of_data else output
+
+    def output(self, step: int, sample: torch.Tensor, integrated: torch.Tensor) -> torch.Tensor:
+        """The other way round: the model's output that gives it at this sample."""
+        if not self.of_data:
+            return integrated
+        return ((sample.float() - integrated) / self.trajectory.levels[step]).to(sample.dtype)
+
+    def replayed(self, step, fresh, sample):
+        """The sample of a computed step as it would be if the skipped steps had used corrected outputs. fresh: what is
+        integrated of the new output."""
         gap, self.gap = self.gap, []
         self.scheduler.__dict__.update(self.state)
         corrected = gap[0].sample
-        outputs = self.trajectory.corrected([(one.step, one.output) for one in gap], step, model_output)
-        for one, output, given in zip(gap, outputs, [*(later.sample for later in gap[1:]), sample]):
+        used = [(one.step, self.integrated(one.step, one.sample, one.output)) for one in gap]
+        between = self.trajectory.corrected(used, step, fresh)
+        for one, integrated, given in zip(gap, between, [*(later.sample for later in gap[1:]), sample]):
+            output = self.output(one.step, corrected, integrated)
             after = self.original(output, one.timestep, corrected, *one.args, **one.kwargs)[0]
             corrected = (given.float() + (after.float() - one.after.float())).to(given.dtype)
         return corrected
@@ -210,6 +230,13 @@ def sigmas_of(scheduler: Any, levels: Sequence[float]) -> list[float]:
         if np.allclose(own, levels, atol=2e-3) and len(set(own)) == len(own):
             return own
     return [float(level) for level in levels]
+
+
+def integrates_data(scheduler: Any) -> bool:
+    """Whether it turns the output of a flow model into x0 and integrates that (DPM-Solver++, UniPC)."""
+    config = getattr(scheduler, "config", {})
+    solver = config.get("predict_x0") or config.get("algorithm_type") == "dpmsolver++"
+    return bool(solver) and config.get("prediction_type") == "flow_prediction"
 
 
 def why_uncorrected(scheduler: Any) -> str:

@@ -11,7 +11,7 @@ from offloading import sequential, whole_model
 from ranks import two_ranks
 
 from common.blocks import Host
-from common.corrector import EULER, Folded, Replay, follower_of, why_uncorrected
+from common.corrector import EULER, Folded, Replay, follower_of, integrates_data, why_uncorrected
 from common.errors import MagCacheError
 from common.patch import magcache_forward
 from common.planner import Target
@@ -75,8 +75,8 @@ def by_hand(name, edit=None, guidance=1.0):
     scheduler = scheduler_of(name)
     sigmas = scheduler.sigmas.tolist()[:STEPS]
     sample = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    known, gap, held = [], [], None  # known: (step, guided output)
-    before_gap = None
+    known, gap, held = [], [], None  # known: (step, guided output, or x0 where the solver is one of data prediction)
+    before_gap, data = None, name != "euler"
     for step, timestep in enumerate(scheduler.timesteps):
         if step not in COMPUTED:
             gap.append((step, sample))
@@ -85,10 +85,11 @@ def by_hand(name, edit=None, guidance=1.0):
         else:
             branches = [velocity(sample, float(timestep) / 1000 + shift) for shift in (0.0, 0.4)]
             held = branches[1] + guidance * (branches[0] - branches[1])
+            fresh = sample - sigmas[step] * held if data else held
             if gap:
                 scheduler, moved = before_gap, torch.zeros_like(sample)
                 anchors = [step, known[-1][0], *[known[-2][0]][: len(known) > 1]]
-                outputs = [held, known[-1][1], *[known[-2][1]][: len(known) > 1]]
+                outputs = [fresh, known[-1][1], *[known[-2][1]][: len(known) > 1]]
                 if not known[1:]:
                     anchors, outputs = anchors[:2], outputs[:2]
                 trust = 1.0
@@ -103,12 +104,15 @@ def by_hand(name, edit=None, guidance=1.0):
                     polynomial = fit([sigmas[at] for at in anchors], stacked, len(anchors) - 1)
                     powers = sigmas[skipped] ** np.arange(len(anchors))[::-1]
                     output = torch.tensor(powers @ polynomial).float().reshape(sample.shape)
-                    output = trust * output + (1 - trust) * known[-1][1]  # which was held
+                    used = given - sigmas[skipped] * known[-1][2] if data else known[-1][2]  # the output was held
+                    output = trust * output + (1 - trust) * used
+                    if data:
+                        output = (given + moved - output) / sigmas[skipped]
                     again = scheduler.step(output, scheduler.timesteps[skipped], given + moved, return_dict=False)[0]
                     moved = again - after
                 sample, gap = sample + moved, []
             sample = scheduler.step(held, timestep, sample, return_dict=False)[0]
-            known.append((step, held))
+            known.append((step, fresh, held))
             before_gap = copy.deepcopy(scheduler)
         if edit:
             sample = edit(step, sample)
@@ -214,6 +218,24 @@ def test_outputs_on_a_line_are_predicted_and_interpolated():
     for step, value in ((1, 1.0), (3, 2.0), (5, 1.0)):  # there and back: the line is not followed
         bent.computed(step, torch.full((1, 3), value))
     assert torch.equal(bent.predicted(6, torch.ones(1, 3)), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_the_solver_integrates_is_held(name):
+    """A model whose x0 is the same at every sample and step: skipped steps cost nothing, whatever the order."""
+    scheduler, target = scheduler_of(name), torch.linspace(-1, 1, 12).reshape(1, 3, 4)
+    assert integrates_data(scheduler) == (name != "euler")
+    scheduler.register_to_config(prediction_type="epsilon")
+    assert not integrates_data(scheduler)
+    scheduler = scheduler_of(name)
+    replay = Replay(scheduler, scheduler.sigmas.tolist()[:STEPS], predicts=True)
+    sample, kept = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)), None
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step in COMPUTED:
+            kept = (sample - target) / scheduler.sigmas[step]
+        replay.follow(model_call(step, step not in COMPUTED), None)
+        sample = scheduler.step(kept, timestep, sample, return_dict=False)[0]
+    torch.testing.assert_close(sample, target, rtol=1e-4, atol=1e-4)
 
 
 def test_each_sample_of_a_batch_follows_its_own_line():
