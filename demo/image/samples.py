@@ -3,6 +3,7 @@
 python demo/image/samples.py
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tqdm import tqdm  # noqa: E402
 COLUMNS = 8
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     pipe, _ = load_demo()
     pictures = [render(pipe, prompt, 28, seed=3)[0] for prompt in tqdm(PROMPTS)]
     rows = [np.concatenate(pictures[start : start + COLUMNS], axis=1) for start in range(0, len(pictures), COLUMNS)]

@@ -5,6 +5,7 @@ python demo/video/calibrate.py
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ PRESET = REPOSITORY / "common" / "presets" / "demo-video.json"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     pipe = WanPipeline.from_pretrained(HERE / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

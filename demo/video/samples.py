@@ -5,6 +5,7 @@ python demo/video/samples.py
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import clips
@@ -37,6 +38,7 @@ def draw_samples(prompts: list[str], seed: int = 3) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     drawn = draw_samples(PROMPTS)
     clips.sheet(drawn, columns=2, zoom=ZOOM).save(HERE / "samples.png")
     moving = [clips.sheet(drawn, frames=(frame,), columns=COLUMNS, zoom=ZOOM) for frame in range(clips.FRAMES)]

@@ -199,3 +199,11 @@ def test_the_speed_table_is_written(tmp_path, monkeypatch):
 def test_a_transformer_without_facts_gets_a_sentence():
     with pytest.raises(MagCacheError, match="add its facts to common/hosts"):
         host_of(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("script", ["image/samples.py", "video/samples.py", "video/calibrate.py"])
+def test_help_writes_nothing(script):
+    """What takes no flags writes over files of the repository, so --help has to be answered first."""
+    path = BENCHMARKS.parent / "demo" / script
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {path.name}"), done.stderr
