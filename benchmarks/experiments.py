@@ -1,7 +1,7 @@
 """On what the settings of a speed-up without a calibration were chosen: other prompts and seeds than
 benchmarks/quality.py reports.
 
-    python benchmarks/experiments.py          # the demo image model, Euler; about 4 minutes of one core
+    python benchmarks/experiments.py          # the demo image model, Euler; about 6 minutes of one core
     python benchmarks/experiments.py --guidance 5 --scheduler unipc --steps 28
     python benchmarks/experiments.py --model demo-video --guidance 5 --scheduler unipc --steps 30
 
@@ -23,10 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from quality import SHARES, load_subject, references  # noqa: E402
-from subject import SAMPLER_NAMES  # noqa: E402
+from quality import DEMO_VIDEO, SHARES, load_subject, references  # noqa: E402
+from subject import BATCH, SAMPLER_NAMES  # noqa: E402
 
-from common import spread  # noqa: E402
+sys.path.insert(1, str(DEMO_VIDEO))
+from clips import BACKGROUNDS, MOTIONS, OBJECTS, caption  # noqa: E402
+
+from common import corrector as corrector_module  # noqa: E402
+from common import planner, spread  # noqa: E402
 from common.errors import needs  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target  # noqa: E402
@@ -37,38 +41,27 @@ PICTURES = zip(
     ("cat", "fox", "lion", "owl", "snail", "apple", "rocket", "star", "alien", "cactus", "house", "doughnut"),
     cycle(("yellow", "purple", "orange", "white", "black", "sky blue", "pink", "green")),
 )
-CLIPS = zip(
-    (
-        "soccer ball",
-        "rocket",
-        "yellow fish",
-        "frog",
-        "panda",
-        "star",
-        "heart",
-        "pumpkin",
-        "red balloon",
-        "fox",
-        "red car",
-        "turtle",
-    ),
-    cycle(
-        (
-            "falls",
-            "grows",
-            "swings",
-            "moves to the right",
-            "shrinks",
-            "rises",
-            "moves to the left",
-            "bounces",
+# What the tables report or calibrate on.
+REPORTED = {
+    line
+    for name in ("prompts", "calibration_prompts")
+    for line in (DEMO_VIDEO / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+}
+
+
+def clip_prompts():
+    """One of each object, with the first motion, counted from another each time, that is not in REPORTED."""
+    for number, name in enumerate(OBJECTS):
+        background = list(BACKGROUNDS)[(number + number // 8) % len(BACKGROUNDS)]
+        motions = (MOTIONS[(3 * number + more) % len(MOTIONS)] for more in range(len(MOTIONS)))
+        yield next(
+            prompt for prompt in (caption(name, motion, background) for motion in motions) if prompt not in REPORTED
         )
-    ),
-    cycle(("white", "dark blue", "sky blue", "green")),
-)
+
+
 PROMPTS = {
     "demo": [f"a {name} on a {background} background" for name, background in PICTURES],
-    "demo-video": [f"a {name} {motion} on a {background} background" for name, motion, background in CLIPS],
+    "demo-video": list(clip_prompts()),
 }
 
 
@@ -96,16 +89,33 @@ def of_two():
     return mock.patch.object(Trajectory, "corrected", corrected)
 
 
+def last_step_held():
+    """`spread_steps` whose last computed step is the last but one."""
+    plain = planner.spread_steps
+
+    def steps(levels, *args, **kwargs):
+        return plain(levels[:-1], *args, **kwargs)
+
+    return mock.patch.object(planner, "spread_steps", steps)
+
+
+def outputs_throughout():
+    """The model's output held and corrected where the solver integrates x0."""
+    return mock.patch.object(corrector_module, "integrates_data", lambda _: False)
+
+
 def trials():
     """(name, makes the context in which it runs, whether it is corrected)"""
     yield "as it is", nullcontext, True
-    for share, power in ((0.75, 1), (0.5, 0.8), (0.5, 0.7), (0.75, 0.7), (1, 1)):
+    for share, power in ((0.25, 0.6), (0.5, 0.7), (0.5, 0.8), (0.75, 0.7), (0.75, 1), (1, 1)):
         name = f"spread in {share:g} of the index, power {power:g}"
         yield name, lambda share=share, power=power: mock.patch.object(spread, "MEASURE", (share, power)), True
     yield "newest output held", lambda: followed(0.0), True
     yield "line followed to its end", lambda: followed(1.0), True
     yield "corrected through two outputs", of_two, True
     yield "each correction made in full", lambda: mock.patch.object(Trajectory, "trust", lambda *_: 1.0), True
+    yield "the model's output in place of x0", outputs_throughout, True
+    yield "last step not computed", last_step_held, True
     yield "corrector off", nullcontext, False
 
 
@@ -120,7 +130,7 @@ def measure_closeness(subject, steps, computed, reference, corrector=True):
         scheduler=lambda: subject.pipe.scheduler,
         corrector=corrector,
     ):
-        return text_of(reference, subject.render(subject.jobs, steps))
+        return text_of(reference, subject.drawn(steps, "cached", BATCH)[0])
 
 
 def text_of(reference, pictures):
@@ -145,7 +155,7 @@ def main():
         rows = [
             [
                 "plain sampler, as many steps",
-                *(text_of(reference, subject.render(subject.jobs, count)) for count in counts),
+                *(text_of(reference, subject.drawn(count, "plain", BATCH)[0]) for count in counts),
             ]
         ]
         for name, context, corrector in tqdm(list(trials()), leave=False):

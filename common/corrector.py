@@ -44,9 +44,9 @@ class Replay:
     steps with corrected outputs. What that changes is carried on as a difference to the samples that the pipeline
     passed in, so that masks, blends and callbacks between steps keep their effect. It sees guided outputs.
 
-    What is predicted and corrected is what the scheduler integrates: the model's output, or x0 = sample - sigma output
-    under solvers of data prediction. An output that is held there while the sample leaves its line would turn into
-    another x0 at each step, which such a solver takes for a change.
+    What is predicted and corrected is what the scheduler integrates: the model's output, or under solvers of data
+    prediction x0 = sample - sigma * output. There an output that is held while the sample leaves its line would turn
+    into another x0 at each step, which such a solver takes for a change.
     """
 
     def __init__(self, scheduler: Any, levels: Sequence[float], predicts: bool = False) -> None:
