@@ -151,9 +151,8 @@ def test_experiments_run(loaded_demo, monkeypatch, capsys):
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:17]}
     assert len(rows) == 15 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
     assert rows["as it is"] not in (rows["corrector off"], rows["corrected through two outputs"])
-    assert (
-        rows["as it is"] == rows["the model's output in place of x0"] != rows["last step not computed"]
-    )  # under Euler
+    under_euler = rows["the model's output in place of x0"]
+    assert rows["as it is"] == under_euler != rows["last step not computed"]
 
 
 def test_settings_were_chosen_on_other_prompts_than_are_reported():
