@@ -113,7 +113,7 @@ def own_rows(subject, table, steps, counts, recall=None, wanted=None):
         (f"{FREE}, off", None, {}, False),
         ("planned, linear", table, {"predictor": "linear"}, True),
         ("planned, linear, off", table, {"predictor": "linear"}, False),
-        ("planned, linear, output", table, {"predictor": "linear", "payload": "output"}, True),
+        ("planned, linear, residual", table, {"predictor": "linear", "payload": "residual"}, True),
     ]
     for family, its_table, options, corrector in kinds:
         for count in counts:

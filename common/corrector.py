@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from .interpolation import gram_of_data
 from .trajectory import Trajectory
 
 STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM")  # in the names of schedulers that add noise at each step
@@ -49,11 +50,14 @@ class Replay:
     into another x0 at each step, which such a solver takes for a change.
     """
 
-    def __init__(self, scheduler: Any, levels: Sequence[float], predicts: bool = False) -> None:
-        """predicts: whether skipped outputs are moved along the line, too; else they are taken as they come."""
+    def __init__(
+        self, scheduler: Any, levels: Sequence[float], predicts: bool = False, gram: np.ndarray | None = None
+    ) -> None:
+        """predicts: whether skipped outputs are moved along the line, too; else they are taken as they come. gram: of
+        `Trajectory`, of the model's outputs."""
         self.scheduler, self.predicts = scheduler, predicts
-        self.trajectory = Trajectory(sigmas_of(scheduler, levels))
-        self.of_data = integrates_data(scheduler)
+        self.of_data, sigmas = integrates_data(scheduler), sigmas_of(scheduler, levels)
+        self.trajectory = Trajectory(sigmas, gram_of_data(gram, sigmas) if gram is not None and self.of_data else gram)
         self.step: int | None = None  # of the model's calls since the last step of the sampler
         self.reused = False
         self.original = scheduler.step
@@ -92,6 +96,7 @@ class Replay:
     def follow(self, call: Any, output: Any) -> Any:
         """After each call of the model (`run.ModelCall`): its output, as it came."""
         step = call.parts[0].call.step
+        self.trajectory.guided |= is_guided(call)
         self.reused = call.reused or (self.reused and step == self.step)
         self.step = step
         return output
@@ -158,10 +163,17 @@ class Folded:
     """
 
     def __init__(
-        self, levels: Sequence[float], predicts: bool = False, corrects: bool = True, last_level: float = 0.0
+        self,
+        levels: Sequence[float],
+        predicts: bool = False,
+        corrects: bool = True,
+        last_level: float = 0.0,
+        gram: np.ndarray | None = None,
     ) -> None:
-        """levels: of the run's steps; predicts, corrects: what is done; last_level: where the last step ends."""
-        self.levels, self.predicts, self.corrects = [*levels, last_level], predicts, corrects
+        """levels: of the run's steps; predicts, corrects: what is done; last_level: where the last step ends; gram: of
+        `Trajectory`."""
+        self.levels, self.predicts, self.corrects, self.gram = [*levels, last_level], predicts, corrects, gram
+        self.guided = False
         self.branches: dict[Hashable, tuple[Trajectory, list]] = {}
 
     def clear(self) -> None:
@@ -180,6 +192,7 @@ class Folded:
 
     def follow(self, call: Any, output: Any) -> Any:
         """After each call of the model (`run.ModelCall`): its output, predicted further or corrected."""
+        self.guided |= is_guided(call)
         leaves, form = pytree.tree_flatten(output)
         step, act = call.parts[0].call.step, self.skipped if call.reused else self.computed
         keys = tuple(part.key for part in call.parts)
@@ -189,11 +202,18 @@ class Folded:
         ]
         return pytree.tree_unflatten(leaves, form)
 
+    def branch(self, key: Hashable) -> tuple[Trajectory, list]:
+        """(its trajectory, the skipped steps since its last computed one)"""
+        if key not in self.branches:
+            self.branches[key] = Trajectory(self.levels[:-1], self.gram), []
+        self.branches[key][0].guided = self.guided
+        return self.branches[key]
+
     def skipped(self, key: Hashable, step: int, held: torch.Tensor) -> torch.Tensor:
         """The output of a skipped step of the branch `key`. held: what its kept outputs or residuals give."""
         if key not in self.branches:
             return held
-        trajectory, gap = self.branches[key]
+        trajectory, gap = self.branch(key)
         output = trajectory.predicted(step, held) if self.predicts else held
         if self.corrects:
             gap.append((step, output.clone()))
@@ -201,7 +221,7 @@ class Folded:
 
     def computed(self, key: Hashable, step: int, output: torch.Tensor) -> torch.Tensor:
         """The output of a computed step, corrected for those skipped before it."""
-        trajectory, gap = self.branches.setdefault(key, (Trajectory(self.levels[:-1]), []))
+        trajectory, gap = self.branch(key)
         # A branch that was left out in between (guidance that ends and begins again) is not made again.
         whole = bool(gap) and [at for at, _ in gap] == list(range(trajectory.anchors[0][0] + 1, step))
         fresh = output.clone()
@@ -214,6 +234,11 @@ class Folded:
         gap.clear()
         trajectory.computed(step, fresh)
         return output
+
+
+def is_guided(call: Any) -> bool:
+    """Whether a call of the model (`run.ModelCall`) is of another branch than the first: there is guidance."""
+    return any(part.call.branch for part in call.parts)
 
 
 def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
@@ -258,13 +283,16 @@ def why_uncorrected(scheduler: Any) -> str:
 
 
 def follower_of(
-    scheduler: Any, levels: Sequence[float], predicts: bool, wanted: bool = True
+    scheduler: Any, levels: Sequence[float], predicts: bool, wanted: bool = True, gram: np.ndarray | None = None
 ) -> tuple[Replay | Folded | None, str]:
     """(what follows a run's outputs, why it corrects nothing). scheduler: an object with diffusers' `step`, EULER, or
-    None where none is known; levels: noise levels of the run's steps; predicts: as `Replay` and `Folded` have it."""
+    None where none is known; levels: noise levels of the run's steps; predicts, gram: as `Replay` and `Folded` have
+    them."""
     if len({float(level) for level in levels}) < len(levels):
         return None, "two steps have one noise level"
     why = why_uncorrected(scheduler) if wanted else "it was turned off"
     if why:
-        return (Folded(levels, True, corrects=False) if predicts else None), why
-    return (Folded(levels, predicts) if scheduler == EULER else Replay(scheduler, levels, predicts)), ""
+        return (Folded(levels, True, corrects=False, gram=gram) if predicts else None), why
+    if scheduler == EULER:
+        return Folded(levels, predicts, gram=gram), ""
+    return Replay(scheduler, levels, predicts, gram), ""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MagCacheError
+from .interpolation import line_share, resample_gram
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def table_grams(table, levels, payload="residual"):
     """The Gram matrices (branches, steps, steps) of a `RatioTable` at the noise levels of a run."""
     stored = table.statistics.get(GRAMS[payload])
     if not stored:
-        raise MagCacheError(f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again.")
+        raise MagCacheError(
+            f"{table.name} was calibrated without the Gram matrix of the {payload}; calibrate again, or ask for the "
+            "other payload."
+        )
     if not table.fine_enough(levels):
         raise MagCacheError(
             f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)} by; "
@@ -242,10 +246,10 @@ def scheduled(anchors, forecast, kept=1):
     )
 
 
-def along(grams, reuse, predictor="linear", switch_step=None, uncovered=False):
+def along(grams, reuse, predictor="linear", switch_step=None, uncovered=False, levels=None):
     """(expected relative error (steps,), weights (branches, steps, 2) or None) of each step of one schedule, as
     `Forecast.error_of` and `weights_of`, without weighing every other. grams: (branches, steps, steps); uncovered: mask
-    (steps,) of what neither is predicted nor predicts."""
+    (steps,) of what neither is predicted nor predicts; levels: of the predictor line, which follows it to its end."""
     computed, i = np.flatnonzero(~reuse), np.arange(1, len(reuse))
     newest = np.searchsorted(computed, i) - 1
     j, k = computed[newest], computed[np.maximum(newest - 1, 0)]
@@ -256,45 +260,31 @@ def along(grams, reuse, predictor="linear", switch_step=None, uncovered=False):
     for gram, row in zip(grams, weights):
         anchors = np.stack([np.stack([gram[j, j], gram[j, k]], -1), np.stack([gram[k, j], gram[k, k]], -1)], -2)
         products = np.stack([gram[i, j], gram[i, k]], -1)[..., None]
-        found = PREDICTORS[predictor](anchors + RIDGE * np.diag(gram).mean() * np.eye(2), products)[..., 0]
+        if predictor == "line":
+            lone |= k == 0  # made of noise alone, it lies off the line
+            share = line_share(np.asarray(levels, dtype=float), i, j, np.where(lone, i, k))
+            found = np.stack([1 + share, -share], -1)
+        else:
+            found = PREDICTORS[predictor](anchors + RIDGE * np.diag(gram).mean() * np.eye(2), products)[..., 0]
         found[lone] = [1.0, 0.0]
         missed = gram[i, i] - 2 * (found * products[..., 0]).sum(-1) + np.einsum("ia,iab,ib->i", found, anchors, found)
         errors.append(np.maximum(missed, 0) / gram[i, i])
         row[1:] = found
     error = np.sqrt(np.mean(errors, axis=0))
     error[(second[i] != second[j]) | uncovered[i] | uncovered[j]] = 0.0
-    return np.append(0.0, error), None if predictor == "reuse" else weights
+    return np.append(0.0, error), weights if predictor == "linear" else None
+
+
+def gram_of_outputs(table: RatioTable, levels: np.ndarray) -> np.ndarray | None:
+    """The Gram matrix (steps, steps) of the outputs at the levels of a run, nan where the table covers none. None: the
+    table has none, or one for each branch of guidance."""
+    if len(table.mag_ratios) > 1 or not table.statistics.get(GRAMS["output"]):
+        return None
+    uncovered = ~table.covered(levels)
+    return np.where(uncovered | uncovered[:, None], np.nan, table_grams(table, levels, "output")[0])
 
 
 def error_by_gram(schedule, levels, table):
     """Expected relative error of every step that a schedule of the paper's rule reuses."""
     error, _ = along(table_grams(table, levels, "residual"), schedule.reuse, "reuse", table.switch_step(levels))
     return error[schedule.reuse]
-
-
-def resample_gram(gram, sigmas, new_sigmas):
-    """The Gram matrix of a run at other noise levels: residuals interpolated in sigma by cubics through four levels.
-
-    G' = W G W^T, with the rows of W the Lagrange weights of the nearest calibrated levels; beyond the ends the
-    outermost straight line goes on.
-    """
-    gram, sigmas = np.asarray(gram, dtype=float), np.asarray(sigmas, dtype=float)
-    weights = np.zeros((len(new_sigmas), len(sigmas)))
-    for row, sigma in zip(weights, np.asarray(new_sigmas, dtype=float)):
-        nodes = nearest_levels(sigmas, sigma)
-        for node in nodes:
-            others = [other for other in nodes if other != node]
-            row[node] = np.prod([(sigma - sigmas[other]) / (sigmas[node] - sigmas[other]) for other in others])
-    return weights @ gram @ weights.T
-
-
-def nearest_levels(sigmas, sigma):
-    """Indices of the calibrated levels that a new one is interpolated from: two on each side, or the outermost two."""
-    above = int((sigmas > sigma).sum())
-    if len(sigmas) < 2:
-        return [0]
-    if above == 0:
-        return [0, 1]
-    if above == len(sigmas):
-        return [above - 2, above - 1]
-    return list(range(max(0, above - 2), min(len(sigmas), above + 2)))

@@ -163,7 +163,7 @@ class MagCache(Patch):
 
     def facts_are_wrong(self, run, told):
         """The model's output is predicted from here on, and planned for."""
-        run.schedule = run.report.schedule = self.plan(np.asarray(run.levels), "output")
+        run.plan(self.plan(np.asarray(run.levels), "output"))
         if self.announce:
             self.announce(told)
 

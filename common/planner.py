@@ -2,8 +2,8 @@
 
 The computed steps are spread over the run (`spread`), since whole schedules are not ranked by what single
 predictions miss. Without a calibration a skipped output is predicted along the line through the two newest
-(`trajectory.Trajectory`). With one, `gram` tells how to weigh them, and which schedule keeps a bound on the error.
-numpy only.
+(`trajectory.Trajectory`). With one, `gram` tells how skipped outputs are corrected or residuals weighed, and which
+schedule keeps a bound on the error. numpy only.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import MagCacheError
-from .gram import PREDICTORS, Forecast, along, has_gram, plan_steps, table_grams, unpredicted
+from .gram import (
+    PREDICTORS,
+    Forecast,
+    along,
+    gram_of_outputs,
+    has_gram,
+    plan_steps,
+    table_grams,
+    unpredicted,
+)
 from .schedule import Rule, Schedule, Settings, compute_all, magcache_schedule
-from .spread import MEASURE, MEASURE_WEIGHED, fewest_computed, refined_measure, spread_steps
+from .spread import fewest_computed, refined_measure, spread_steps
 
 if TYPE_CHECKING:
     from .tables import RatioTable
@@ -32,16 +41,17 @@ class Target:
     fewest with no expected relative error above `magcache_max_error`.
 
     predictor: "line" needs no calibration and no facts of the model: computed steps spread evenly, outputs predicted
-        along the line through the two newest. "linear" weighs the two newest as a calibration tells, "reuse" takes the
-        newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload residual are
-        asked for. `suited` says where linear gives way.
-    payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: what line takes,
-        the output, else the residual).
+        along the line through the two newest, as far as that served in the run. "linear" is by a calibration: outputs
+        are predicted as for line and corrected as the calibration tells, residuals are the two newest weighed.
+        "reuse" takes the newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload
+        residual are asked for. `suited` says where linear gives way.
+    payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: the residual for
+        reuse, magcache_max_error and magcache_guard, else the output).
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
     first on, that compute (None: the first).
     magcache_guard: stop skipping where a computed step is predicted this many times worse than in the calibration.
     measure: in which computed steps are spread evenly (`spread`; None: the one that was found best for the table's
-        checkpoint, else MEASURE, or MEASURE_WEIGHED where the two newest are weighed).
+        checkpoint, else MEASURE).
     """
 
     magcache_steps: int | None = None
@@ -82,15 +92,20 @@ class Target:
         if self.predictor not in (None, "line", *PREDICTORS):
             known = ", ".join(["line", *PREDICTORS])
             raise MagCacheError(f"There is no predictor {self.predictor}; there are {known}.")
-        measured = self.magcache_max_error is not None or self.magcache_guard is not None
-        predictor = self.predictor or ("linear" if measured or self.payload == "residual" else "line")
+        predictor = self.predictor or ("linear" if self.watched or self.payload == "residual" else "line")
         object.__setattr__(self, "predictor", predictor)
-        object.__setattr__(self, "payload", self.payload or ("output" if predictor == "line" else "residual"))
-        if predictor == "line" and (measured or self.payload != "output"):
+        of_output = predictor == "line" or (predictor == "linear" and not self.watched)
+        object.__setattr__(self, "payload", self.payload or ("output" if of_output else "residual"))
+        if predictor == "line" and (self.watched or self.payload != "output"):
             raise MagCacheError(
                 "The predictor line needs no calibration and predicts the model's output: for magcache_max_error, "
                 "magcache_guard or the payload residual ask for the predictor linear."
             )
+
+    @property
+    def watched(self) -> bool:
+        """Whether the expected error of single predictions decides."""
+        return self.magcache_max_error is not None or self.magcache_guard is not None
 
     def plan(
         self,
@@ -104,8 +119,8 @@ class Target:
         table: None will do for the predictor line. rule: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
         target, ratios = self.suited(table), None if table is None else table.at(levels, interpolation)
+        target = replace(target, measure=target.measure or refined_measure(table))
         if target.predictor == "line":
-            target = replace(target, measure=target.measure or refined_measure(table))
             schedule = target.spread(levels, switch_step)
         elif table is None or not has_gram(table):
             has = "There is no calibration" if table is None else f"{table.name} has magnitude ratios only"
@@ -113,10 +128,14 @@ class Target:
                 f"{has}; the predictors linear and reuse, magcache_max_error and the guard need the Gram matrix that a "
                 "calibration measures."
             )
-        elif target.magcache_max_error is None:
-            schedule = target.weighed(table, levels, switch_step)
         else:
-            schedule = target.within(target.magcache_max_error, table, levels, switch_step)
+            bound = target.magcache_max_error
+            schedule = (
+                target.weighed(table, levels, switch_step)
+                if bound is None
+                else target.within(bound, table, levels, switch_step)
+            )
+            schedule = replace(schedule, gram=gram_of_outputs(table, levels))
         if target.predictor != self.predictor and table is not None:
             how = "outputs are predicted without them" if target.predictor == "line" else "the newest is taken as it is"
             told = f"{table.name} was calibrated with guidance, which multiplies what its weights miss: {how}"
@@ -129,7 +148,7 @@ class Target:
         asked for the newest is taken as it is."""
         if self.predictor != "linear" or table is None or len(table.mag_ratios) < 2 or not has_gram(table):
             return self
-        if self.magcache_max_error is not None or self.magcache_guard is not None:
+        if self.watched:
             return replace(self, predictor="reuse")
         return replace(self, predictor="line", payload="output")
 
@@ -157,15 +176,16 @@ class Target:
         self, table: RatioTable, levels: np.ndarray, switch_step: int | None = None, computed: int | None = None
     ) -> Schedule:
         """The Schedule whose computed steps (None: as many as are asked for) are spread evenly, with what the
-        calibration has for the others."""
+        calibration has for the others: weights of two residuals, or what outputs on the line are expected to miss."""
         steps, kept, beyond = len(levels), self.kept(len(levels)), unpredicted(table, levels)
         grams = table_grams(table, levels, self.payload)
         if computed is None:
             computed = self.computed_of(steps, reused_share(table, self.payload), switch_step, beyond) or steps
         reuse = np.ones(steps, dtype=bool)
-        measure = self.measure or (MEASURE if len(grams) > 1 else MEASURE_WEIGHED)
-        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, beyond, measure)] = False
-        error, weights = along(grams, reuse, self.predictor or "linear", switch_step, ~table.covered(levels))
+        reuse[spread_steps(levels, computed, self.magcache_K, kept, switch_step, beyond, self.measure)] = False
+        line = self.predictor == "linear" and self.payload == "output" and not self.watched
+        predictor = "line" if line else self.predictor or "linear"
+        error, weights = along(grams, reuse, predictor, switch_step, ~table.covered(levels), levels)
         return Schedule(
             reuse,
             np.arange(steps) < kept,

@@ -127,7 +127,9 @@ def rule_lines(schedule: Schedule, levels: np.ndarray, table: RatioTable | None)
         errors = error_by_gram(schedule, levels, table)
         lines.append(PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"))
         if schedule.steps <= COMPARED_STEPS:
-            other = Target(schedule.computed, predictor="linear").plan(table, levels, table.switch_step(levels))
+            other = Target(schedule.computed, predictor="linear", payload="residual").plan(
+                table, levels, table.switch_step(levels)
+            )
             if other.expected_error is not None:
                 errors = error_text(other.expected_error[other.reuse])
                 text = f"    a planned run with magcache_steps {schedule.computed}: {errors}"

@@ -21,7 +21,7 @@ import torch
 
 from .calibration import Statistics
 from .conditioning import CHANGED
-from .corrector import follower_of
+from .corrector import Folded, Replay, follower_of
 from .errors import MagCacheError
 from .guard import Guard
 from .payloads import ModelOutput, Payload, Residual, leading_tokens
@@ -160,10 +160,21 @@ class CachedRun(Run):
     ) -> None:
         super().__init__(schedule, levels)
         self.residuals, self.guard, self.fall_back, self.stopped = residuals, guard, fall_back, ""
-        self.follower, self.why_uncorrected = None, ""
+        self.scheduler, self.corrector = scheduler, corrector
+        self.follower: Replay | Folded | None = None
+        self.why_uncorrected = ""
+        self.plan(schedule)
+
+    def plan(self, schedule: Schedule) -> None:
+        """This schedule from here on."""
+        self.schedule = self.report.schedule = schedule
+        if self.follower:
+            self.follower.detach()
+            self.follower = None
         if schedule.reuse.any():  # else nothing of the sampler is touched
-            line = schedule.predictor == "line"
-            self.follower, self.why_uncorrected = follower_of(scheduler, self.levels, line, corrector)
+            self.follower, self.why_uncorrected = follower_of(
+                self.scheduler, self.levels, schedule.follows_line, self.corrector, schedule.gram
+            )
 
     def facts_are_wrong(self, told):
         super().facts_are_wrong(told)

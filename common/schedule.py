@@ -110,6 +110,7 @@ class Schedule:
     settings: what was planned; why_none: why nothing is reused; ratios: (branches, steps).
     fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
     weights: (branches, steps, 2), of the two newest residuals (None: as they are); told: why not as asked for.
+    gram: (steps, steps), of the outputs of a calibrated run, by which skipped ones are corrected (None: not known).
     """
 
     reuse: np.ndarray
@@ -122,6 +123,7 @@ class Schedule:
     fewest_computed: int = 0
     weights: np.ndarray | None = field(default=None, repr=False)
     told: str = ""
+    gram: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def steps(self) -> int:
@@ -135,6 +137,11 @@ class Schedule:
     def predictor(self) -> str:
         """How a skipped step is predicted: "reuse", "linear" or "line" (`planner.Target`)."""
         return self.settings.predictor or "reuse"
+
+    @property
+    def follows_line(self) -> bool:
+        """Whether a skipped output is predicted along the line through the two newest."""
+        return self.predictor == "line" or (self.predictor == "linear" and self.weights is None)
 
     @property
     def longest_gap(self) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .tables import RatioTable
 
 MEASURE = (0.5, 0.6)
-MEASURE_WEIGHED = (0.5, 0.8)  # where a calibration weighs the two newest outputs, which it does without guidance
+NEXT_TO_NOTHING = 0.25  # of the level before: a last level below this, at which there is nothing left to compute
 REFINED = "refined"  # of a calibration's statistics: the measure that came closest on a few prompts (`refine`)
 
 
@@ -30,9 +30,12 @@ def spread_steps(
     measure: tuple[float, float] | None = None,
 ) -> list[int]:
     """Indices of `computed` steps, spread evenly in `places`. The first and the last compute, since only what lies
-    between two is corrected; so do the first and the last of each expert where there are enough. magcache_K: most
+    between two is corrected; so do the first and the last of each expert where there are enough. A last step that is
+    NEXT_TO_NOTHING leaves its place to the one before. magcache_K: most
     between two; kept: how many compute from the first on; beyond: mask (steps,) of others that compute, at the
     beginning and at the end (`gram.unpredicted`); measure: None, MEASURE."""
+    if ends_in_nothing(levels, switch_step) and kept <= computed < len(levels) and (beyond is None or not beyond[-1]):
+        levels, beyond = levels[:-1], beyond if beyond is None else beyond[:-1]
     place, steps = places(levels, measure or MEASURE), len(levels)
     forced = np.arange(steps) < kept
     if beyond is not None:
@@ -49,6 +52,12 @@ def spread_steps(
     return spread_evenly(place[:switch_step], first, magcache_K, forced[:switch_step]) + [
         switch_step + step for step in late
     ]
+
+
+def ends_in_nothing(levels: np.ndarray, switch_step: int | None = None) -> bool:
+    """Whether the last step moves next to nothing, as in diffusers' own noise levels for Euler, and is not the only one
+    of its expert."""
+    return len(levels) > 2 and levels[-1] < NEXT_TO_NOTHING * levels[-2] and switch_step != len(levels) - 1
 
 
 def places(levels: np.ndarray, measure: tuple[float, float]) -> np.ndarray:

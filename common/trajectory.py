@@ -1,7 +1,8 @@
 """What the computed outputs of a run tell of those between and after them: prediction and correction.
 
 No calibration and no fact of the model is needed: a skipped output is predicted along the line through the two newest
-computed ones (`Trajectory.predicted`), and interpolated when the next is there (`Trajectory.corrected`).
+computed ones (`Trajectory.predicted`), and interpolated when the next is there (`Trajectory.corrected`). A calibration
+without guidance tells how to interpolate.
 """
 
 from __future__ import annotations
@@ -11,19 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .interpolation import gram_weights, interpolation_weights, line_share
 
-def line_share(levels: Sequence[float], step: int, newest: int, before: int) -> float:
-    """How far `step` is on the line from `before` through `newest`, in noise levels: 0 at newest, 1 as far again."""
-    return (levels[step] - levels[newest]) / (levels[newest] - levels[before])
-
-
-def interpolation_weights(levels: Sequence[float], step: int, anchors: Sequence[int]) -> list[float]:
-    """Of the outputs at the steps `anchors` in that at `step`: Lagrange's, a straight line through two, a parabola
-    through three."""
-    return [
-        float(np.prod([(levels[step] - levels[o]) / (levels[a] - levels[o]) for o in anchors if o != a]))
-        for a in anchors
-    ]
+PRIOR = 4  # computed steps that a run without guidance begins with, as if it had seen them go along the line
 
 
 class Trajectory:
@@ -32,11 +23,15 @@ class Trajectory:
     The line through them is followed as far as it would have predicted the computed steps so far: `share`, a number
     between 0 (the newest is held) and 1 for each sample of the batch, by least squares. Strong guidance and long gaps
     make it small, smooth trajectories large. Outputs are of any shape with the batch first.
+
+    guided: whether classifier-free guidance is at work. Then nothing is followed before it is known, and a calibration
+    of single branches says nothing.
     """
 
-    def __init__(self, levels: Sequence[float]) -> None:
-        """levels: noise levels of the run's steps, all different."""
-        self.levels = levels
+    def __init__(self, levels: Sequence[float], gram: np.ndarray | None = None) -> None:
+        """levels: noise levels of the run's steps, all different; gram: the Gram matrix (steps, steps) of the outputs
+        of a calibrated run, with nan where it has none."""
+        self.levels, self.gram, self.guided = levels, gram, False
         self.clear()
 
     def clear(self) -> None:
@@ -45,6 +40,7 @@ class Trajectory:
         # Sums over computed steps, a number a sample: how far their outputs went along the line, its length squared.
         self.seen: torch.Tensor | None = None
         self.length: torch.Tensor | None = None
+        self.learned = 0  # how many they were
 
     def line(self, step: int) -> torch.Tensor | None:
         """What the straight line in the noise level through the two newest adds to the newest. None: there is none; the
@@ -56,11 +52,19 @@ class Trajectory:
 
     def predicted(self, step: int, held: torch.Tensor) -> torch.Tensor:
         """The output of a skipped step. held: what the newest computed outputs give if they are held."""
-        line = self.line(step)
-        if line is None or self.seen is None or self.length is None:
+        line, share = self.line(step), self.share()
+        if line is None or share is None:
             return held
-        share = (self.seen / self.length).nan_to_num(0.0).clamp(0, 1)
-        return (held.float() + share.view(-1, *[1] * (held.ndim - 1)) * line).to(held.dtype)
+        if torch.is_tensor(share):
+            share = share.view(-1, *[1] * (held.ndim - 1))
+        return (held.float() + share * line).to(held.dtype)
+
+    def share(self) -> torch.Tensor | float | None:
+        """How far the line is followed, for each sample. None: not at all."""
+        if self.seen is None or self.length is None:
+            return None if self.guided else 1.0
+        known = 0.0 if self.guided else PRIOR * self.length / self.learned
+        return ((self.seen + known) / (self.length + known)).nan_to_num(0.0).clamp(0, 1)
 
     def corrected(self, gap: Sequence[tuple[int, torch.Tensor]], step: int, output: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the skipped steps of `gap`, (step, the output that was used), as the fresh output of `step`
@@ -68,10 +72,16 @@ class Trajectory:
         known, trust = [(step, output), *self.anchors], self.trust(output)
         outputs = []
         for skipped, used in gap:
-            weights = interpolation_weights(self.levels, skipped, [at for at, _ in known])
+            weights = self.weights(skipped, [at for at, _ in known])
             between = torch.stack([weight * one.float() for weight, (_, one) in zip(weights, known)]).sum(0)
             outputs.append((used.float() + trust * (between - used.float())).to(output.dtype))
         return outputs
+
+    def weights(self, step: int, anchors: Sequence[int]) -> list[float]:
+        """Of the outputs at the steps `anchors` in that at `step`."""
+        if self.gram is not None and not self.guided and np.isfinite(self.gram[step, [step, *anchors]]).all():
+            return gram_weights(self.gram, step, anchors)
+        return interpolation_weights(self.levels, step, anchors)
 
     def trust(self, output: torch.Tensor) -> torch.Tensor | float:
         """How much of a correction is made, for each sample: 1, less where the outputs turn back on their last move, 0
@@ -93,6 +103,7 @@ class Trajectory:
             seen, length = ((fresh - newest) * line).flatten(1).sum(1) / size, line.square().flatten(1).sum(1) / size
             self.seen = seen if self.seen is None else self.seen + seen
             self.length = length if self.length is None else self.length + length
+            self.learned += 1
         self.anchors = [(step, output), *(one for one in self.anchors if one[0] != step)][:2]
 
     @property

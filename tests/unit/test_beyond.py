@@ -49,7 +49,7 @@ class Outputs:
         if len(self.schedule.anchors(step)) == 1 or len(self.made) > 1:  # guidance, which the weights are not for
             return (made[0],)
         a, b = self.schedule.weights[0, step].tolist()
-        return ((a * made[0]).add_(made[1], alpha=b),)
+        return (made[0],) if (a, b) == (1, 0) else ((a * made[0]).add_(made[1], alpha=b),)
 
 
 @pytest.mark.parametrize("run", [{}, {"cfg": True}, {"batch": 2, "cfg": True}], ids=["one branch", "cfg", "batch"])
@@ -57,11 +57,11 @@ def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned_run,
     sampler, oracle = euler(copy.deepcopy(model)), euler(model)
     entered = []
     sampler.model.x_embedder.register_forward_hook(lambda *_: entered.append(None))
-    with planned_run(sampler, Target(5, predictor="linear", payload="output")) as handle:
+    with planned_run(sampler, Target(magcache_max_error=0.1, payload="output")) as handle:
         result = sampler.run(**run)
     report = handle.reports[0]
-    branches = 2 if run.get("cfg") else 1
-    assert len(entered) == report.computed == 5 * branches and report.reused == 7 * branches and not report.unplanned
+    branches, computed = 2 if run.get("cfg") else 1, report.schedule.computed
+    assert len(entered) == report.computed == computed * branches and 3 < computed < 9 and not report.unplanned
     Outputs(oracle, report.schedule)
     assert torch.equal(result, oracle.run(**run))
     assert report.peak_bytes == 2 * branches * 64 * 16 * 4 * run.get("batch", 1) and handle.residuals.bytes == 0
@@ -69,11 +69,11 @@ def test_a_predicted_output_runs_nothing_of_the_model(model, euler, planned_run,
 
 def test_plan_states_the_memory_of_the_payload(model, euler, planned_run, host):
     plans = []
-    for payload, width in (("residual", 32), ("output", 16)):
+    for payload, width in (("residual", 2 * 32), ("output", 16)):
         sampler = euler(copy.deepcopy(model))
         with planned_run(sampler, Target(5, predictor="linear", payload=payload), plans.append):
             sampler.run()
-        assert f"extra memory: {2 * 64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
+        assert f"extra memory: {64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_timed_reuse_enters_no_block(model, euler, calibrating, executed):
 
 def test_a_guard_that_sees_what_was_calibrated_changes_nothing(model, euler, planned_run):
     plain, guarded = euler(copy.deepcopy(model)), euler(copy.deepcopy(model))
-    with planned_run(plain, Target(6, predictor="linear")):
+    with planned_run(plain, Target(6, predictor="linear", payload="residual")):
         result = plain.run(prompt=7)
     with planned_run(guarded, Target(6, magcache_guard=3)) as handle:
         assert torch.equal(guarded.run(prompt=7), result)

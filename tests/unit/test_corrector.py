@@ -45,7 +45,7 @@ def velocity(sample, level):
 
 
 def model_call(step, reused):
-    return SimpleNamespace(parts=[SimpleNamespace(call=SimpleNamespace(step=step), key=0)], reused=reused)
+    return SimpleNamespace(parts=[SimpleNamespace(call=SimpleNamespace(step=step, branch=0), key=0)], reused=reused)
 
 
 def sampled(scheduler, follower=None, computed=COMPUTED, edit=None, dtype=torch.float32, guidance=1.0):

@@ -27,11 +27,11 @@ from common.ratios import flow_sigmas
 from common.refine import MEASURES, closeness_of, refined
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
-from common.spread import MEASURE, MEASURE_WEIGHED, spread_steps
+from common.spread import MEASURE, spread_steps
 from common.tables import load, read, write
 
 
-def forecast_of(rows, predictor="linear"):
+def forecast_of(rows, predictor="linear", payload="residual"):
     return Forecast.of_grams(gram_of(rows)[None], predictor)
 
 
@@ -113,9 +113,9 @@ def test_a_calibration_spreads_the_steps_and_weighs_the_newest_two():
     levels, strips = flow_sigmas(28, 3.0), set()
     for seed in range(3):
         rows = residuals(28, seed=seed)
-        schedule = Target(11, predictor="linear").plan(table(levels, cond=rows), levels)
+        schedule = Target(11, predictor="linear", payload="residual").plan(table(levels, cond=rows), levels)
         anchors = np.flatnonzero(~schedule.reuse).tolist()
-        assert anchors == spread_steps(levels, 11, measure=MEASURE_WEIGHED) and anchors[-1] == 27
+        assert anchors == spread_steps(levels, 11) and anchors[-1] == 27
         errors = schedule.expected_error[schedule.reuse]
         np.testing.assert_allclose(errors**2, error_of(rows, anchors, "linear"), rtol=2e-2)
         strips.add(schedule.strip)
@@ -147,7 +147,7 @@ def test_steps_beyond_a_calibration_compute(covered, switch_step):
     short = table(levels[covered], cond=residuals(20)[covered])
     beyond = unpredicted(short, levels)
     for computed in (14, 16):
-        schedule = Target(computed, predictor="linear").plan(short, levels, switch_step)
+        schedule = Target(computed, predictor="linear", payload="residual").plan(short, levels, switch_step)
         assert schedule.computed == computed and not schedule.reuse[beyond].any()
         assert not schedule.reuse[[0, switch_step or 0]].any()
         for step in schedule.skipped_steps:  # nor does one of them predict
@@ -162,7 +162,7 @@ def test_weights_predict_the_residual():
     rows = residuals(12)
     levels = flow_sigmas(12)
     synthetic = table(levels, cond=rows)
-    schedule = Target(5, predictor="linear").plan(synthetic, levels)
+    schedule = Target(5, predictor="linear", payload="residual").plan(synthetic, levels)
     for step in range(1, 12):
         anchors = schedule.anchors(step)
         weights = schedule.weights[0, step][: len(anchors)]
@@ -211,17 +211,20 @@ def test_gram_at_other_noise_levels():
 def test_a_target_plans_for_the_steps_of_the_run():
     synthetic = table(flow_sigmas(28, 3.0), cond=residuals(28))
     for target, steps, computed in (
-        (Target(14, predictor="linear"), 28, 14),
-        (Target(14, predictor="linear"), 50, 14),
-        (Target(14, predictor="linear"), 8, 8),
-        (Target(magcache_speedup=2.5, predictor="linear"), 50, 20),
-        (Target(magcache_speedup=2.5, predictor="linear"), 28, 11),
+        (Target(14, predictor="linear", payload="residual"), 28, 14),
+        (Target(14, predictor="linear", payload="residual"), 50, 14),
+        (Target(14, predictor="linear", payload="residual"), 8, 8),
+        (Target(magcache_speedup=2.5, predictor="linear", payload="residual"), 50, 20),
+        (Target(magcache_speedup=2.5, predictor="linear", payload="residual"), 28, 11),
     ):
         schedule = target.plan(synthetic, flow_sigmas(steps, 3.0))
         assert schedule.computed == computed and schedule.steps == steps and not schedule.reuse[0]
-    assert Target(9, magcache_K=0, predictor="linear").plan(synthetic, flow_sigmas(28, 3.0)).computed == 28
     assert (
-        Target(28, predictor="linear").plan(synthetic, flow_sigmas(28, 3.0)).why_none
+        Target(9, magcache_K=0, predictor="linear", payload="residual").plan(synthetic, flow_sigmas(28, 3.0)).computed
+        == 28
+    )
+    assert (
+        Target(28, predictor="linear", payload="residual").plan(synthetic, flow_sigmas(28, 3.0)).why_none
         == "every step was asked to compute"
     )
 
@@ -231,7 +234,7 @@ def test_a_speedup_is_of_the_clock_where_step_times_are_known(share, wanted, com
     """28 / (computed + share * (28 - computed)), the nearest to what is asked for."""
     levels = flow_sigmas(28, 3.0)
     timed = table(levels, {"seconds": {"computed": 0.2, "reused": 0.2 * share}}, cond=residuals(28))
-    schedule = Target(magcache_speedup=wanted, predictor="linear").plan(timed, levels)
+    schedule = Target(magcache_speedup=wanted, predictor="linear", payload="residual").plan(timed, levels)
     assert schedule.computed == computed
     expected = speedup(28, computed, share)
     for other in (computed - 1, computed + 1):
@@ -244,13 +247,13 @@ def test_a_speedup_is_of_the_clock_where_step_times_are_known(share, wanted, com
 def test_without_step_times_the_plan_says_so():
     levels = flow_sigmas(28, 3.0)
     synthetic = table(levels, cond=residuals(28))
-    text = plan_text(Target(14, predictor="linear").plan(synthetic, levels), levels, synthetic)
+    text = plan_text(Target(14, predictor="linear", payload="residual").plan(synthetic, levels), levels, synthetic)
     assert "at most 2.00x faster (the table has no step times)" in text
 
 
 def test_a_plan_names_the_expected_error_of_the_rule_too():
     levels, table_ = load("demo").sigmas, load("demo")
-    planned = Target(12, predictor="linear").plan(table_, levels)
+    planned = Target(12, predictor="linear", payload="residual").plan(table_, levels)
     rule = nearest_by_the_rule(table_, levels, Rule(), 12)
     assert (
         rule.computed == 12
@@ -278,7 +281,7 @@ def test_error_by_gram_is_that_of_reusing_the_newest():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Target(40, predictor="linear"),
+        lambda: Target(40, predictor="linear", payload="residual"),
         lambda: Target(40),
         lambda: Target(magcache_max_error=0.05),
         lambda: Target(40, predictor="reuse"),
@@ -308,7 +311,7 @@ def test_a_hundred_steps_take_few_operations(make):
         (lambda: Target(), "Ask for one of"),
         (lambda: Target(9, magcache_K=-1), "magcache_K must be 0 (off) or more"),
         (
-            lambda: Target(14, predictor="linear").plan(load("flux-dev"), flow_sigmas(28, 3.0)),
+            lambda: Target(14, predictor="linear", payload="residual").plan(load("flux-dev"), flow_sigmas(28, 3.0)),
             "the Gram matrix that a cal",
         ),
         (
@@ -326,13 +329,13 @@ def test_a_hundred_steps_take_few_operations(make):
             "without the Gram matrix of the output",
         ),
         (
-            lambda: Target(5, magcache_K=2, predictor="linear").plan(
+            lambda: Target(5, magcache_K=2, predictor="linear", payload="residual").plan(
                 table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)
             ),
             "between 7 and 20 can be computed, not 5",
         ),
         (
-            lambda: Target(14, predictor="linear").plan(
+            lambda: Target(14, predictor="linear", payload="residual").plan(
                 table(flow_sigmas(20), {"seconds": {"computed": 0}}, cond=residuals(20)), flow_sigmas(20)
             ),
             "its step times cannot be read",
@@ -380,8 +383,8 @@ def test_a_thousand_steps_are_planned_in_bounded_memory():
     long = table(levels, {"gram": {"cond": packed(gram)}}, cond=np.ones((1000, 2)))
     tracemalloc.start()
     for wish in (
-        Target(500, predictor="linear"),
-        Target(magcache_speedup=4, predictor="linear"),
+        Target(500, predictor="linear", payload="residual"),
+        Target(magcache_speedup=4, predictor="linear", payload="residual"),
         Target(magcache_max_error=0.1),
         Target(magcache_speedup=3),
         Settings(0.1, 3, 0.2),
