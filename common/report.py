@@ -104,7 +104,8 @@ def plan_lines(
     else:
         lines.append(gain_line(schedule))
     if why_uncorrected is not None and not schedule.why_none:
-        how = "on: skipped steps are made again when the next one is computed"
+        by = ", as the calibration tells," if schedule.gram is not None else ""
+        how = f"on: skipped steps are made again{by} when the next one is computed"
         lines.append(
             PlanLine("corrector", f"  corrector {f'off, because {why_uncorrected}' if why_uncorrected else how}")
         )

@@ -17,9 +17,8 @@ from common.patch import magcache_forward
 from common.planner import Target
 from common.ratios import flow_sigmas
 from common.schedule import Settings
-from common.spread import spread_steps
 from common.tables import RatioTable
-from common.trajectory import Trajectory, interpolation_weights
+from common.trajectory import Trajectory
 
 diffusers = pytest.importorskip("diffusers")
 STEPS = 14
@@ -205,21 +204,6 @@ def test_bfloat16_latents_stay_what_they_are():
     torch.testing.assert_close(corrected.float(), by_hand("euler"), rtol=0.1, atol=0.1)
 
 
-def test_outputs_on_a_line_are_predicted_and_interpolated():
-    levels, kept = flow_sigmas(8), Trajectory(flow_sigmas(8))
-    outputs = [torch.full((2, 3), 1 + 2 * level) for level in levels]
-    for step in (0, 1, 3):
-        kept.computed(step, outputs[step])
-    torch.testing.assert_close(kept.predicted(4, outputs[3]), outputs[3])  # nothing is known about the line yet
-    kept.computed(5, outputs[5])
-    torch.testing.assert_close(kept.predicted(6, outputs[5]), outputs[6])
-    torch.testing.assert_close(kept.corrected([(6, outputs[5])], 7, outputs[7])[0], outputs[6])
-    bent = Trajectory(levels)
-    for step, value in ((1, 1.0), (3, 2.0), (5, 1.0)):  # there and back: the line is not followed
-        bent.computed(step, torch.full((1, 3), value))
-    assert torch.equal(bent.predicted(6, torch.ones(1, 3)), torch.ones(1, 3))
-
-
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_what_the_solver_integrates_is_held(name):
     """A model whose x0 is the same at every sample and step: skipped steps cost nothing, whatever the order."""
@@ -236,25 +220,6 @@ def test_what_the_solver_integrates_is_held(name):
         replay.follow(model_call(step, step not in COMPUTED), None)
         sample = scheduler.step(kept, timestep, sample, return_dict=False)[0]
     torch.testing.assert_close(sample, target, rtol=1e-4, atol=1e-4)
-
-
-def test_each_sample_of_a_batch_follows_its_own_line():
-    levels, both, alone = flow_sigmas(8), Trajectory(flow_sigmas(8)), Trajectory(flow_sigmas(8))
-    outputs = {step: torch.tensor([[1 + 2 * levels[step]], [(-1.0) ** step]]) for step in (1, 2, 5)}
-    for step, output in outputs.items():
-        both.computed(step, output)
-        alone.computed(step, output[:1])
-    torch.testing.assert_close(both.predicted(6, outputs[5])[:1], alone.predicted(6, outputs[5][:1]))
-
-
-def test_weights_are_lagranges():
-    levels = flow_sigmas(9)
-    assert interpolation_weights(levels, 3, [3, 5]) == [1.0, 0.0]
-    weights = interpolation_weights(levels, 4, [6, 3, 1])
-    for power in range(3):
-        assert sum(weight * levels[at] ** power for weight, at in zip(weights, [6, 3, 1])) == pytest.approx(
-            levels[4] ** power
-        )
 
 
 @pytest.mark.parametrize(
@@ -409,40 +374,6 @@ def test_the_reason_is_in_the_plan():
         sampler.run()
     assert "corrector off, because this sampler's steps cannot be followed" in plans[0]
     assert "no calibration needed, magcache_steps 6, predictor line, payload output" in plans[0]
-
-
-@pytest.mark.parametrize("steps, computed", [(28, 14), (28, 7), (50, 20), (8, 5), (5, 2), (100, 100)])
-@pytest.mark.parametrize("shift", [1.0, 5.0])
-def test_computed_steps_are_spread_from_the_first_to_the_last(steps, computed, shift):
-    chosen = spread_steps(flow_sigmas(steps, shift), computed)
-    assert chosen[0] == 0 and chosen[-1] == steps - 1 and len(set(chosen)) == len(chosen) == computed
-    assert chosen == sorted(chosen) and max(np.diff(chosen)) <= 2 * steps / computed
-    gaps = np.diff(spread_steps(np.linspace(1, 0, steps, endpoint=False), computed))
-    assert (np.diff(gaps) >= -1).all() and gaps[0] <= gaps[-1]  # dense at the beginning, wide at the end
-
-
-@pytest.mark.parametrize(
-    "computed, strip",
-    [(14, "####.#..#.#..#.#..#..#.#.#.#"), (11, "##.#.#..#..#...#..#..#..#..#"), (7, "#.#...#....#.....#.....#...#")],
-)
-def test_computed_steps_lie_densest_at_the_beginning(computed, strip):
-    """As they did where docs/quality.md was measured."""
-    chosen = spread_steps(flow_sigmas(28, 3.0), computed)
-    assert "".join("#" if step in chosen else "." for step in range(28)) == strip
-
-
-def test_caps_and_experts_of_a_spread():
-    levels = flow_sigmas(30, 5.0)
-    assert max(np.diff(spread_steps(levels, 12, magcache_K=2))) <= 3
-    assert spread_steps(levels, 12, kept=5)[:6][:5] == [0, 1, 2, 3, 4]
-    chosen = spread_steps(levels, 12, switch_step=13)
-    assert {0, 12, 13, 29} <= set(chosen) and len(set(chosen)) == 12
-    with pytest.raises(MagCacheError, match="Of 30 steps, between 10 and 30 can be computed, not 5"):
-        Target(5, magcache_K=2).plan(None, levels)
-    for count in range(10, 31):
-        assert Target(count, magcache_K=2).plan(None, levels).computed == count
-    assert Target(magcache_speedup=2.5).plan(None, levels, switch_step=13).computed == 12
-    assert "a run of 4 steps has nothing to gain" in Target(2).plan(None, levels[:4]).why_none
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,28 @@ def test_a_calibration_spreads_the_steps_and_weighs_the_newest_two():
     assert len(strips) == 1
 
 
+def test_planned_outputs_are_those_without_a_calibration_but_for_the_corrector():
+    levels = flow_sigmas(28, 3.0)
+    synthetic = table(levels, cond=residuals(28))
+    schedule, free = Target(11, predictor="linear").plan(synthetic, levels), Target(11).plan(synthetic, levels)
+    assert schedule.strip == free.strip and schedule.follows_line and free.follows_line
+    assert schedule.weights is None and schedule.settings.payload == "output" and free.gram is None
+    np.testing.assert_allclose(schedule.gram, gram_of(residuals(28)), rtol=1e-9)
+    computed, missed = np.flatnonzero(~schedule.reuse), []
+    for step in np.flatnonzero(schedule.reuse):
+        newest, before = computed[computed < step][::-1][:2] if (computed < step).sum() > 1 else (computed[0], 0)
+        share = (levels[step] - levels[newest]) / (levels[newest] - levels[before]) if before else 0
+        rows = residuals(28)
+        predicted = rows[newest] + share * (rows[newest] - rows[before])
+        missed.append(np.linalg.norm(rows[step] - predicted) / np.linalg.norm(rows[step]))
+    np.testing.assert_allclose(schedule.expected_error[schedule.reuse], missed, rtol=1e-4)
+    text = plan_text(schedule, levels, synthetic, why_uncorrected="")
+    assert "corrector on: skipped steps are made again, as the calibration tells, when the next one" in text
+    assert "as the calibration tells" not in plan_text(free, levels, synthetic, why_uncorrected="")
+    guided = table(levels, cond=residuals(28, seed=1), uncond=residuals(28, seed=2))
+    assert Target(11, predictor="linear").plan(guided, levels).gram is None
+
+
 def test_a_calibration_with_guidance_plans_as_none_does():
     """Guidance multiplies what weights miss: no step of such a run is weighed, and the plan says so."""
     levels = flow_sigmas(28, 3.0)
@@ -323,8 +345,8 @@ def test_a_hundred_steps_take_few_operations(make):
             "the Gram matrix that a cal",
         ),
         (
-            lambda: Target(14, predictor="linear", payload="output").plan(
-                table(flow_sigmas(20), cond=residuals(20)), flow_sigmas(20)
+            lambda: Target(14, predictor="linear").plan(
+                table(flow_sigmas(20), {"gram_of_outputs": {}}, cond=residuals(20)), flow_sigmas(20)
             ),
             "without the Gram matrix of the output",
         ),

@@ -42,9 +42,11 @@ def gram_of(rows):
 
 
 def table(sigmas, statistics=None, settings=None, **branches):
-    """A calibration with these residuals a branch; without branches one of ratios alone, near 1."""
+    """A calibration with these residuals a branch, which are its outputs, too; without branches one of ratios alone,
+    near 1."""
     ratios = {name: [1.0] * len(sigmas) for name in branches or {"cond": None}}
-    grams = {"gram": {name: packed(gram_of(rows)) for name, rows in branches.items()}} if branches else {}
+    by_branch = {name: packed(gram_of(rows)) for name, rows in branches.items()}
+    grams = {"gram": by_branch, "gram_of_outputs": by_branch} if branches else {}
     return RatioTable(
         "synthetic",
         ratios,
