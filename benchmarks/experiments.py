@@ -99,6 +99,16 @@ def last_step_held():
     return mock.patch.object(planner, "spread_steps", steps)
 
 
+def last_step_computed():
+    """Whatever it moves."""
+    return mock.patch.object(spread, "ends_in_nothing", lambda *_: False)
+
+
+def guided(yes):
+    """As if there were guidance, or none: the line is followed once it served, or from the start."""
+    return mock.patch.object(corrector_module, "is_guided", lambda _: yes)
+
+
 def outputs_throughout():
     """The model's output held and corrected where the solver integrates x0."""
     return mock.patch.object(corrector_module, "integrates_data", lambda _: False)
@@ -112,10 +122,13 @@ def trials():
         yield name, lambda share=share, power=power: mock.patch.object(spread, "MEASURE", (share, power)), True
     yield "newest output held", lambda: followed(0.0), True
     yield "line followed to its end", lambda: followed(1.0), True
+    yield "line followed from the start", lambda: guided(False), True
+    yield "line followed once it served", lambda: guided(True), True
     yield "corrected through two outputs", of_two, True
     yield "each correction made in full", lambda: mock.patch.object(Trajectory, "trust", lambda *_: 1.0), True
     yield "the model's output in place of x0", outputs_throughout, True
     yield "last step not computed", last_step_held, True
+    yield "last step computed, however little it moves", last_step_computed, True
     yield "corrector off", nullcontext, False
 
 

@@ -196,7 +196,7 @@ def methods(sampler, steps):
         "skipping off": patched(Settings(1e9, 0, 0.0)),
         "paper's rule": patched(Settings(1e9, 1, 0.0)),
         "planned, linear": patched(Target(half, predictor="linear")),
-        "planned, linear, output": patched(Target(half, predictor="linear", payload="output")),
+        "planned, linear, residual": patched(Target(half, predictor="linear", payload="residual")),
         HOOK: hook,
     }
 
@@ -247,7 +247,7 @@ def rows_of(name, sampler, steps, repeats=REPEATS):
     plain, half = seconds["un-cached"], -(-steps // 2)
     yield [name, "un-cached", steps, f"{plain / steps:.4f} s", "", "", "", ""]
     yield ["", "skipping off", steps, f"{100 * (seconds['skipping off'] / plain - 1):+.1f} %", "", "", "", ""]
-    for way in ("paper's rule", "planned, linear", "planned, linear, output", HOOK):
+    for way in ("paper's rule", "planned, linear", "planned, linear, residual", HOOK):
         if way not in seconds:
             yield ["", way, "", f"fails ({why_failed})", "", "", "", ""]
             continue

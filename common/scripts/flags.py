@@ -146,14 +146,16 @@ def add_target_flags(group):
     group.add_argument(
         "--magcache_predictor",
         choices=("line", *PREDICTORS),
-        help="how a planned run predicts: along the line through the two newest outputs (line, the default), or as a "
-        "calibration tells (linear: the two newest weighed; reuse: the newest as it is)",
+        help="how a planned run predicts: along the line through the two newest outputs (line, the default), or with a "
+        "calibration (linear: the same, corrected as the calibration tells, or the two newest residuals weighed; reuse: "
+        "the newest as it is)",
     )
     group.add_argument(
         "--magcache_payload",
         choices=GRAMS,
-        help="what a run planned from a calibration keeps and predicts: the residual of the blocks (the default), or "
-        "the model's output, as line does (least memory, and skipped steps cost nothing)",
+        help="what a run planned from a calibration keeps and predicts: the model's output (the default for linear; "
+        "least memory, and skipped steps cost nothing), or the residual of the blocks (that for "
+        "--magcache_max_error and --magcache_guard)",
     )
     group.add_argument(
         "--magcache_corrector",

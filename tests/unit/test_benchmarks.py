@@ -179,7 +179,7 @@ def test_speed_runs_every_structure(name):
         "skipping off",
         "paper's rule",
         "planned, linear",
-        "planned, linear, output",
+        "planned, linear, residual",
         "diffusers MagCache",
     ]
     assert all(row[2] == 3 for row in rows[2:])
