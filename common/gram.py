@@ -272,7 +272,7 @@ def along(grams, reuse, predictor="linear", switch_step=None, uncovered=False, l
         row[1:] = found
     error = np.sqrt(np.mean(errors, axis=0))
     error[(second[i] != second[j]) | uncovered[i] | uncovered[j]] = 0.0
-    return np.append(0.0, error), weights if predictor == "linear" else None
+    return np.append(0.0, error), None if predictor in ("reuse", "line") else weights
 
 
 def gram_of_outputs(table: RatioTable, levels: np.ndarray) -> np.ndarray | None:

@@ -147,8 +147,8 @@ def add_target_flags(group):
         "--magcache_predictor",
         choices=("line", *PREDICTORS),
         help="how a planned run predicts: along the line through the two newest outputs (line, the default), or with a "
-        "calibration (linear: the same, corrected as the calibration tells, or the two newest residuals weighed; reuse: "
-        "the newest as it is)",
+        "calibration (linear: the same, corrected as the calibration tells, or the two newest residuals weighed; "
+        "reuse: the newest as it is)",
     )
     group.add_argument(
         "--magcache_payload",
