@@ -225,7 +225,8 @@ def euler_follower(about: Circumstances, schedule: Schedule, corrector: bool) ->
         return None
     predicts = schedule.predictor == "line"
     corrects, (*sigmas, last) = corrector and about.euler, about.sigmas
-    return Folded(sigmas, predicts, corrects, last) if predicts or corrects else None
+    # Levels are between 0 and 1 also where sigmas are not: what lies on a line or a parabola there does not in sigma.
+    return Folded(sigmas, predicts, corrects, last, places=list(about.levels)) if predicts or corrects else None
 
 
 def named_table(name: str) -> RatioTable:

@@ -11,14 +11,13 @@ from .circumstances import Circumstances
 from .common.blocks import TokensChanged
 from .common.calibration import Statistics
 from .common.conditioning import CHANGED
-from .common.corrector import Folded
+from .common.corrector import Folded, is_guided
 from .common.errors import MagCacheError
 from .common.expert import inner_module
 from .common.hosts import host_of
 from .common.payloads import Residual
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part, same
-from .common.trajectory import Trajectory
 from .controls import Hints
 
 
@@ -198,6 +197,7 @@ class BoundedRun(CachedRun):
         """The denoised latent of a finished call, moved along the line or corrected."""
         if not self.follower:
             return output
+        self.follower.guided |= is_guided(call)
         made, sigma = [], call.arguments["sigma"]
         for part, denoised in zip(call.parts, output.chunk(len(call.parts))):
             kept = Prediction(part.latent, sigma, self.about.deterministic)
@@ -206,8 +206,6 @@ class BoundedRun(CachedRun):
                 after = self.follower.skipped(part.key, step, before)
             else:
                 self.forget_past(part.key, step)
-                # Between 0 and 1 also where sigmas are not: what lies on a line or a parabola there does not in sigma.
-                self.follower.branches.setdefault(part.key, (Trajectory(self.about.levels), []))
                 after = self.follower.computed(part.key, step, before)
             made.append(denoised if after is before else kept.replace(after))
         return made[0] if len(made) == 1 else torch.cat(made)

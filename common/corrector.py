@@ -169,11 +169,12 @@ class Folded:
         corrects: bool = True,
         last_level: float = 0.0,
         gram: np.ndarray | None = None,
+        places: Sequence[float] | None = None,
     ) -> None:
-        """levels: of the run's steps; predicts, corrects: what is done; last_level: where the last step ends; gram: of
-        `Trajectory`."""
-        self.levels, self.predicts, self.corrects, self.gram = [*levels, last_level], predicts, corrects, gram
-        self.guided = False
+        """levels: of the run's steps; predicts, corrects: what is done; last_level: where the last step ends; gram,
+        places: of `Trajectory` (None: the levels)."""
+        self.levels, self.predicts, self.corrects = [*levels, last_level], predicts, corrects
+        self.gram, self.places, self.guided = gram, places or self.levels[:-1], False
         self.branches: dict[Hashable, tuple[Trajectory, list]] = {}
 
     def clear(self) -> None:
@@ -205,7 +206,7 @@ class Folded:
     def branch(self, key: Hashable) -> tuple[Trajectory, list]:
         """(its trajectory, the skipped steps since its last computed one)"""
         if key not in self.branches:
-            self.branches[key] = Trajectory(self.levels[:-1], self.gram), []
+            self.branches[key] = Trajectory(self.places, self.gram), []
         self.branches[key][0].guided = self.guided
         return self.branches[key]
 

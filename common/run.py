@@ -29,9 +29,7 @@ from .report import RunReport
 from .residuals import Residuals
 from .schedule import Schedule, compute_all
 from .steps import Part
-from .timing import Stopwatch
-
-REHEARSALS = 3  # of a reused step, at the end of a calibration
+from .timing import Stopwatch, time_reuse
 
 
 class ModelCall:
@@ -273,7 +271,7 @@ class MeasuredRun(Run):
             if self.first_keys.setdefault(part.call.branch, part.key) == part.key:
                 self.statistics.add(part.call, residual[:, :tokens], one)
         if call.parts[0].call.step == self.schedule.steps - 1 and rehearse and self.reused_seconds is None:
-            self.reused_seconds = self.time_reuse(call, made, rehearse)
+            self.reused_seconds = time_reuse(call.payload, made, rehearse)
 
     def facts_are_wrong(self, told):
         raise MagCacheError(
@@ -285,20 +283,6 @@ class MeasuredRun(Run):
         """What the model made of the tokens being denoised, for each part of the batch, (1, elements, 1). noise_tokens:
         how many of the `tokens` are (None: all)."""
         return [ModelOutput().finish(leading_tokens(output, noise_tokens, tokens))]
-
-    @staticmethod
-    def time_reuse(call: ModelCall, residual: torch.Tensor, rehearse: Callable[[], Any]) -> float:
-        """Seconds of a forward without its blocks, not compiled: the least of REHEARSALS on the inputs of this call."""
-        seconds = []
-        for _ in range(REHEARSALS):
-            try:
-                call.payload.replace(residual)
-                stopwatch = Stopwatch(residual.device)
-                rehearse()
-                seconds.append(stopwatch.stop())
-            finally:
-                call.payload.restore()
-        return min(read() for read in seconds)
 
     def expert_changed(self):
         self.statistics.expert_changed()

@@ -144,11 +144,6 @@ class Schedule:
         return self.predictor == "line" or (self.predictor == "linear" and self.weights is None)
 
     @property
-    def longest_gap(self) -> int:
-        """Steps skipped in a row, at most."""
-        return max(map(len, self.strip.split("#")))
-
-    @property
     def skipped_steps(self) -> list[int]:
         return np.flatnonzero(self.reuse).tolist()
 

@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from .payloads import Payload
+
+REHEARSALS = 3  # of a reused step, at the end of a calibration
+
 
 @dataclass(frozen=True)
 class Lap:
@@ -75,3 +79,17 @@ def saved_seconds(computed: Sequence[Lap], reused: Sequence[Lap]) -> tuple[float
         return 0.0, "torch.compile was at work in this run, and the next one tells what it gains"
     saved = sum(usual - (lap() if index and not lap.compiled else usual_reused) for index, lap in enumerate(reused))
     return saved, "" if saved > 0 else "a reused call took as long as a computed one"
+
+
+def time_reuse(payload: Payload, residual: torch.Tensor, rehearse: Callable[[], Any]) -> float:
+    """Seconds of a forward without its blocks, not compiled: the least of REHEARSALS on the inputs of the last call."""
+    seconds = []
+    for _ in range(REHEARSALS):
+        try:
+            payload.replace(residual)
+            stopwatch = Stopwatch(residual.device)
+            rehearse()
+            seconds.append(stopwatch.stop())
+        finally:
+            payload.restore()
+    return min(read() for read in seconds)

@@ -29,8 +29,8 @@ class Trajectory:
     """
 
     def __init__(self, levels: Sequence[float], gram: np.ndarray | None = None) -> None:
-        """levels: noise levels of the run's steps, all different; gram: the Gram matrix (steps, steps) of the outputs
-        of a calibrated run, with nan where it has none."""
+        """levels: noise levels of the run's steps, all different, or where else outputs lie on lines; gram: the Gram
+        matrix (steps, steps) of the outputs of a calibrated run, with nan where it has none."""
         self.levels, self.gram, self.guided = levels, gram, False
         self.clear()
 
