@@ -78,9 +78,11 @@ class Trajectory:
         return outputs
 
     def weights(self, step: int, anchors: Sequence[int]) -> list[float]:
-        """Of the outputs at the steps `anchors` in that at `step`."""
-        if self.gram is not None and not self.guided and np.isfinite(self.gram[step, [step, *anchors]]).all():
-            return gram_weights(self.gram, step, anchors)
+        """Of the outputs at the steps `anchors` in that at `step`. A calibration tells them of three: at the beginning,
+        where there are two, samples differ too much."""
+        if self.gram is not None and not self.guided and len(anchors) > 2:
+            if np.isfinite(self.gram[step, [step, *anchors]]).all():
+                return gram_weights(self.gram, step, anchors)
         return interpolation_weights(self.levels, step, anchors)
 
     def trust(self, output: torch.Tensor) -> torch.Tensor | float:
