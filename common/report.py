@@ -105,9 +105,9 @@ def plan_lines(
         lines.append(gain_line(schedule))
     if why_uncorrected is not None and not schedule.why_none:
         by = ", as the calibration tells," if schedule.gram is not None else ""
-        how = f"on: skipped steps are made again{by} when the next one is computed"
+        on = f"on: skipped steps are made again{by} when the next one is computed"
         lines.append(
-            PlanLine("corrector", f"  corrector {f'off, because {why_uncorrected}' if why_uncorrected else how}")
+            PlanLine("corrector", f"  corrector {f'off, because {why_uncorrected}' if why_uncorrected else on}")
         )
     if bytes_a_branch is not None and not schedule.why_none:
         lines.append(PlanLine("memory", f"  extra memory: {memory_text(bytes_a_branch)} a branch"))
@@ -128,9 +128,8 @@ def rule_lines(schedule: Schedule, levels: np.ndarray, table: RatioTable | None)
         errors = error_by_gram(schedule, levels, table)
         lines.append(PlanLine("error", f"  expected relative error of a reused residual {error_text(errors)}"))
         if schedule.steps <= COMPARED_STEPS:
-            other = Target(schedule.computed, predictor="linear", payload="residual").plan(
-                table, levels, table.switch_step(levels)
-            )
+            target = Target(schedule.computed, predictor="linear", payload="residual")
+            other = target.plan(table, levels, table.switch_step(levels))
             if other.expected_error is not None:
                 errors = error_text(other.expected_error[other.reuse])
                 text = f"    a planned run with magcache_steps {schedule.computed}: {errors}"

@@ -380,7 +380,7 @@ def test_a_report_labels_its_errors(model, euler, ratios, host, tmp_path, kind):
     sampler = euler(model)
     with magcache_calibration(model, host, lambda: sampler.timesteps, "tiny") as measured:
         sampler.run()
-    settings = Settings(1.0, 2, 0.2) if kind == "rule" else Target(6, predictor="linear")
+    settings = Settings(1.0, 2, 0.2) if kind == "rule" else Target(6, predictor="linear", payload="residual")
     with magcache_forward(model, host, measured.table, settings, lambda: sampler.timesteps, announce=None) as handle:
         sampler.run()
     report, path = handle.reports[0], tmp_path / "report.json"

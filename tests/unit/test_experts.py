@@ -241,7 +241,10 @@ def test_planned_residuals_stay_with_their_expert(switch, tmp_path):
     ):
         sampler.run(guided=False)
     with cached_experts(
-        sampler, boundary, ratios=read(tmp_path / "two.json"), settings=Target(6, predictor="linear")
+        sampler,
+        boundary,
+        ratios=read(tmp_path / "two.json"),
+        settings=Target(6, predictor="linear", payload="residual"),
     ) as handle:
         result = sampler.run(guided=False)
     (report,) = handle.reports

@@ -86,6 +86,35 @@ def test_the_summary_of_video_is_of_its_table():
     assert len(rows) >= 13
 
 
+def rows_by_family(page, guidance):
+    """{family: its mean PSNR, a row each} of a table of benchmarks/quality.py."""
+    part = re.split(r"^Guidance ", (REPOSITORY / "docs" / page).read_text(), flags=re.MULTILINE)
+    rows = {}
+    for line in next(text for text in part if text.startswith(f"{guidance}:")).splitlines():
+        if line.startswith("| ") and "PSNR" not in line:
+            family, _, _, psnr, *_ = cells_of_line(line)
+            rows.setdefault(family, []).append(psnr.split()[0])
+    return rows
+
+
+def test_the_other_cases_of_video_are_of_their_tables():
+    """Their order in a row: plain sampler, rule, no calibration, calibrated, and the best of the other projects."""
+    families = ("fewer steps", "paper's rule", "no calibration", "planned, linear")
+    page = (REPOSITORY / "docs" / "video.md").read_text()
+    cases = re.findall(r"^\| [^|]*?, (guidance 5|no guidance) \(\[table\]\((\w+\.md)\)\) \|(.*)\|$", page, re.MULTILINE)
+    assert len(cases) == len(set(cases)) == 12
+    for guidance, table, cells in cases:
+        rows = rows_by_family(table, 5 if "5" in guidance else 1)
+        *own, best = (re.findall(r"\d+\.\d", cell) for cell in cells.split("|"))
+        assert own == [rows[family] for family in families], table
+        others = [numbers for family, numbers in rows.items() if family.startswith(("diffusers ", "cache-dit "))]
+        assert best == [max(column, key=float) for column in zip(*others)], table
+        shown = [max(map(float, column)) for column in zip(*own, best or own[0])]
+        assert re.findall(r"\*\*(\d+\.\d)\*\*", cells) and {f"{one:.1f}" for one in shown} == {
+            *re.findall(r"\*\*(\d+\.\d)\*\*", cells)
+        }, table
+
+
 def test_the_python_that_the_first_command_needs():
     """The oldest that every package of requirements.txt takes: what pip would refuse is no good beginning."""
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
