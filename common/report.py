@@ -131,9 +131,8 @@ def rule_lines(schedule: Schedule, levels: np.ndarray, table: RatioTable | None)
             target = Target(schedule.computed, predictor="linear", payload="residual")
             other = target.plan(table, levels, table.switch_step(levels))
             if other.expected_error is not None:
-                errors = error_text(other.expected_error[other.reuse])
-                text = f"    a planned run with magcache_steps {schedule.computed}: {errors}"
-                lines.append(PlanLine("other error", text))
+                text = f"    a planned run with magcache_steps {schedule.computed}: "
+                lines.append(PlanLine("other error", text + error_text(other.expected_error[other.reuse])))
     return lines
 
 

@@ -268,7 +268,7 @@ def row_of(cls):
         ran = patcher.model.diffusion_model.ran = []
         missed[corrector] = float((flat_latent(sample(patched, "", **run)) - plain).norm() / plain.norm())
         assert len(ran) == STEPS // 2 and "6 of 12 model calls computed" in said[-1], (name, said)
-    assert missed[True] <= missed[False] < 0.2, (name, missed)
+    assert missed[True] <= missed[False] < 0.25, (name, missed)
     sampling = patcher.model.model_sampling
     if isinstance(sampling, CONST) and not isinstance(sampling, IMG_TO_IMG_FLOW):  # whose output is no velocity
         assert missed[True] < missed[False] / 2 or missed[False] < 1e-2, (name, missed)

@@ -112,7 +112,7 @@ def test_a_plan_skips_and_predicts_within_the_calibrated_levels_only(part, predi
 
 def test_a_coarse_calibration_predicts_nothing():
     gram = {"cond": packed(np.eye(3))}
-    coarse = table_of(flow_sigmas(3, 3.0), statistics={"gram": gram})
+    coarse = table_of(flow_sigmas(3, 3.0), statistics={"gram": gram, "gram_of_outputs": gram})
     target = Target(magcache_steps=20, predictor="linear")
     assert "calibrated in 3 steps, too few to predict a run of 50" in refusal(target.plan, coarse, flow_sigmas(50, 3.0))
     schedule = Settings(0.5, 3, 0.1).plan(coarse, flow_sigmas(50, 3.0))
