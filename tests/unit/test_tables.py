@@ -93,7 +93,8 @@ def test_a_plan_skips_and_predicts_within_the_calibrated_levels_only(part, predi
     levels = flow_sigmas(28, 3.0)
     own = levels[part]
     vectors = np.stack([np.cos(3 * own), np.sin(3 * own), own], axis=1)
-    table = table_of(own, statistics={"gram": {"cond": packed(vectors @ vectors.T)}})
+    gram = {"cond": packed(vectors @ vectors.T)}
+    table = table_of(own, statistics={"gram": gram, "gram_of_outputs": gram})
     covered = table.covered(levels)
     for target in (
         Target(magcache_speedup=1.3, predictor=predictor),
