@@ -36,12 +36,6 @@ def gram_weights(gram: np.ndarray, step: int, anchors: Sequence[int]) -> list[fl
     return [float(1 - weights.sum()), *weights.tolist()]
 
 
-def squared_miss(gram: np.ndarray, step: int, anchors: Sequence[int], weights: Sequence[float]) -> float:
-    """Squared error in that run of the output at `step`, made of those at the steps `anchors` with these weights."""
-    signed = np.array([*weights, -1.0])
-    return max(0.0, float(signed @ gram[np.ix_([*anchors, step], [*anchors, step])] @ signed))
-
-
 def gram_of_data(gram: np.ndarray, levels: Sequence[float]) -> np.ndarray:
     """The Gram matrix of x0 less the run's first latent, from that of the outputs: x0_i = x_i - sigma_i v_i, where
     Euler's steps make x_i of the outputs before it. Differences of x0 need no more. What is nan, at the ends of a run,

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .interpolation import gram_weights, interpolation_weights, line_share, squared_miss
+from .interpolation import gram_weights, interpolation_weights, line_share
 
-ASTRAY = 0.25  # of a parabola's squared error in the calibrated run: what other weights have to stay below
 PRIOR = 4  # computed steps that a run without guidance begins with, as if it had seen them go along the line
 
 
@@ -79,20 +78,12 @@ class Trajectory:
         return outputs
 
     def weights(self, step: int, anchors: Sequence[int]) -> list[float]:
-        """Of the outputs at the steps `anchors` in that at `step`. A calibration tells them of three (at the beginning,
-        where there are two, samples differ too much), where it shows that a parabola goes astray: elsewhere that knows
-        each sample better."""
-        parabola = interpolation_weights(self.levels, step, anchors)
-        if (
-            self.gram is None
-            or self.guided
-            or len(anchors) < 3
-            or not np.isfinite(self.gram[step, [step, *anchors]]).all()
-        ):
-            return parabola
-        found = gram_weights(self.gram, step, anchors)
-        missed, missed_by_parabola = (squared_miss(self.gram, step, anchors, one) for one in (found, parabola))
-        return found if missed < ASTRAY * missed_by_parabola else parabola
+        """Of the outputs at the steps `anchors` in that at `step`. A calibration tells them of three: at the beginning,
+        where there are two, samples differ too much."""
+        if self.gram is not None and not self.guided and len(anchors) > 2:
+            if np.isfinite(self.gram[step, [step, *anchors]]).all():
+                return gram_weights(self.gram, step, anchors)
+        return interpolation_weights(self.levels, step, anchors)
 
     def trust(self, output: torch.Tensor) -> torch.Tensor | float:
         """How much of a correction is made, for each sample: 1, less where the outputs turn back on their last move, 0

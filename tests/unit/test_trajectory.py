@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.interpolation import gram_of_data, gram_weights, interpolation_weights, squared_miss
+from common.interpolation import gram_of_data, gram_weights, interpolation_weights
 from common.ratios import flow_sigmas
 from common.trajectory import Trajectory
 
@@ -108,22 +108,6 @@ def test_steps_that_no_calibration_covers_are_interpolated_without_it():
     np.testing.assert_allclose(
         trajectory.weights(5, [7, 4, 2]), gram_weights(gram_of_data(outputs @ outputs.T, levels), 5, [7, 4, 2])
     )
-
-
-def test_a_parabola_that_does_not_go_astray_stays():
-    """At the beginning, from two outputs, and where the calibrated run is a parabola."""
-    levels, outputs, _ = run_of()
-    trajectory = Trajectory(levels.tolist(), outputs @ outputs.T)
-    assert trajectory.weights(5, [7, 4]) == interpolation_weights(levels, 5, [7, 4])
-    bends = np.random.default_rng(1).standard_normal((4, 40))
-    almost = sum(levels[:, None] ** power * bend for power, bend in enumerate(bends[:3]))
-    almost = almost + 1e-3 * levels[:, None] ** 3 * bends[3]
-    trajectory = Trajectory(levels.tolist(), almost @ almost.T)
-    parabola, found = interpolation_weights(levels, 5, [7, 4, 2]), gram_weights(almost @ almost.T, 5, [7, 4, 2])
-    missed, by_parabola = (squared_miss(almost @ almost.T, 5, [7, 4, 2], weights) for weights in (found, parabola))
-    assert by_parabola == pytest.approx(np.square(parabola @ almost[[7, 4, 2]] - almost[5]).sum(), rel=1e-3)
-    assert found != parabola and 0.25 * by_parabola < missed
-    assert trajectory.weights(5, [7, 4, 2]) == parabola
 
 
 def test_a_calibration_of_one_branch_says_nothing_of_guided_outputs():
