@@ -238,8 +238,8 @@ class Folded:
 
 
 def is_guided(call: Any) -> bool:
-    """Whether a call of the model (`run.ModelCall`) is of another branch than the first: there is guidance."""
-    return any(part.call.branch for part in call.parts)
+    """Whether a call of the model (`run.ModelCall`) is of a second branch, or of all: there is guidance."""
+    return any(part.call.branch or part.guided for part in call.parts)
 
 
 def bytes_of(tensors: Sequence[torch.Tensor]) -> int:

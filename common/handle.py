@@ -32,14 +32,15 @@ class Sampling:
         self.keys: dict[int, set] = {}
         self.expert = self.call = None
 
-    def part(self, call, latent, arguments):
-        """(the `steps.Part` that a call is, why it must compute or "")."""
+    def part(self, call, latent, latents, arguments):
+        """(the `steps.Part` that a call is, why it must compute or ""). latents: of the whole batch."""
         first_level = close(self.tracker.level, self.tracker.levels[0], 1e-6)
         key, why = self.conditionings.key_of(call, first_level, arguments)
         self.keys.setdefault(call.step, set()).add(key)
         if self.run.measures:  # a prompt that changes on the way is part of what is measured
             key = key[1:]
-        return Part(key, call, latent), why if self.tracker.listed else BETWEEN
+        part = Part(key, call, latent, self.tracker.in_one_call(latents))
+        return part, why if self.tracker.listed else BETWEEN
 
     def calls_at(self, step):
         return len(self.keys.get(step, ()))
@@ -158,8 +159,8 @@ class Patch:
         timesteps, sampling, call = self.timesteps(), self.sampling, None
         if (self.host.outside and self.host.outside(arguments)) or self.is_taken(timesteps):
             return None
-        latent = arguments[self.host.latent]
-        latent = latent if torch.is_tensor(latent) else latent[0]  # a list, or what the host made of one
+        latents = arguments[self.host.latent]
+        latent = latents if torch.is_tensor(latents) else latents[0]  # a list, or what the host made of one
         level, tolerance = noise_level(self.host, arguments)
         if sampling is not None and timesteps is sampling.timesteps:
             call = sampling.tracker.observe(level, latent, tolerance)
@@ -172,7 +173,7 @@ class Patch:
             sampling.expert = expert
             sampling.run.expert_changed()
         try:
-            part, why = sampling.part(call, latent, {**arguments, **self.guidance()})
+            part, why = sampling.part(call, latent, latents, {**arguments, **self.guidance()})
             sampling.call = sampling.run.begin([part], self.payload_of(expert), arguments, why)
         except BaseException:
             self.forget(sampling)

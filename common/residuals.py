@@ -37,7 +37,7 @@ class Residuals:
 
     def keep(self, part: Part, residual: torch.Tensor) -> None:
         """Keep a residual computed for a part. It takes the place of an earlier evaluation at the same step."""
-        key, call, latent = part
+        key, call, latent = part.key, part.call, part.latent
         self.branches = max(self.branches, call.branch + 1)
         kept = Kept(
             call.step,
@@ -55,7 +55,7 @@ class Residuals:
         Residuals of the planned steps are weighed as planned; where only the newest is there, or guidance makes more
         branches than the weights are for, it is taken as it is. A residual older than planned is not used.
         """
-        key, call, latent = part
+        key, call, latent = part.key, part.call, part.latent
         anchors, kept = schedule.anchors(call.step), self.kept.get(key, [])
         if not anchors or not kept or kept[0].step < anchors[0]:
             return None, "no residual of this branch yet"

@@ -29,11 +29,12 @@ class Call:
 
 class Part(NamedTuple):
     """One conditioning's part of a model call's batch. key: what its residuals are kept under, the same at each step;
-    latent: its rows."""
+    latent: its rows; guided: whether a latent is in it twice, since one call makes all branches of guidance."""
 
     key: Hashable
     call: Call
     latent: torch.Tensor
+    guided: bool = False
 
 
 class StepTracker:
@@ -49,6 +50,7 @@ class StepTracker:
         self.step, self.branch, self.level = 0, -1, level
         self.latent: torch.Tensor | None = None
         self.listed = True  # whether the last call was at one of these levels, not between two
+        self.rows, self.twice = 0, False  # of the newest batch, and whether its first latent is in it again
 
     @staticmethod
     def locate(levels: np.ndarray, level: float, tolerance: float) -> int:
@@ -84,6 +86,13 @@ class StepTracker:
         self.level, self.latent = level, latent
         self.listed = close(level, self.levels[self.step], tolerance)
         return Call(self.step, self.branch)
+
+    def in_one_call(self, latents: torch.Tensor | Sequence[torch.Tensor]) -> bool:
+        """Whether the branches of guidance are one batch. Looked at where its size changes, since it waits for a
+        GPU."""
+        if len(latents) != self.rows:
+            self.rows, self.twice = len(latents), any(same(latents[0], other) for other in latents[1:])
+        return self.twice
 
     def let_go(self) -> None:
         """The run is complete: its last latent is needed no more."""

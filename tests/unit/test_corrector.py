@@ -13,10 +13,13 @@ from ranks import two_ranks
 from common.blocks import Host
 from common.corrector import EULER, Folded, Replay, follower_of, integrates_data, why_uncorrected
 from common.errors import MagCacheError
+from common.interpolation import gram_of_data
 from common.patch import magcache_forward
 from common.planner import Target
 from common.ratios import flow_sigmas
-from common.schedule import Settings
+from common.residuals import Residuals
+from common.run import CachedRun
+from common.schedule import Schedule, Settings
 from common.tables import RatioTable
 from common.trajectory import Trajectory
 
@@ -44,7 +47,9 @@ def velocity(sample, level):
 
 
 def model_call(step, reused):
-    return SimpleNamespace(parts=[SimpleNamespace(call=SimpleNamespace(step=step, branch=0), key=0)], reused=reused)
+    return SimpleNamespace(
+        parts=[SimpleNamespace(call=SimpleNamespace(step=step, branch=0), key=0, guided=False)], reused=reused
+    )
 
 
 def sampled(scheduler, follower=None, computed=COMPUTED, edit=None, dtype=torch.float32, guidance=1.0):
@@ -435,3 +440,21 @@ def test_the_rule_is_corrected_too():
             farness[corrector] = (sampler.run() - plain).norm()
         assert handle.reports[0].reused > 5
     assert farness[True] < farness[False]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_run_corrects_by_the_calibration_in_its_plan(name):
+    """By its outputs, or by x0 made of them where the solver integrates that."""
+    scheduler = scheduler_of(name)
+    sigmas, rows = scheduler.sigmas.tolist()[:STEPS], np.random.default_rng(0).standard_normal((STEPS, 20))
+    reuse = np.array([step not in COMPUTED for step in range(STEPS)])
+    for gram in (rows @ rows.T, None):
+        schedule = Schedule(reuse, ~reuse, settings=Target(6, predictor="linear"), gram=gram)
+        follower = CachedRun(schedule, sigmas, Residuals(), scheduler=scheduler).follower
+        kept = follower.trajectory.gram
+        follower.detach()
+        assert follower.predicts
+        if gram is None:
+            assert kept is None
+        else:
+            np.testing.assert_allclose(kept, gram if name == "euler" else gram_of_data(gram, sigmas))
