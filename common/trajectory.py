@@ -2,7 +2,7 @@
 
 No calibration and no fact of the model is needed: a skipped output is predicted along the line through the two newest
 computed ones (`Trajectory.predicted`), and interpolated when the next is there (`Trajectory.corrected`). A calibration
-without guidance tells how to interpolate.
+without guidance tells how to interpolate, and what a last step adds that is not computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Trajectory:
 
     def clear(self) -> None:
         """Forget everything: another model or another run follows."""
-        self.anchors: list[tuple[int, torch.Tensor]] = []  # newest first
+        self.anchors: list[tuple[int, torch.Tensor]] = []  # newest first; a third where a calibration has weights of it
         # Sums over computed steps, a number a sample: how far their outputs went along the line, its length squared.
         self.seen: torch.Tensor | None = None
         self.length: torch.Tensor | None = None
@@ -47,11 +47,15 @@ class Trajectory:
         first output of a run, made of noise alone, lies off it."""
         if len(self.anchors) < 2 or self.anchors[1][0] == 0:
             return None
-        (newest, output), (before, older) = self.anchors
+        (newest, output), (before, older) = self.anchors[:2]
         return line_share(self.levels, step, newest, before) * (output.float() - older.float())
 
     def predicted(self, step: int, held: torch.Tensor) -> torch.Tensor:
         """The output of a skipped step. held: what the newest computed outputs give if they are held."""
+        if step == len(self.levels) - 1:  # no computed step will correct it
+            weights = self.calibrated_weights(step, [at for at, _ in self.anchors])
+            if weights is not None:
+                return weighed(weights, self.anchors).to(held.dtype)
         line, share = self.line(step), self.share()
         if line is None or share is None:
             return held
@@ -69,21 +73,27 @@ class Trajectory:
     def corrected(self, gap: Sequence[tuple[int, torch.Tensor]], step: int, output: torch.Tensor) -> list[torch.Tensor]:
         """The outputs of the skipped steps of `gap`, (step, the output that was used), as the fresh output of `step`
         and the kept ones have them."""
-        known, trust = [(step, output), *self.anchors], self.trust(output)
+        known, trust = [(step, output), *self.anchors[:2]], self.trust(output)
         outputs = []
         for skipped, used in gap:
             weights = self.weights(skipped, [at for at, _ in known])
-            between = torch.stack([weight * one.float() for weight, (_, one) in zip(weights, known)]).sum(0)
+            between = weighed(weights, known)
             outputs.append((used.float() + trust * (between - used.float())).to(output.dtype))
         return outputs
 
     def weights(self, step: int, anchors: Sequence[int]) -> list[float]:
-        """Of the outputs at the steps `anchors` in that at `step`. A calibration tells them of three: at the beginning,
-        where there are two, samples differ too much."""
-        if self.gram is not None and not self.guided and len(anchors) > 2:
-            if np.isfinite(self.gram[step, [step, *anchors]]).all():
-                return gram_weights(self.gram, step, anchors)
-        return interpolation_weights(self.levels, step, anchors)
+        """Of the outputs at the steps `anchors` in that at `step`."""
+        calibrated = self.calibrated_weights(step, anchors)
+        return interpolation_weights(self.levels, step, anchors) if calibrated is None else calibrated
+
+    def calibrated_weights(self, step: int, anchors: Sequence[int]) -> list[float] | None:
+        """The same from a calibration. None: it tells none. At the beginning, where there are two or one is made of
+        noise alone, samples differ too much."""
+        if self.gram is None or self.guided or len(anchors) < 3 or anchors[-1] == 0:
+            return None
+        if not np.isfinite(self.gram[step, [step, *anchors]]).all():
+            return None
+        return gram_weights(self.gram, step, anchors)
 
     def trust(self, output: torch.Tensor) -> torch.Tensor | float:
         """How much of a correction is made, for each sample: 1, less where the outputs turn back on their last move, 0
@@ -91,7 +101,7 @@ class Trajectory:
         swing to and fro, and a correction by what swings would add to it."""
         if len(self.anchors) < 2 or self.anchors[1][0] == 0:
             return 1.0
-        (_, newest), (_, older) = self.anchors
+        (_, newest), (_, older) = self.anchors[:2]
         last, before = (output.float() - newest.float()).flatten(1), (newest.float() - older.float()).flatten(1)
         cosine = torch.nn.functional.cosine_similarity(last, before)
         return (1 + cosine).clamp(max=1).view(-1, *[1] * (output.ndim - 1))
@@ -106,9 +116,15 @@ class Trajectory:
             self.seen = seen if self.seen is None else self.seen + seen
             self.length = length if self.length is None else self.length + length
             self.learned += 1
-        self.anchors = [(step, output), *(one for one in self.anchors if one[0] != step)][:2]
+        kept = 2 if self.gram is None or self.guided else 3
+        self.anchors = [(step, output), *(one for one in self.anchors if one[0] != step)][:kept]
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """What is kept."""
         return [output for _, output in self.anchors]
+
+
+def weighed(weights: Sequence[float], outputs: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The sum of the outputs of `outputs`, (step, output), each times its weight, in float32."""
+    return torch.stack([weight * output.float() for weight, (_, output) in zip(weights, outputs)]).sum(0)

@@ -116,3 +116,32 @@ def test_a_calibration_of_one_branch_says_nothing_of_guided_outputs():
     assert trajectory.weights(5, [7, 4, 2]) == gram_weights(outputs @ outputs.T, 5, [7, 4, 2])
     trajectory.guided = True
     assert trajectory.weights(5, [7, 4, 2]) == interpolation_weights(levels, 5, [7, 4, 2])
+
+
+def test_a_first_output_made_of_noise_alone_is_not_weighed_by_a_calibration():
+    levels, outputs, _ = run_of()
+    trajectory = Trajectory(levels.tolist(), outputs @ outputs.T)
+    assert trajectory.weights(4, [6, 2, 0]) == interpolation_weights(levels, 4, [6, 2, 0])
+    assert trajectory.weights(4, [6, 2, 1]) == gram_weights(outputs @ outputs.T, 4, [6, 2, 1])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_last_step_that_is_not_computed_is_made_of_three_outputs_of_a_calibration(calibrated, guided):
+    levels, outputs, _ = run_of()
+    trajectory, last = Trajectory(levels.tolist(), outputs @ outputs.T if calibrated else None), len(levels) - 1
+    trajectory.guided = guided
+    for step in (0, 2, 4, 7):
+        trajectory.computed(step, torch.tensor(outputs[step])[None])
+    by_calibration = calibrated and not guided
+    assert len(trajectory.tensors) == (3 if by_calibration else 2)
+    made = trajectory.predicted(last, torch.tensor(outputs[7])[None]).numpy()[0]
+    if by_calibration:
+        np.testing.assert_allclose(
+            made, gram_weights(outputs @ outputs.T, last, [7, 4, 2]) @ outputs[[7, 4, 2]], atol=1e-5
+        )
+    on_the_line = outputs[7] + trajectory.share().item() * trajectory.line(last).numpy()[0]
+    if by_calibration:
+        assert np.linalg.norm(made - outputs[last]) < 0.5 * np.linalg.norm(on_the_line - outputs[last])
+    else:
+        np.testing.assert_allclose(made, on_the_line, atol=1e-5)
