@@ -29,7 +29,7 @@ class Call:
 
 class Part(NamedTuple):
     """One conditioning's part of a model call's batch. key: what its residuals are kept under, the same at each step;
-    latent: its rows; guided: whether a latent is in it twice, since one call makes all branches of guidance."""
+    latent: its rows; guided: whether one call makes all branches of guidance (`StepTracker.in_one_call`)."""
 
     key: Hashable
     call: Call
@@ -88,9 +88,9 @@ class StepTracker:
         return Call(self.step, self.branch)
 
     def in_one_call(self, latents: torch.Tensor | Sequence[torch.Tensor]) -> bool:
-        """Whether the branches of guidance are one batch. Looked at where its size changes, since it waits for a
-        GPU."""
-        if len(latents) != self.rows:
+        """Whether the branches of guidance are one batch: a latent is in it twice. After the first step, where pictures
+        of one seed are alike, too; looked at where the batch's size changes, since it waits for a GPU."""
+        if self.step and len(latents) != self.rows:
             self.rows, self.twice = len(latents), any(same(latents[0], other) for other in latents[1:])
         return self.twice
 
