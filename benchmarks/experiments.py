@@ -7,13 +7,15 @@ benchmarks/quality.py reports.
 
 Each row changes one thing: in what measure computed steps are spread evenly (the share of the step's index, the rest
 being the noise level, to a power), how far the line through the two newest outputs is followed, how many outputs
-correct and how far. PSNR in dB to the un-cached picture or clip, mean (worst).
+correct and how far; the last row spreads them as --magcache_refine chooses on the calibration prompts. PSNR in dB to
+the un-cached picture or clip, mean (worst).
 """
 
 import argparse
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +36,7 @@ from common import planner, spread  # noqa: E402
 from common.errors import needs  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
 from common.planner import Target  # noqa: E402
+from common.refine import best_measure, closeness_of  # noqa: E402
 from common.scripts.quality import quality  # noqa: E402
 from common.trajectory import Trajectory  # noqa: E402
 
@@ -119,7 +122,7 @@ def trials():
     yield "as it is", nullcontext, True
     for share, power in ((0.25, 0.6), (0.5, 0.7), (0.5, 0.8), (0.75, 0.7), (0.75, 1), (1, 1)):
         name = f"spread in {share:g} of the index, power {power:g}"
-        yield name, lambda share=share, power=power: mock.patch.object(spread, "MEASURE", (share, power)), True
+        yield name, lambda share=share, power=power: spread_in((share, power)), True
     yield "newest output held", lambda: followed(0.0), True
     yield "line followed to its end", lambda: followed(1.0), True
     yield "line followed from the start", lambda: guided(False), True
@@ -132,7 +135,8 @@ def trials():
     yield "corrector off", nullcontext, False
 
 
-def measure_closeness(subject, steps, computed, reference, corrector=True):
+def closeness(subject, steps, computed, reference, corrector=True):
+    """PSNR of each picture in dB."""
     with magcache_forward(
         subject.pipe.transformer,
         subject.host,
@@ -143,12 +147,33 @@ def measure_closeness(subject, steps, computed, reference, corrector=True):
         scheduler=lambda: subject.pipe.scheduler,
         corrector=corrector,
     ):
-        return text_of(reference, subject.drawn(steps, "cached", BATCH)[0])
+        return psnr_of(reference, subject.drawn(steps, "cached", BATCH)[0])
 
 
-def text_of(reference, pictures):
-    psnr = [quality(true, picture)["psnr"] for true, picture in zip(reference, pictures)]
+def psnr_of(reference, pictures):
+    return [quality(true, picture)["psnr"] for true, picture in zip(reference, pictures)]
+
+
+def text_of(psnr):
     return f"{np.mean(psnr):.1f} ({min(psnr):.1f})"
+
+
+def spread_in(measure):
+    return mock.patch.object(spread, "MEASURE", measure)
+
+
+def refined_measures(subject, calibration, steps, counts):
+    """What --magcache_refine chooses for each of `counts` computed steps. calibration: jobs."""
+    jobs, subject.jobs = subject.jobs, calibration
+    reference = references(subject, steps)
+
+    def drawn_in(count, measure):
+        with spread_in(measure):
+            return closeness(subject, steps, count, reference)
+
+    measures = [best_measure(closeness_of(partial(drawn_in, count))) for count in counts]
+    subject.jobs = jobs
+    return measures
 
 
 def main():
@@ -158,7 +183,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--scheduler", choices=SAMPLER_NAMES, default="euler")
     args = parser.parse_args()
-    subject, _ = load_subject(SimpleNamespace(**vars(args), prompts=2, seeds=1, device=None))
+    subject, calibration = load_subject(SimpleNamespace(**vars(args), prompts=2, seeds=1, device=None))
     subject.jobs = [(prompt, seed) for seed, prompt in enumerate(PROMPTS[args.model], 200)]
     subject.guide(args.guidance)
     tabulate = needs("tabulate", "tabulate").tabulate
@@ -168,14 +193,19 @@ def main():
         rows = [
             [
                 "plain sampler, as many steps",
-                *(text_of(reference, subject.drawn(count, "plain", BATCH)[0]) for count in counts),
+                *(text_of(psnr_of(reference, subject.drawn(count, "plain", BATCH)[0])) for count in counts),
             ]
         ]
         for name, context, corrector in tqdm(list(trials()), leave=False):
             with context():
                 rows.append(
-                    [name, *(measure_closeness(subject, steps, count, reference, corrector) for count in counts)]
+                    [name, *(text_of(closeness(subject, steps, count, reference, corrector)) for count in counts)]
                 )
+        cells = []
+        for count, measure in zip(counts, refined_measures(subject, calibration, steps, counts)):
+            with spread_in(measure):
+                cells.append(text_of(closeness(subject, steps, count, reference)) + " in {:g}, {:g}".format(*measure))
+        rows.append(["spread that --magcache_refine chooses", *cells])
         headers = ["no calibration", *(f"{count} of {steps}" for count in counts)]
         print(tabulate(rows, tablefmt="github", disable_numparse=True, headers=headers), "\n", flush=True)
     sampler = f"{SAMPLER_NAMES[args.scheduler]}, guidance {args.guidance:g}"
