@@ -7,8 +7,8 @@ benchmarks/quality.py reports.
 
 Each row changes one thing: in what measure computed steps are spread evenly (the share of the step's index, the rest
 being the noise level, to a power), how far the line through the two newest outputs is followed, how many outputs
-correct and how far; the last row spreads them as --magcache_refine chooses on the calibration prompts. PSNR in dB to
-the un-cached picture or clip, mean (worst).
+correct and how far; the last rows take a calibration on other prompts: its corrections, and the spread that
+--magcache_refine chooses on them. PSNR in dB to the un-cached picture or clip, mean (worst).
 """
 
 import argparse
@@ -135,13 +135,13 @@ def trials():
     yield "corrector off", nullcontext, False
 
 
-def closeness(subject, steps, computed, reference, corrector=True):
-    """PSNR of each picture in dB."""
+def closeness(subject, steps, computed, reference, corrector=True, table=None):
+    """PSNR of each picture in dB. table: a calibration that corrects, or None."""
     with magcache_forward(
         subject.pipe.transformer,
         subject.host,
-        None,
-        Target(computed),
+        table,
+        Target(computed, predictor=None if table is None else "linear"),
         subject.timesteps,
         announce=None,
         scheduler=lambda: subject.pipe.scheduler,
@@ -201,6 +201,9 @@ def main():
                 rows.append(
                     [name, *(text_of(closeness(subject, steps, count, reference, corrector)) for count in counts)]
                 )
+        table = subject.calibrated(calibration, steps)
+        cells = [text_of(closeness(subject, steps, count, reference, table=table)) for count in counts]
+        rows.append(["corrected by a calibration", *cells])
         cells = []
         for count, measure in zip(counts, refined_measures(subject, calibration, steps, counts)):
             with spread_in(measure):

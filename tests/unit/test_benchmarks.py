@@ -150,13 +150,14 @@ def test_experiments_run(loaded_demo, monkeypatch, capsys):
     monkeypatch.setattr(quality_benchmark, "load_demo", lambda: loaded_demo)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
     experiments.main()
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:21]}
-    assert len(rows) == 19 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:22]}
+    assert len(rows) == 20 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
     assert rows["as it is"] not in (rows["corrector off"], rows["corrected through two outputs"])
     under_euler = rows["the model's output in place of x0"]
     assert rows["as it is"] == under_euler != rows["last step not computed"]
     assert rows["as it is"] == rows["line followed from the start"] != rows["line followed once it served"]
     assert rows["as it is"] == rows["last step computed, however little it moves"]  # FLUX tells Euler its levels
+    assert rows["as it is"] != rows["corrected by a calibration"]
     assert all(" in 0." in cell for cell in rows["spread that --magcache_refine chooses"])
 
 
