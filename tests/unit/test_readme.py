@@ -115,6 +115,15 @@ def test_the_other_cases_of_video_are_of_their_tables():
         }, table
 
 
+@pytest.mark.parametrize("table", sorted(path.name for path in (REPOSITORY / "docs").glob("video*_table.md")))
+def test_a_calibration_is_closer_than_none_in_every_column_without_guidance(table):
+    """With guidance it is planned as none is."""
+    without, with_guidance = (rows_by_family(table, guidance) for guidance in (1, 5))
+    pairs = list(zip(map(float, without["no calibration"]), map(float, without["planned, linear"])))
+    assert len(pairs) == 3 and all(free < calibrated for free, calibrated in pairs)
+    assert with_guidance["no calibration"] == with_guidance["planned, linear"]
+
+
 def test_the_python_that_the_first_command_needs():
     """The oldest that every package of requirements.txt takes: what pip would refuse is no good beginning."""
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
