@@ -55,7 +55,7 @@ class Trajectory:
         if step == len(self.levels) - 1:  # no computed step will correct it
             weights = self.calibrated_weights(step, [at for at, _ in self.anchors])
             if weights is not None:
-                return weighed(weights, self.anchors).to(held.dtype)
+                return weighted_sum(weights, self.anchors).to(held.dtype)
         line, share = self.line(step), self.share()
         if line is None or share is None:
             return held
@@ -77,7 +77,7 @@ class Trajectory:
         outputs = []
         for skipped, used in gap:
             weights = self.weights(skipped, [at for at, _ in known])
-            between = weighed(weights, known)
+            between = weighted_sum(weights, known)
             outputs.append((used.float() + trust * (between - used.float())).to(output.dtype))
         return outputs
 
@@ -125,6 +125,6 @@ class Trajectory:
         return [output for _, output in self.anchors]
 
 
-def weighed(weights: Sequence[float], outputs: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+def weighted_sum(weights: Sequence[float], outputs: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """The sum of the outputs of `outputs`, (step, output), each times its weight, in float32."""
     return torch.stack([weight * output.float() for weight, (_, output) in zip(weights, outputs)]).sum(0)
