@@ -20,9 +20,9 @@ from common.hosts.diffusers import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.report import finite
 from common.scripts.controls import Choice, PagePlan, page_plan
-from common.scripts.flags import check_writable
+from common.scripts.flags import check_writable, named_settings
 from common.scripts.outputs import report_place
-from common.scripts.session import named_calibration, needs_no_table
+from common.scripts.session import named_calibration
 from common.steps import TRAIN_TIMESTEPS
 from common.tables import best, calibrations, calibrations_folder, load
 from common.tables import published as published_table
@@ -58,7 +58,7 @@ class FramePackJobs:
 
     def __init__(self, demo, args, settings, published):
         self.demo, self.args, self.published = demo, args, published
-        self.settings = dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings))
+        self.settings = named_settings(settings)
         self.model_name = demo.transformer.config.get("_name_or_path", "")
         self.checkpoint = fingerprint(demo.transformer)
         self.named = load(args.mag_ratios) if args.mag_ratios else None
@@ -100,7 +100,7 @@ class FramePackJobs:
 
     def table_for(self, settings, steps):
         """The ratios of a job, or None where it needs none."""
-        return None if needs_no_table(settings) else self.known_table(steps)
+        return self.known_table(steps) if settings.needs_table else None
 
     def known_table(self, steps):
         """The ratios of a job: those named, else the checkpoint's own that are fine enough for its steps, else the

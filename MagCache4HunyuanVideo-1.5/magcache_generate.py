@@ -23,7 +23,7 @@ from common.errors import MagCacheError  # noqa: E402
 from common.hosts.checkouts import HUNYUANVIDEO_15_CHECKOUT  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
 from common.scripts.checkout import checkouts_script, one_sentence  # noqa: E402
-from common.scripts.flags import add_magcache_flags, check_flags, flags_taken  # noqa: E402
+from common.scripts.flags import add_magcache_flags, check_flags, flags_taken, named_settings  # noqa: E402
 from common.scripts.quality import VIDEO_SUFFIXES  # noqa: E402
 from common.scripts.session import Session  # noqa: E402
 from common.tables import load  # noqa: E402
@@ -98,7 +98,7 @@ def hunyuan15_session(args, host_args, generate):
     table = min(SETTINGS, key=lambda name: abs(load(name).steps - steps))
     session = Session(
         args,
-        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), SETTINGS[table])),
+        named_settings(SETTINGS[table]),
         f"hunyuanvideo-1.5-{version}",
         "{}x{}".format(*video_size(host_args)),
         host_args.video_length,

@@ -19,7 +19,7 @@ from common.errors import MagCacheError
 from common.hosts.checkouts import STDIT3, mmdit
 from common.ranks import is_writer
 from common.scripts.checkout import one_sentence, script_at
-from common.scripts.flags import add_opt_in_flags, check_flags, flags_taken, switched_on
+from common.scripts.flags import add_opt_in_flags, check_flags, flags_taken, named_settings, switched_on
 from common.scripts.session import Session
 from common.steps import TRAIN_TIMESTEPS
 
@@ -68,7 +68,7 @@ class OpenSora:
     def session_of(self, version, task, height, width, frames, steps, cfg, preset=None, **options):
         session = Session(
             self.args,
-            dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), self.settings[version])),
+            named_settings(self.settings[version]),
             f"open-sora-{version}-{task}",
             f"{width}x{height}",
             frames,

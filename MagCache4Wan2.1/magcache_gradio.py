@@ -14,6 +14,7 @@ from magcache_generate import HERE, PIPELINES, SETTINGS, TABLES
 
 from common.errors import MagCacheError
 from common.scripts.checkout import one_sentence
+from common.scripts.flags import named_settings
 from common.scripts.page import Jobs, PageSession, flags_of_page, run_page, when_imported
 from common.scripts.wan import published_for_task, wan_with_session
 
@@ -98,7 +99,7 @@ def session_of_rendering(
     def make(**options):
         task = argparse.Namespace(ckpt_dir=pipe.checkpoint_dir, size=f"{width}*{height}", frame_num=frames)
         return PageSession(
-            script_settings=dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), SETTINGS[pipe.task])),
+            script_settings=named_settings(SETTINGS[pipe.task]),
             task=pipe.task,
             size=f"{width}x{height}",
             frames=frames,

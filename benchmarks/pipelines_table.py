@@ -25,7 +25,7 @@ from outcomes import Outcomes  # noqa: E402
 
 from common.blocks import Host  # noqa: E402
 from common.denoisers import DENOISERS  # noqa: E402
-from common.discover import discover, wrong  # noqa: E402
+from common.discover import discover, why_wrong  # noqa: E402
 from common.errors import MagCacheError  # noqa: E402
 from common.hosts import HOSTS, class_name, output_host  # noqa: E402
 from common.tables import PRESETS  # noqa: E402
@@ -121,7 +121,7 @@ def proof(model: torch.nn.Module, inputs: dict, host: Host) -> str:
     """Why facts do not hold, or ""."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return wrong(model, host, inputs, lambda: model.forward(**inputs))
+        return why_wrong(model, host, inputs, lambda: model.forward(**inputs))
 
 
 def denoiser_of(pipeline_class) -> str | None:

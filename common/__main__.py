@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .errors import MagCacheError, any_console, needs
+from .errors import MagCacheError, escape_unprintable, needs
 
 if TYPE_CHECKING:
     from .schedule import Settings
@@ -93,8 +93,9 @@ def plan(arguments: list[str]) -> None:
 def thresholds(args: argparse.Namespace, table: RatioTable) -> Settings:
     """Settings from the flags, the published ones where a flag is left out."""
     from .schedule import Settings
+    from .tables import SETTING_NAMES
 
-    given = {name: getattr(args, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
+    given = {name: getattr(args, name) for name in SETTING_NAMES}
     chosen = {**table.settings, **{name: value for name, value in given.items() if value is not None}}
     missing = [name for name in given if name not in chosen]
     if missing:
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; COMMAND --help lists them")
     args = parser.parse_args(arguments)
-    any_console()
+    escape_unprintable()
     try:
         COMMANDS[args.command](args.arguments)
         sys.stdout.flush()

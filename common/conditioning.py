@@ -27,17 +27,17 @@ CHANGED = "the conditioning changed"
 
 
 @dataclass(frozen=True)
-class Memory:
+class VersionedTensor:
     """A tensor and how often it had been written into."""
 
     tensor: torch.Tensor
     version: int
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Memory:
+    def of(cls, tensor: torch.Tensor) -> VersionedTensor:
         return cls(tensor, 0 if tensor.is_inference() else tensor._version)
 
-    def alike(self, other: Memory) -> bool:
+    def alike(self, other: VersionedTensor) -> bool:
         one, two = self.tensor, other.tensor
         if one is two or (one.shape == two.shape and one.device == two.device and one.data_ptr() == two.data_ptr()):
             return self.version == other.version
@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass
-class Known:
+class Conditioning:
     """A conditioning that this run has met. number: in the order in which they came; inputs: {name: value}."""
 
     number: int
@@ -61,11 +61,11 @@ class Conditionings:
     def __init__(self, model: torch.nn.Module, host: Host) -> None:
         self.model, self.host = model, host
         self.adapters = adapters_of(model)
-        self.known: list[Known] = []
+        self.known: list[Conditioning] = []
         self.varying: set[str] = set()
         self.step, self.latents, self.trajectories = 0, 0, 1
-        self.now: list[Known] = []  # of this step's calls, in order
-        self.before: list[Known] = []  # of those of the step before
+        self.now: list[Conditioning] = []  # of this step's calls, in order
+        self.before: list[Conditioning] = []  # of those of the step before
         self.changed: dict[int, set[str]] = {}  # what was new at this step, by place in its order
         self.changed_before: dict[int, set[str]] = {}
         self.counts: dict[Hashable, int] = {}
@@ -91,7 +91,7 @@ class Conditionings:
         self.counts[evaluation] = self.counts.get(evaluation, -1) + 1
         return (known.number, trajectory, self.counts[evaluation]), why
 
-    def find(self, inputs: dict[str, Any]) -> tuple[Known, str]:
+    def find(self, inputs: dict[str, Any]) -> tuple[Conditioning, str]:
         """(the conditioning with these inputs, why the call must compute or "")."""
         place = len(self.now)
         likely = self.before[place : place + 1]  # the one at the same place in the step before
@@ -110,10 +110,10 @@ class Conditionings:
             likely[0].inputs = inputs
             numbers = all(is_number(inputs.get(name)) for name in changes)  # a guidance scale that follows the steps
             return likely[0], "" if numbers and self.step == 1 else why
-        self.known.append(Known(len(self.known), inputs))
+        self.known.append(Conditioning(len(self.known), inputs))
         return self.known[-1], why
 
-    def changes(self, known: Known, inputs: dict[str, Any]) -> list[str]:
+    def changes(self, known: Conditioning, inputs: dict[str, Any]) -> list[str]:
         """Names of the inputs that differ."""
         names = [*known.inputs, *(name for name in inputs if name not in known.inputs)]
         return [
@@ -134,7 +134,7 @@ def inputs_of(arguments: dict, host: Host) -> Iterator[tuple[str, Any]]:
                 elif any(part in path for part in MADE_EACH_STEP):
                     yield path, (tuple(leaf.shape), bool(leaf.flatten()[:64].any()))  # zeros: its time is over
                 else:
-                    yield path, Memory.of(leaf)
+                    yield path, VersionedTensor.of(leaf)
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -150,14 +150,14 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def is_number(value: Any) -> bool:
     """A number, or one for each row of the batch."""
-    return value.tensor.ndim < 2 if isinstance(value, Memory) else isinstance(value, (int, float))
+    return value.tensor.ndim < 2 if isinstance(value, VersionedTensor) else isinstance(value, (int, float))
 
 
 def alike(one: Any, other: Any) -> bool:
     """Whether two inputs are the same: the same memory, or the same numbers."""
-    if isinstance(one, Memory) and isinstance(other, Memory):
+    if isinstance(one, VersionedTensor) and isinstance(other, VersionedTensor):
         return one.alike(other)
-    return not isinstance(one, Memory) and not isinstance(other, Memory) and one == other
+    return not isinstance(one, VersionedTensor) and not isinstance(other, VersionedTensor) and one == other
 
 
 def adapters_of(model: torch.nn.Module) -> list:

@@ -108,7 +108,7 @@ def discover(model: torch.nn.Module, args: tuple, kwargs: dict, most: int = 24) 
         if trace.share(host.blocks) < LEAST_SHARE:
             continue
         tried += 1
-        why = wrong(model, host, arguments, forward)
+        why = why_wrong(model, host, arguments, forward)
         if not why:
             return Found(host, trace.share(host.blocks), tried)
         if tried == most:
@@ -134,7 +134,7 @@ def proposals(trace: Trace, base: Host) -> Iterator[Host]:
                 yield replace(host, reads_blocks=True)
 
 
-def wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable[[], Any]) -> str:
+def why_wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable[[], Any]) -> str:
     """Why these facts are not those of the model, or ""."""
     try:
         stack = BlockStack(model, host)
@@ -187,7 +187,7 @@ def first_call(pipe, **arguments) -> tuple[torch.nn.Module, tuple, dict]:
     raise MagCacheError(f"{type(pipe).__name__} never called its {type(model).__name__}.")
 
 
-class Undescribed:
+class PatchAfterDiscovery:
     """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
     and this passes on to it."""
 
@@ -240,7 +240,7 @@ class Undescribed:
             self.take_off()
         self.active = False
 
-    def __enter__(self) -> Undescribed:
+    def __enter__(self) -> PatchAfterDiscovery:
         if not self.active:
             (self.patch or self).put_on()
             self.active = True

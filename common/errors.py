@@ -10,7 +10,7 @@ class MagCacheError(Exception):
     """A mistake that the user can mend; its text is one sentence that says how."""
 
 
-def any_console() -> None:
+def escape_unprintable() -> None:
     """From here on whatever a program prints can be printed: a console or a log file that lacks a character, as on
     Windows, shows its number. Without it, a name in another script ends the program once its file is saved."""
     if hasattr(sys.stdout, "reconfigure"):

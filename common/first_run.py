@@ -65,7 +65,7 @@ class MeasuredFirst(MagCache):
     def plan_run(self, levels, payload):
         if self.table is None:
             return compute_all(len(levels), why_nothing_skips(len(levels), self.settings, Rule()))
-        return self.settings.of(payload).plan(self.table, levels, switch_step(levels, self.boundary))
+        return self.settings.with_payload(payload).plan(self.table, levels, switch_step(levels, self.boundary))
 
     def payload_of(self, expert):
         return self.stacks[expert] if self.run.measures else expert.payload

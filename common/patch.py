@@ -64,9 +64,9 @@ def magcache_forward(
     """
 
     def plan(levels, payload):
-        return settings.of(payload).plan(table, levels, switch_step(levels, boundary), rule, interpolation)
+        return settings.with_payload(payload).plan(table, levels, switch_step(levels, boundary), rule, interpolation)
 
-    payload = settings.suited(table).payload
+    payload = settings.for_table(table).payload
     guard = None if settings.magcache_guard is None else Guard(settings.magcache_guard)
 
     def residuals():

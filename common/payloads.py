@@ -138,14 +138,14 @@ class Residual:
     def size(self, arguments, latent):
         return self.used.size(arguments, latent)
 
-    def prove(self, made: torch.Tensor, output: Any, again: Callable[[], Any]) -> tuple[torch.Tensor, Any, str]:
+    def prove(self, made: torch.Tensor, output: Any, rehearse: Callable[[], Any]) -> tuple[torch.Tensor, Any, str]:
         """After the first computed call with arguments of these names and shapes: does the residual, put back, make the
-        same output? again: makes the call once more. Returns (what to keep, the output, "" or a sentence on what is
+        same output? rehearse: makes the call once more. Returns (what to keep, the output, "" or a sentence on what is
         kept instead)."""
         if self.kind == "residual" and self.calls not in self.proved:
             # A graph on a GPU may make its next output in the memory of this one.
             output = pytree.tree_map_only(torch.Tensor, torch.clone, output)
-            self.wrong = disproof(self.used, made, output, again)
+            self.wrong = disproof(self.used, made, output, rehearse)
             self.proved.add(self.calls)
             if self.wrong:
                 made = self.fall_back(output)
@@ -154,11 +154,11 @@ class Residual:
         return made, output, told if wrong else ""
 
 
-def disproof(stack: Payload, residual: torch.Tensor, output: Any, again: Callable[[], Any]) -> str:
+def disproof(stack: Payload, residual: torch.Tensor, output: Any, rehearse: Callable[[], Any]) -> str:
     """Why a residual, put back on the inputs that it was made of, does not make the same output; "" if it does."""
     stack.replace(residual)
     try:
-        remade = again()
+        remade = rehearse()
     except torch.cuda.OutOfMemoryError:
         raise
     except (MagCacheError, *MISFITS) as error:

@@ -22,7 +22,7 @@ from .calibration import fingerprint
 from .clock import Clock
 from .conditioning import adapters_of
 from .denoisers import Denoisers, checkpoint_of, denoisers, refuse_other_caches
-from .discover import Undescribed
+from .discover import PatchAfterDiscovery
 from .errors import MagCacheError
 from .expert import argument_names, inner_module, patches_of
 from .first_run import MeasuredFirst
@@ -32,10 +32,10 @@ from .hosts import HOSTS, class_name, output_host
 from .loop import LoopEnd
 from .patch import magcache_calibration, magcache_forward
 from .planner import Target
-from .ranks import in_a_group, is_writer, shared_by_processes, told_by_writer
+from .ranks import broadcast_from_writer, in_a_group, is_writer, shared_by_processes
 from .report import RunReport
 from .schedule import Settings
-from .tables import calibrations_folder, find, published
+from .tables import SETTING_NAMES, calibrations_folder, find, published
 
 DEFAULT_SPEEDUP = 2.0
 
@@ -83,7 +83,7 @@ def enable(
         raise MagCacheError(
             "Ask for speedup, steps or max_error, or for the paper's rule by thresh, K, retention_ratio."
         )
-    handles: list[Patch | Undescribed] = []
+    handles: list[Patch | PatchAfterDiscovery] = []
     try:
         for group in groups:
             weights = fingerprint(group.models[0])
@@ -116,7 +116,7 @@ def disable(pipe) -> None:
 class PipelineCache:
     """MagCache on a pipeline. reports: one `RunReport` for each run of each denoiser, the newest last."""
 
-    def __init__(self, pipe, handles: list[Patch | Undescribed]) -> None:
+    def __init__(self, pipe, handles: list[Patch | PatchAfterDiscovery]) -> None:
         self.pipe, self.handles = pipe, handles
         self.loop = LoopEnd(pipe, handles)
 
@@ -155,7 +155,7 @@ def paper_rule(given: dict, pipe, group: Denoisers, weights: str) -> Settings:
     checkpoint = checkpoint_of(pipe, group)
     tables = (find(checkpoint, weights), published(checkpoint, weights))
     chosen = {**next((table.settings for table in tables if table and table.settings), {}), **given}
-    missing = [name for name in ("magcache_thresh", "magcache_K", "retention_ratio") if name not in chosen]
+    missing = [name for name in SETTING_NAMES if name not in chosen]
     if missing:
         name = type(group.models[0]).__name__
         raise MagCacheError(f"This {name} has no published settings; give {', '.join(missing)} too.")
@@ -164,7 +164,7 @@ def paper_rule(given: dict, pipe, group: Denoisers, weights: str) -> Settings:
 
 def caching_patch(
     pipe, group: Denoisers, weights: str, settings: Settings | Target, announce, may_measure: bool
-) -> Patch | Undescribed:
+) -> Patch | PatchAfterDiscovery:
     """`magcache_forward` on the denoiser of a pipeline, or `MeasuredFirst` where a table is needed and may be measured.
     weights: their fingerprint."""
     clock, checkpoint = Clock(pipe, group.models), checkpoint_of(pipe, group)
@@ -174,9 +174,9 @@ def caching_patch(
         table = find(checkpoint, weights, levels)
         return table if not settings.needs_gram or (table and has_gram(table)) else None
 
-    needed = settings.predictor != "line"
+    needed = settings.needs_table
     together = needed and shared_by_processes(group.models)
-    table = told_by_writer(known) if together else known()
+    table = broadcast_from_writer(known) if together else known()
     measures = needed and may_measure and (together or not in_a_group())
     if needed and not measures and table is None:
         refuse_if_unmeasurable(group, HOSTS.get(class_name(inner_module(group.models[0]))))
@@ -221,7 +221,7 @@ def unknown(name: str, rule: bool) -> str:
     )
 
 
-def calibration_patch(pipe, group: Denoisers, announce) -> Patch | Undescribed:
+def calibration_patch(pipe, group: Denoisers, announce) -> Patch | PatchAfterDiscovery:
     """`magcache_calibration` on the denoiser of a pipeline."""
     clock, weights = Clock(pipe, group.models), fingerprint(group.models[0])
     refuse_others = only_these_weights(group)
@@ -283,11 +283,11 @@ def calibration_of(pipe, group: Denoisers, weights: str, host: Host) -> tuple[st
     return path.stem.removesuffix(f"-{weights}"), path, description
 
 
-def described(pipe, group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch | Undescribed:
+def described(pipe, group: Denoisers, payload: str, patch: Callable[[Host], Patch]) -> Patch | PatchAfterDiscovery:
     """A patch with the facts of the denoiser's class. Those of a class that nobody described are looked for at its
     first call, where the blocks matter."""
     model = inner_module(group.models[0])
     host = HOSTS.get(class_name(model))
     if payload == "output":
         return patch(host or output_host(type(model).__name__, argument_names(model)))
-    return Undescribed(model, patch, pipe) if host is None else patch(host)
+    return PatchAfterDiscovery(model, patch, pipe) if host is None else patch(host)

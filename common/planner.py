@@ -44,7 +44,7 @@ class Target:
         along the line through the two newest, as far as that served in the run. "linear" is by a calibration: outputs
         are predicted as for line and corrected as the calibration tells, residuals are the two newest weighed.
         "reuse" takes the newest as it is. None: line, or linear where magcache_max_error, magcache_guard or the payload
-        residual are asked for. `suited` says where linear gives way.
+        residual are asked for. `for_table` says where linear gives way.
     payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: the residual for
         reuse, magcache_max_error and magcache_guard, else the output).
     magcache_K: most reuses in a row (None: any; 0: every step computes); retention_ratio: share of the steps, from the
@@ -118,7 +118,7 @@ class Target:
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
         table: None will do for the predictor line. rule: of `Settings.plan`, and no part of this plan.
         Raises MagCacheError if the table lacks what the target needs."""
-        target, ratios = self.suited(table), None if table is None else table.at(levels, interpolation)
+        target, ratios = self.for_table(table), None if table is None else table.at(levels, interpolation)
         target = replace(target, measure=target.measure or refined_measure(table))
         if target.predictor == "line":
             schedule = target.spread(levels, switch_step)
@@ -138,11 +138,11 @@ class Target:
             schedule = replace(schedule, gram=gram_of_outputs(table, levels))
         if target.predictor != self.predictor and table is not None:
             how = "outputs are predicted without them" if target.predictor == "line" else "the newest is taken as it is"
-            told = f"{table.name} was calibrated with guidance, which multiplies what its weights miss: {how}"
-            schedule = replace(schedule, told=told)
+            why = f"{table.name} was calibrated with guidance, which multiplies what its weights miss: {how}"
+            schedule = replace(schedule, why_changed=why)
         return replace(schedule, settings=target, ratios=ratios)
 
-    def suited(self, table: RatioTable | None) -> Target:
+    def for_table(self, table: RatioTable | None) -> Target:
         """The same, or what is done in its place: the weights of the predictor linear were fitted to the branches of
         guidance, which multiplies what they miss. A table of more than one branch serves as none, and where an error is
         asked for the newest is taken as it is."""
@@ -168,8 +168,13 @@ class Target:
         )
 
     @property
+    def needs_table(self) -> bool:
+        """Whether a `RatioTable` is needed to plan."""
+        return self.predictor != "line"
+
+    @property
     def needs_gram(self) -> bool:
-        """Whether it takes the Gram matrix of a calibration; published ratios have none."""
+        """Whether that table must hold a Gram matrix, which only a calibration measures."""
         return self.predictor != "line"
 
     def weighed(
@@ -215,7 +220,7 @@ class Target:
                 least = middle + 1
         return self.weighed(table, levels, switch_step, computed)
 
-    def of(self, payload: str) -> Target:
+    def with_payload(self, payload: str) -> Target:
         """The same for another payload."""
         return replace(self, payload=payload)
 

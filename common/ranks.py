@@ -34,7 +34,7 @@ def shared_by_processes(models: Sequence[torch.nn.Module]) -> bool:
     )
 
 
-def told_by_writer(find: Callable[[], Any]) -> Any:
+def broadcast_from_writer(find: Callable[[], Any]) -> Any:
     """What `find()` returns on the process that writes, on all of them: ranks may see different folders, and must not
     plan differently."""
     found, distributed = [find() if is_writer() else None], torch.distributed

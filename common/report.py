@@ -93,8 +93,8 @@ def plan_lines(
         )
     if table is not None and table.origin == "borrowed":
         lines.append(PlanLine("notes", f"  {table.notes}"))
-    if schedule.told:
-        lines.append(PlanLine("notes", f"  {schedule.told}"))
+    if schedule.why_changed:
+        lines.append(PlanLine("notes", f"  {schedule.why_changed}"))
     if schedule.why_none:
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
     elif schedule.accumulated_error is not None:

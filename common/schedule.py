@@ -1,8 +1,8 @@
 """The skip logic: which steps compute the block stack and which reuse its residual.
 
-Paper, section 3.3: acc *= gamma_t; k += 1; err += |1 - acc|; reuse while err is within `magcache_thresh` and
-k <= `magcache_K`, else compute and start again from acc = 1, k = 0, err = 0. The first `retention_ratio` of the steps
-always compute. The rule looks at ratios and settings only, so the schedule is known before the run.
+Paper, section 3.3: acc *= gamma_t; k += 1; err += |1 - acc|. A step is reused while err is within `magcache_thresh` and
+k <= `magcache_K`; otherwise it computes, and acc = 1, k = 0, err = 0 again. The first `retention_ratio` of the steps
+always compute. The rule looks only at ratios and settings, so the schedule is known before the run.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's rule. magcache_thresh: bound on the accumulated error; magcache_K: reuses in a row; retention_ratio:
-    share kept at the start.
+    """The paper's rule. magcache_thresh: bound on the accumulated error; magcache_K: most reuses in a row;
+    retention_ratio: share of the steps, from the first on, that always compute.
 
-    magcache_speedup, payload, magcache_guard, predictor, needs_gram: as a `planner.Target` has them, which may choose;
-    the rule is not given a speed-up, it reuses the residual of the blocks as it is, no guard watches it, and ratios do.
+    The class attributes are the values that a `planner.Target` chooses and the rule does not: callers treat both alike.
     """
 
     magcache_thresh: float
@@ -36,6 +35,7 @@ class Settings:
     payload: ClassVar[str] = "residual"
     magcache_guard: ClassVar[float | None] = None
     predictor: ClassVar[str] = "reuse"
+    needs_table: ClassVar[bool] = True
     needs_gram: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -58,37 +58,38 @@ class Settings:
     ) -> Schedule:
         """The Schedule of a run at these noise levels; a second expert takes over at `switch_step` (None: one model).
 
-        rule: None, the table's own; interpolation: "sigma" or "nearest" (`RatioTable.at`). Steps beyond the noise
-        levels that the table covers compute: its ratios there are no measurement.
+        rule: None for the table's own; interpolation: "sigma" or "nearest" (`RatioTable.at`). Steps outside the noise
+        levels that the table covers compute, because no ratio was measured there.
         """
         ratios, uncovered = table.at(levels, interpolation), ~table.covered(levels)
         uncovered[1:] |= uncovered[:-1]  # a ratio relates two levels
         return magcache_schedule(ratios, self, rule or rule_of(table), switch_step, uncovered)
 
-    def of(self, payload: str) -> Settings:
-        """The same for another payload: the rule looks at ratios alone."""
+    def with_payload(self, payload: str) -> Settings:
+        """These settings: the rule looks at ratios only, whatever the payload."""
         return self
 
-    def suited(self, table: RatioTable | None) -> Settings:
-        """The same for any table."""
+    def for_table(self, table: RatioTable | None) -> Settings:
+        """These settings: the rule works with any table."""
         return self
 
 
-OFF = Settings(magcache_thresh=0.0, magcache_K=0, retention_ratio=1.0)  # of an un-cached run
+OFF = Settings(magcache_thresh=0.0, magcache_K=0, retention_ratio=1.0)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a release reads the settings; the defaults are the paper's.
+    """How a release interprets the settings; the defaults are the paper's.
 
-    strict: the error must stay below the threshold; otherwise it may reach it.
-    start: first step that may be reused, from x = retention_ratio * steps: "floor", "half_up", "ceil", or "calls":
-        floor of 2x model calls, made up to a whole step (the release counts conditional and unconditional calls).
-    never_reuse: [[step, of_steps], ...]: steps that always compute, scaled to the run's number of steps.
+    strict: the error must stay below the threshold; otherwise it may equal it.
+    start: how x = retention_ratio * steps becomes the index of the first step that may be reused: "floor", "half_up",
+        "ceil", or "calls", which rounds 2x model calls down and then up to a whole step (the release counts conditional
+        and unconditional calls).
+    never_reuse: [[step, of_steps], ...], steps that always compute, scaled to the run's number of steps.
     max_deviation: a step whose own |1 - gamma| is larger computes.
-    experts: with two expert models, retention of "each" expert, or none before the "last" one.
-    retained_resets: a retained step starts the error again; the Wan2.2 release carries it over to the second expert.
-    min_steps: shorter runs compute every step, since there is too little to gain.
+    experts: with two experts, "each" has its own retained steps; "last": nothing is reused before the second expert.
+    retained_resets: a retained step resets the error; the Wan2.2 release carries it over to the second expert.
+    min_steps: shorter runs compute every step, because there is too little to gain.
     """
 
     strict: bool = False
@@ -102,15 +103,15 @@ class Rule:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One run, planned.
+    """The plan of one run.
 
-    reuse: whether step i reuses a residual; retained: the steps that compute whatever the error.
-    accumulated_error: of the paper's rule, on which that was decided (None: planned otherwise); expected_error: the
-    expected relative error of predicting each step (None: not known).
-    settings: what was planned; why_none: why nothing is reused; ratios: (branches, steps).
-    fewest_computed: the ceiling: what magcache_K and the retained steps leave to compute at any threshold.
-    weights: (branches, steps, 2), of the two newest residuals (None: as they are); told: why not as asked for.
-    gram: (steps, steps), of the outputs of a calibrated run, by which skipped ones are corrected (None: not known).
+    reuse: mask of the reused steps; retained: mask of the steps that compute whatever the error.
+    accumulated_error: the paper's err, on which the decision rests (None: planned otherwise).
+    expected_error: expected relative error of predicting each step (None: not known).
+    settings: what was planned for; why_none: why nothing is reused; why_changed: why it is not what was asked for.
+    ratios: (branches, steps). fewest_computed: how many steps magcache_K and `retained` make compute at any threshold.
+    weights: (branches, steps, 2), for the two newest residuals (None: the newest is taken as it is).
+    gram: (steps, steps), of the outputs of a calibrated run, for the corrector (None: not known).
     """
 
     reuse: np.ndarray
@@ -122,7 +123,7 @@ class Schedule:
     ratios: np.ndarray | None = field(default=None, repr=False)
     fewest_computed: int = 0
     weights: np.ndarray | None = field(default=None, repr=False)
-    told: str = ""
+    why_changed: str = ""
     gram: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -149,31 +150,31 @@ class Schedule:
 
     @property
     def bound(self) -> float:
-        """Largest possible speed-up: reused steps taken as free."""
+        """Upper limit of the speed-up, as if reused steps cost nothing."""
         return self.steps / self.computed
 
     @property
     def strip(self) -> str:
-        """One letter a step: # computes, . reuses."""
+        """One character per step: # computes, . reuses."""
         return "".join(".#"[not reuse] for reuse in self.reuse)
 
     def anchors(self, step: int) -> list[int]:
-        """The computed steps before this one from which it is predicted, the newest first: at most `depth`."""
+        """The computed steps from which this one is predicted, newest first; at most `depth` of them."""
         return np.flatnonzero(~self.reuse[:step])[::-1][: self.depth].tolist()
 
     @property
     def depth(self) -> int:
-        """Residuals kept a branch."""
+        """How many residuals are kept for each branch."""
         return 1 if self.weights is None else self.weights.shape[-1]
 
 
 def first_reusable(steps: int, retention_ratio: float, start: str = "floor") -> int:
-    """Index of the first step that may be reused: at least one step has to leave a residual."""
-    kept = steps * retention_ratio
+    """Index of the first step that may be reused; at least 1, because one step has to leave a residual."""
+    retained = steps * retention_ratio
     index = {
-        "floor": int(kept),
-        "half_up": floor(kept + 0.5),
-        "ceil": ceil(kept),
+        "floor": int(retained),
+        "half_up": floor(retained + 0.5),
+        "ceil": ceil(retained),
         "calls": ceil(int(2 * steps * retention_ratio) / 2),
     }[start]
     return max(1, index)
@@ -182,23 +183,21 @@ def first_reusable(steps: int, retention_ratio: float, start: str = "floor") -> 
 def retained_steps(
     steps: int, retention_ratio: float, rule: Rule = Rule(), switch_step: int | None = None
 ) -> np.ndarray:
-    """Mask (steps,) of the steps that compute whatever the error.
-
-    switch_step: the step from which a second expert takes over (None: one model). Each expert's first step computes.
-    """
-    kept = np.zeros(steps, dtype=bool)
+    """Mask (steps,) of the steps that compute whatever the error, each expert's first step among them. switch_step: the
+    step at which a second expert takes over (None: one model)."""
+    retained = np.zeros(steps, dtype=bool)
     if switch_step is None or not 0 < switch_step < steps:
-        kept[: first_reusable(steps, retention_ratio, rule.start)] = True
+        retained[: first_reusable(steps, retention_ratio, rule.start)] = True
     elif rule.experts == "last":
-        kept[: switch_step + first_reusable(steps - switch_step, retention_ratio, rule.start)] = True
+        retained[: switch_step + first_reusable(steps - switch_step, retention_ratio, rule.start)] = True
     else:
-        kept[: first_reusable(switch_step, retention_ratio, rule.start)] = True
+        retained[: first_reusable(switch_step, retention_ratio, rule.start)] = True
         # The release includes the end of the second window: forward number split + (N - split) * R still computes.
-        kept[switch_step : switch_step + floor((steps - switch_step) * retention_ratio) + 1] = True
+        retained[switch_step : switch_step + floor((steps - switch_step) * retention_ratio) + 1] = True
     for step, of_steps in rule.never_reuse:
         if steps > 1:
-            kept |= np.round(np.arange(steps) * (of_steps - 1) / (steps - 1)).astype(int) == step
-    return kept
+            retained |= np.round(np.arange(steps) * (of_steps - 1) / (steps - 1)).astype(int) == step
+    return retained
 
 
 def magcache_schedule(
@@ -208,23 +207,23 @@ def magcache_schedule(
     switch_step: int | None = None,
     uncovered: np.ndarray | None = None,
 ) -> Schedule:
-    """Plan a run. mag_ratios: (branches, steps) or (steps,), the ratio of each step to the one before; uncovered: mask
-    (steps,) of those that nobody measured, which compute.
+    """The Schedule of a run by the paper's rule.
 
-    All branches share one decision: a step is reused only if every branch may. Returns a Schedule.
+    mag_ratios: (branches, steps) or (steps,), the ratio of each step to the one before; uncovered: mask (steps,) of
+    steps without a measured ratio, which compute. All branches share one decision: a step is reused if each may be.
     """
     ratios = np.atleast_2d(np.asarray(mag_ratios, dtype=float))
     steps = ratios.shape[1]
     retained = retained_steps(steps, settings.retention_ratio, rule, switch_step)
-    beyond = np.zeros(steps, dtype=bool) if uncovered is None else uncovered & ~retained
-    retained = retained | beyond
+    unmeasured = np.zeros(steps, dtype=bool) if uncovered is None else uncovered & ~retained
+    retained = retained | unmeasured
     off = why_nothing_skips(steps, settings, rule)
     if off:
         return replace(compute_all(steps, off), settings=settings, ratios=ratios)
     reuse, error = decide(ratios, settings.magcache_thresh, settings.magcache_K, rule, retained)
     fewest_computed = steps - int(decide(ratios, np.inf, settings.magcache_K, rule, retained)[0].sum())
-    why_none = "" if reuse.any() else why_nothing(error, retained, settings, rule)
-    if retained.all() and beyond.any():
+    why_none = "" if reuse.any() else why_no_reuse(error, retained, settings, rule)
+    if retained.all() and unmeasured.any():
         why_none = "the table covers no step that could be reused"
     return Schedule(
         reuse, retained, error, settings=settings, why_none=why_none, ratios=ratios, fewest_computed=fewest_computed
@@ -234,8 +233,8 @@ def magcache_schedule(
 def decide(
     ratios: np.ndarray, magcache_thresh: float, magcache_K: int, rule: Rule, retained: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rule itself. ratios: (branches, steps); retained: mask (steps,). Returns (reuse, accumulated error) a
-    step."""
+    """The rule itself: (mask of reused steps, accumulated error), both (steps,). ratios: (branches, steps); retained:
+    mask (steps,)."""
     branches, steps = ratios.shape
     reuse, error = np.zeros(steps, dtype=bool), np.zeros(steps)
     accumulated, accumulated_error, k = np.ones(branches), np.zeros(branches), 0
@@ -262,7 +261,7 @@ def compute_all(steps: int, why: str = "MagCache is off") -> Schedule:
 
 
 def why_nothing_skips(steps: int, settings: Settings | Target, rule: Rule) -> str:
-    """Why no table could make a run skip anything, or ""."""
+    """Why this run reuses nothing whatever the ratios are, or ""."""
     for name in ("magcache_thresh", "magcache_max_error", "magcache_K"):
         if getattr(settings, name, None) == 0:
             return f"{name} is 0, which turns MagCache off"
@@ -271,7 +270,8 @@ def why_nothing_skips(steps: int, settings: Settings | Target, rule: Rule) -> st
     return ""
 
 
-def why_nothing(error: np.ndarray, retained: np.ndarray, settings: Settings, rule: Rule) -> str:
+def why_no_reuse(error: np.ndarray, retained: np.ndarray, settings: Settings, rule: Rule) -> str:
+    """Why the rule, with these accumulated errors, reuses no step."""
     if retained.all():
         return "retention_ratio keeps every step"
     if error[~retained].min() < settings.magcache_thresh:
@@ -283,7 +283,7 @@ def why_nothing(error: np.ndarray, retained: np.ndarray, settings: Settings, rul
 
 
 def rule_of(table: RatioTable) -> Rule:
-    """The Rule that a table's settings were published for."""
+    """The Rule that a table's settings were published for. Raises MagCacheError if it cannot be read."""
     unknown = table.rule.keys() - Rule.__dataclass_fields__.keys()
     if unknown:
         raise MagCacheError(f"{table.name}: there is no rule named {', '.join(sorted(unknown))}.")

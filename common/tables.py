@@ -19,7 +19,7 @@ from .peer_tables import fields_of, is_peer_table
 from .ratios import Levels, flow_sigmas, nearest_interp, resample
 
 PRESETS = Path(__file__).parent / "presets"
-SETTINGS = {"magcache_thresh", "magcache_K", "retention_ratio"}
+SETTING_NAMES = ("magcache_thresh", "magcache_K", "retention_ratio")  # the three settings of the paper's rule
 FORMAT = 1  # of the files; those without a number are of this one
 REACHES_ZERO = 4  # a table whose last level is at most this many of its last steps above 0 ends where samplers end
 STEPS_AN_INTERVAL = 4  # of a run between two calibrated levels: with more the residuals between them are a guess
@@ -62,8 +62,8 @@ class RatioTable:
         numbers = {**self.settings, **{key: self.sampler[key] for key in ("shift", "boundary") if key in self.sampler}}
         if not all(isinstance(value, (int, float)) for value in numbers.values()):
             raise MagCacheError(f"{self.name}: settings, shift and boundary must be numbers; calibrate again.")
-        if self.settings and self.settings.keys() != SETTINGS:
-            raise MagCacheError(f"{self.name}: 'settings' must be {', '.join(sorted(SETTINGS))}, or none of them.")
+        if self.settings and self.settings.keys() != set(SETTING_NAMES):
+            raise MagCacheError(f"{self.name}: 'settings' must be {', '.join(sorted(SETTING_NAMES))}, or none of them.")
         steps = len(self.sigmas)
         levels = np.asarray(self.sigmas, dtype=float)
         if not steps or not (levels.min() >= 0 and levels.max() <= 1):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..calibration import fingerprint
-from ..errors import MagCacheError, any_console
+from ..errors import MagCacheError, escape_unprintable
 from ..ranks import is_writer
 
 
@@ -22,7 +22,7 @@ def one_sentence(main):
 
     @functools.wraps(main)
     def told(*args, **kwargs):
-        any_console()
+        escape_unprintable()
         try:
             main(*args, **kwargs)
         except (MagCacheError, ModuleNotFoundError) as error:

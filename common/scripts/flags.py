@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 from ..errors import MagCacheError, needs
 from ..gram import GRAMS, PREDICTORS
 from ..planner import Target
 from ..schedule import Settings
+from ..tables import SETTING_NAMES
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -227,6 +229,11 @@ def cache_options(args):
         "device": args.magcache_cache_device,
         "dtype": getattr(torch, args.magcache_cache_dtype) if args.magcache_cache_dtype else None,
     }
+
+
+def named_settings(values: Sequence[float]) -> dict[str, float]:
+    """The settings of a script's line, (magcache_thresh, magcache_K, retention_ratio), by name."""
+    return dict(zip(SETTING_NAMES, values))
 
 
 def settings_of(args, otherwise: dict):

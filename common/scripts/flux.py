@@ -12,7 +12,7 @@ import torch
 from ..calibration import fingerprint
 from ..errors import MagCacheError
 from ..hosts.diffusers import FLUX
-from ..tables import published
+from ..tables import SETTING_NAMES, published
 from .checkout import one_sentence
 from .flags import DTYPES, add_magcache_flags, add_refine_flag, check_flags, check_writable, flags_taken
 from .install import REPOSITORY
@@ -44,7 +44,7 @@ class Script:
 
     @property
     def settings(self):
-        return {name: getattr(self, name) for name in ("magcache_thresh", "magcache_K", "retention_ratio")}
+        return {name: getattr(self, name) for name in SETTING_NAMES}
 
 
 @one_sentence

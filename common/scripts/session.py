@@ -20,7 +20,7 @@ from ..calibration import Statistics
 from ..errors import MagCacheError
 from ..patch import Calibration, MagCache, magcache_calibration, magcache_forward
 from ..planner import Target
-from ..ranks import is_writer, told_by_writer
+from ..ranks import broadcast_from_writer, is_writer
 from ..report import RunReport, write_report
 from ..schedule import Rule, Settings, rule_of
 from ..spread import refined_measure
@@ -110,7 +110,7 @@ class Session:
             check_calibration(self.args, self.steps)
             return
         settings = settings_of(self.args, self.script_settings)
-        if needs_no_table(settings) and not self.args.mag_ratios:
+        if not settings.needs_table and not self.args.mag_ratios:
             settings.plan(None, np.linspace(1, 0, self.steps, endpoint=False))
             return
         own = [] if self.args.mag_ratios else self.own_tables()
@@ -148,7 +148,7 @@ class Session:
         table = load(name)
         check_family(name, self.family)
         target = target_of(self.args)
-        if target and not needs_no_table(target) and not table.fine_enough(table.levels(self.steps)):
+        if target and target.needs_table and not table.fine_enough(table.levels(self.steps)):
             raise MagCacheError(
                 f"{name} was measured at {table.steps} steps, too few to predict the skipped ones of {self.steps}: "
                 f"measure again with {self.measure}."
@@ -161,7 +161,7 @@ class Session:
         if self.args.mag_ratios:
             return self.named_table()
         own = self.own_tables(checkpoint)
-        if needs_no_table(self.settings()):
+        if not self.settings().needs_table:
             return best(table for table in own if refined_measure(table))
         fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
         for table in own:
@@ -188,8 +188,8 @@ class Session:
         patch: beneath whatever takes hold of their forward afterwards. checkpoint: fingerprint of the weights;
         min_steps: runs with fewer compute every step; scheduler: of `magcache_forward`."""
         self.unpatch()
-        self.table = None if self.calibrating else told_by_writer(lambda: self.find_table(checkpoint))
-        self.measuring = self.table is None and (self.calibrating or not needs_no_table(self.settings()))
+        self.table = None if self.calibrating else broadcast_from_writer(lambda: self.find_table(checkpoint))
+        self.measuring = self.table is None and (self.calibrating or self.settings().needs_table)
         if not self.measuring:
             if self.table:
                 self.say_whose_ratios()
@@ -435,10 +435,6 @@ class Session:
     def say(self, text: str) -> None:
         if is_writer():
             tqdm.write(text)
-
-
-def needs_no_table(settings):
-    return settings.predictor == "line"
 
 
 def check_family(name: str, family: str | tuple) -> None:

@@ -17,7 +17,7 @@ from ..expert import inner_module
 from ..hosts.checkouts import WAN, WAN_S2V
 from ..ranks import is_writer
 from .checkout import checkouts_script, checkpoints_noted, one_sentence, timesteps_noted
-from .flags import add_opt_in_flags, check_flags, flags_taken, switched_on
+from .flags import add_opt_in_flags, check_flags, flags_taken, named_settings, switched_on
 from .quality import PICTURES, VIDEO_SUFFIXES
 from .session import Session
 
@@ -85,7 +85,7 @@ def wan_session(args, host_args, settings, tables):
     }
     return Session(
         args,
-        dict(zip(("magcache_thresh", "magcache_K", "retention_ratio"), settings[host_args.task])),
+        named_settings(settings[host_args.task]),
         task,
         f"{width}x{height}",
         host_args.infer_frames if task == "s2v-14B" else host_args.frame_num,  # of a segment

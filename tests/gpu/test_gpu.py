@@ -18,7 +18,7 @@ from tiny_pipelines import flux, wan
 
 from common.hosts import host_of
 from common.patch import magcache_calibration, magcache_forward
-from common.ranks import told_by_writer
+from common.ranks import broadcast_from_writer
 from common.ratios import flow_sigmas
 from common.schedule import Settings
 from common.tables import RatioTable
@@ -221,7 +221,7 @@ def test_nccl_with_one_rank_measures_and_plans_what_no_group_does(gpu_subject, t
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         grouped = measured()
-        assert told_by_writer(lambda: "found") == "found"
+        assert broadcast_from_writer(lambda: "found") == "found"
     finally:
         dist.destroy_process_group()
     assert [handle.reports[0].complete for handle in (alone, grouped)] == [True, True]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_pipelines import FAMILIES, denoiser, run_pipeline
 
-from common.discover import discover, first_call, host_line, wrong
+from common.discover import discover, first_call, host_line, why_wrong
 from common.errors import MagCacheError
 from common.expert import argument_names
 from common.hosts import HOSTS, class_name
@@ -109,7 +109,7 @@ def test_facts_hold_and_wrong_ones_do_not(family):
     def why(**facts):
         try:
             with torch.no_grad():
-                return wrong(model, replace(host, **facts), given, lambda: model.forward(*args, **kwargs))
+                return why_wrong(model, replace(host, **facts), given, lambda: model.forward(*args, **kwargs))
         except (MagCacheError, *MISFITS) as error:  # as `payloads.Residual` takes it
             return str(error)
 
