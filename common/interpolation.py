@@ -1,4 +1,4 @@
-"""Weights of what is known at some noise levels of a run in what lies between and after them. numpy only."""
+"""Weights with which what is known at some noise levels of a run gives what lies between and after them. numpy only."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from typing import Any
 
 import numpy as np
 
-RIDGE = 1e-6  # of the mean squared move: enough against noise, too little to blunt the interpolation
+from .ratios import Levels
+
+RIDGE = 1e-6  # share of the mean squared move: enough to suppress noise, too little to blunt the interpolation
 
 
 def line_share(levels: Any, step: Any, newest: Any, before: Any) -> Any:
-    """How far `step` is on the line from `before` through `newest`, in noise levels: 0 at newest, 1 as far again. Of
-    numbers, or of arrays (steps,)."""
+    """How far the noise level of `step` lies past that of `newest`, in units of the distance from `before` to `newest`.
+    The steps are indices, or arrays of indices."""
     return (levels[step] - levels[newest]) / (levels[newest] - levels[before])
 
 
 def interpolation_weights(levels: Sequence[float], step: int, anchors: Sequence[int]) -> list[float]:
-    """Of the outputs at the steps `anchors` in that at `step`: Lagrange's, a straight line through two, a parabola
-    through three."""
-    return [
-        float(np.prod([(levels[step] - levels[o]) / (levels[a] - levels[o]) for o in anchors if o != a]))
-        for a in anchors
-    ]
+    """Lagrange weights of the outputs at the steps `anchors` for the output at `step`: two give a straight line in the
+    noise level, three a parabola."""
+    weights = []
+    for anchor in anchors:
+        others = [other for other in anchors if other != anchor]
+        factors = [(levels[step] - levels[other]) / (levels[anchor] - levels[other]) for other in others]
+        weights.append(float(np.prod(factors)))
+    return weights
 
 
 def gram_weights(gram: np.ndarray, step: int, anchors: Sequence[int]) -> list[float]:
-    """The same by least squares: weights whose sum is 1 and that come closest to the output at `step` in the run whose
-    Gram matrix (steps, steps) this is."""
+    """The same by least squares: the weights with sum 1 that come closest to the output at `step` in a calibrated run.
+    gram: of that run's outputs, (steps, steps)."""
     origin, *others = anchors
-    moves = [step, *others]  # each from the output at `origin`
+    moves = [step, *others]  # their outputs less that at `origin`
     products = gram[np.ix_(moves, moves)] - gram[moves, origin][:, None] - gram[moves, origin] + gram[origin, origin]
     known = products[1:, 1:]
     weights = np.linalg.solve(known + RIDGE * known.trace() / len(known) * np.eye(len(known)), products[1:, 0])
@@ -37,19 +41,17 @@ def gram_weights(gram: np.ndarray, step: int, anchors: Sequence[int]) -> list[fl
 
 
 def gram_of_data(gram: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """The Gram matrix of x0 less the run's first latent, from that of the outputs: x0_i = x_i - sigma_i v_i, where
-    Euler's steps make x_i of the outputs before it. Differences of x0 need no more. What is nan, at the ends of a run,
-    stays so."""
+    """The Gram matrix (steps, steps) of x0_i - x_0, from that of the outputs v_i: x0_i = x_i - sigma_i v_i, and Euler's
+    steps make x_i of x_0 and the outputs before it. For differences of x0, x_0 does not matter. nan stays nan."""
     moves = np.append(np.diff(levels), 0.0)
     steps = np.tril(np.broadcast_to(moves, gram.shape), -1) - np.diag(levels)
     return np.where(np.isnan(gram), np.nan, steps @ np.nan_to_num(gram) @ steps.T)
 
 
-def resample_gram(gram, sigmas, new_sigmas):
-    """The Gram matrix of a run at other noise levels: residuals interpolated in sigma by cubics through four levels.
+def resample_gram(gram: np.ndarray, sigmas: Levels, new_sigmas: Levels) -> np.ndarray:
+    """The Gram matrix at other noise levels, with the residuals interpolated by cubics through the four nearest levels.
 
-    G' = W G W^T, with the rows of W the Lagrange weights of the nearest calibrated levels; beyond the ends the
-    outermost straight line goes on.
+    G' = W G W^T; the rows of W are Lagrange weights. Beyond the ends, the outermost straight line is continued.
     """
     gram, sigmas = np.asarray(gram, dtype=float), np.asarray(sigmas, dtype=float)
     weights = np.zeros((len(new_sigmas), len(sigmas)))
@@ -61,8 +63,8 @@ def resample_gram(gram, sigmas, new_sigmas):
     return weights @ gram @ weights.T
 
 
-def nearest_levels(sigmas, sigma):
-    """Indices of the calibrated levels that a new one is interpolated from: two on each side, or the outermost two."""
+def nearest_levels(sigmas: np.ndarray, sigma: float) -> list[int]:
+    """Indices of the calibrated levels from which a new one is interpolated: two on each side, or the outermost two."""
     above = int((sigmas > sigma).sum())
     if len(sigmas) < 2:
         return [0]

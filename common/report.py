@@ -99,7 +99,7 @@ def plan_lines(
         lines.append(PlanLine("nothing", f"  nothing will be reused: {schedule.why_none}"))
     elif schedule.accumulated_error is not None:
         lines += rule_lines(schedule, levels, table)
-    elif schedule.expected_error is not None:
+    elif schedule.expected_error is not None and table is not None:
         lines += target_lines(schedule, schedule.expected_error, levels, table)
     else:
         lines.append(gain_line(schedule))
@@ -143,7 +143,7 @@ def gain_line(schedule: Schedule, more: str = "") -> PlanLine:
 
 
 def target_lines(
-    schedule: Schedule, expected_error: np.ndarray, levels: np.ndarray, table: RatioTable | None
+    schedule: Schedule, expected_error: np.ndarray, levels: np.ndarray, table: RatioTable
 ) -> list[PlanLine]:
     """What a planned run is expected to gain and to lose."""
     asked = schedule.settings
@@ -165,13 +165,13 @@ def target_lines(
         )
     error = error_text(expected_error[schedule.reuse])
     lines.append(PlanLine("error", f"  expected relative error of a predicted {asked.payload} {error}"))
-    if table is not None and schedule.steps <= COMPARED_STEPS:
+    if schedule.steps <= COMPARED_STEPS:
         rule = nearest_by_the_rule(table, levels, rule_of(table), schedule.computed, table.switch_step(levels))
         lines.append(
             PlanLine(
                 "other error",
                 f"    the paper's rule with {rule.computed} computed steps, of a residual: "
-                f"{error_text(rule.expected_error[rule.reuse])}",
+                f"{error_text(np.asarray(rule.expected_error)[rule.reuse])}",
             )
         )
     return lines

@@ -12,11 +12,10 @@ from tiny_tables import gram_of, residuals, table
 from common.errors import MagCacheError
 from common.gram import (
     Forecast,
-    along,
     error_by_gram,
+    errors_and_weights,
     packed,
     pair_errors,
-    plan_steps,
     resample_gram,
     table_grams,
     unpacked,
@@ -27,6 +26,7 @@ from common.ratios import flow_sigmas
 from common.refine import MEASURES, closeness_of, refined
 from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
+from common.shortest_path import plan_steps
 from common.spread import MEASURE, spread_steps
 from common.tables import load, read, write
 
@@ -385,7 +385,7 @@ def test_a_schedules_own_predictions_are_those_of_the_whole_forecast(predictor, 
     both = table(levels, cond=residuals(60, seed=1), uncond=residuals(60, seed=2))
     reuse = np.ones(60, dtype=bool)
     reuse[spread_steps(levels, 17, None, 1, switch_step)] = False
-    error, weights = along(table_grams(both, levels), reuse, predictor, switch_step)
+    error, weights = errors_and_weights(table_grams(both, levels), reuse, predictor, switch_step)
     forecast = Forecast.of_table(both, levels, predictor, "residual", switch_step)
     np.testing.assert_allclose(error, forecast.error_of(reuse), atol=1e-9)
     if predictor == "linear":

@@ -34,7 +34,7 @@ def test_computed_steps_lie_densest_at_the_beginning(computed, strip):
 def test_caps_and_experts_of_a_spread():
     levels = flow_sigmas(30, 5.0)
     assert max(np.diff(spread_steps(levels, 12, magcache_K=2))) <= 3
-    assert spread_steps(levels, 12, kept=5)[:6][:5] == [0, 1, 2, 3, 4]
+    assert spread_steps(levels, 12, retained=5)[:6][:5] == [0, 1, 2, 3, 4]
     chosen = spread_steps(levels, 12, switch_step=13)
     assert {0, 12, 13, 29} <= set(chosen) and len(set(chosen)) == 12
     with pytest.raises(MagCacheError, match="Of 30 steps, between 10 and 30 can be computed, not 5"):
@@ -70,7 +70,7 @@ def test_a_last_step_that_moves_next_to_nothing_leaves_its_place(name, last, ste
     assert spread_steps(levels, steps) == list(range(steps))
     assert spread_steps(levels, steps - 1)[-1] == steps - last
     compute_the_end = np.arange(steps) == steps - 1
-    assert spread_steps(levels, steps // 2, beyond=compute_the_end)[-1] == steps - 1
+    assert spread_steps(levels, steps // 2, must_compute=compute_the_end)[-1] == steps - 1
 
 
 def test_the_only_step_of_an_expert_computes():
