@@ -1,4 +1,4 @@
-"""Which step a pipeline is at, told by its scheduler, and whether a call of the model is the pipeline's at all."""
+"""Tell which step a pipeline is at by its scheduler, and whether a call of the model is the pipeline's at all."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ GUIDANCE = "the pipeline's guidance"
 
 
 class Clock:
-    """Which step of its scheduler a pipeline is at, whatever it tells its transformer.
+    """Tells which step of its scheduler a pipeline is at, whatever time it passes to its transformer.
 
-    Some pipelines tell it (diffusers' `cache_context`). Else a scheduler counts its steps; the few that do not (DDIM)
-    are read by the timestep that the model is given.
+    Some pipelines say so themselves (diffusers' `cache_context`). Otherwise the scheduler counts its steps; for the few
+    that do not (DDIM), the timestep that the model is given decides.
     """
 
-    def __init__(self, pipe, models: list[torch.nn.Module]) -> None:
+    def __init__(self, pipe: Any, models: list[torch.nn.Module]) -> None:
         self.pipe, self.models = pipe, models
         self.source: Any = None  # the scheduler's timesteps
-        self.levels = np.empty(0)  # what they are as noise levels * 1000
+        self.levels = np.empty(0)  # the same as noise levels * 1000
 
     def host(self, host: Host) -> Host:
-        """The facts with the noise level told by the scheduler."""
+        """The facts, with the noise level told by the scheduler and calls of other pipelines left alone."""
 
-        def outside(arguments):
+        def outside(arguments: dict) -> bool:
             return not self.is_ours() or bool(host.outside and host.outside(arguments))
 
         return replace(host, noise_level=lambda arguments: self.level(host, arguments), outside=outside)
 
     def is_ours(self) -> bool:
-        """Whether the call that is under way is this pipeline's: that of another one with this model, whose scheduler
-        is not followed, runs as it is."""
+        """Whether the call under way comes from this pipeline, by the call stack. A call from another pipeline that
+        shares the model runs as it is, because that one's scheduler is not followed."""
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             caller = frame.f_locals.get("self")
@@ -50,23 +50,24 @@ class Clock:
                 if any(value is model for value in vars(caller).values() for model in self.models):
                     return False
             frame = frame.f_back
-        # Of no pipeline, as in a loop of one's own: that of a model with one patch.
+        # From no pipeline, as in a user's own loop: ours if the model has one patch.
         return all(len(patches_of(model)) < 2 for model in self.models)
 
-    def scheduler(self):
-        """The pipeline's at the beginning of a run: a user may have put in another."""
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler, asked at the beginning of each run: a user may have replaced it."""
         return self.pipe.scheduler
 
     def guidance(self) -> dict[str, list]:
-        """What the pipeline does with the outputs of a step, as far as it keeps that: numbers that a callback may
-        change in the middle of a run."""
+        """The guidance scales and other such numbers that the pipeline keeps: a callback may change them in the middle
+        of a run."""
         guider = getattr(self.pipe, "guider", None)
         kept = {**vars(self.pipe), **({} if guider is None else vars(guider))}
         named = sorted(name for name in kept if "guidance" in name or name.endswith("scale"))
         return {GUIDANCE: [kept[name] for name in named if isinstance(kept[name], (int, float))]}
 
     def timesteps(self) -> np.ndarray:
-        """One object as long as the scheduler keeps its timesteps, from high noise to low, 1000 at noise level 1."""
+        """The scheduler's timesteps from high noise to low, 1000 being noise level 1; the same object for as long as
+        the scheduler keeps its own."""
         source = self.pipe.scheduler.timesteps
         if source is not self.source:
             self.source, self.levels = source, falling(source)
@@ -86,14 +87,14 @@ class Clock:
         return float(timestep.max() if torch.is_tensor(timestep) else timestep) / TRAIN_TIMESTEPS
 
     def first_step(self, host: Host, arguments: dict) -> int:
-        """Where a run begins whose scheduler was not told: by the time that the model is given, as far as the facts say
-        what that is."""
+        """The step where a run begins if the scheduler was not told: by the noise level that the model is given, as far
+        as the facts tell it."""
         levels, (level, tolerance) = self.timesteps() / TRAIN_TIMESTEPS, noise_level(host, arguments)
         nearest = int(np.abs(levels - level).argmin())
         return nearest if close(level, levels[nearest], tolerance) else 0
 
     def told_step(self) -> int | None:
-        """The step that the pipeline tells of; None where it tells none."""
+        """The step that the pipeline states in its `cache_context`; None if it states none."""
         contexts = [vars(inner_module(model)).get("cache_context") for model in self.models]
         told = next((one.told for one in contexts if isinstance(one, CacheContext) and one.told), {})
         step, sigma, count = (told.get(name) for name in ("step_index", "sigma", "num_inference_steps"))
@@ -106,9 +107,9 @@ class Clock:
         return int(np.abs(np.array([float(one) for one in sigmas[:steps]]) - float(sigma)).argmin())
 
 
-def falling(timesteps) -> np.ndarray:
-    """A scheduler's timesteps as noise levels * 1000, high to low: where they rise (time from noise to picture)
-    turned round, and where they are no times of this kind (logarithms of sigma) their order alone."""
+def falling(timesteps: Any) -> np.ndarray:
+    """A scheduler's timesteps as noise levels * 1000, high to low. Rising ones (time from noise to picture) are turned
+    round; of values on another scale (logarithms of sigma) only the order is kept."""
     values = np.asarray(timesteps.tolist() if hasattr(timesteps, "tolist") else timesteps, dtype=float).reshape(-1)
     if len(values) > 1 and (np.diff(values) >= 0).all():
         values = TRAIN_TIMESTEPS - values

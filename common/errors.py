@@ -1,4 +1,4 @@
-"""The mistakes that a user can mend, each told in one sentence."""
+"""The error for a mistake that the user can fix, told in one sentence."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from types import ModuleType
 
 
 class MagCacheError(Exception):
-    """A mistake that the user can mend; its text is one sentence that says how."""
+    """A mistake that the user can fix; its text is one sentence that says how."""
 
 
 def escape_unprintable() -> None:
-    """From here on whatever a program prints can be printed: a console or a log file that lacks a character, as on
-    Windows, shows its number. Without it, a name in another script ends the program once its file is saved."""
+    """From here on print characters that the console or log file lacks, as on Windows, as escapes. Otherwise a file
+    name in another script would end the program with an error once the file is saved."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def needs(module: str, package: str) -> ModuleType:
-    """Import a module of a package that only some commands use; a sentence names the package when it is missing."""
+    """Import a module of a package that only some commands use. Raises MagCacheError, which names the package, where it
+    is not installed."""
     from importlib import import_module
 
     try:

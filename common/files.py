@@ -1,4 +1,4 @@
-"""Whole files or none."""
+"""Write whole files or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import MagCacheError
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """JSON with one line a list of numbers. Raises MagCacheError when the place cannot be written."""
+    """Write JSON, each list of numbers on one line. Raises MagCacheError if the file cannot be written."""
     text = json.dumps(plain(content), indent=1)
     write_text(
         path, re.sub(r"\[\n\s+([-+.\deE,\s]*?)\n\s*\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
@@ -22,7 +22,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing. Raises MagCacheError when the place cannot be written."""
+    """Write a whole file or nothing. Raises MagCacheError if it cannot be written."""
     path = Path(path)
     part = path.with_name(f".{crc32(path.name.encode()):08x}.{os.getpid()}.part")  # the name may fill all 255 bytes
     try:
@@ -37,7 +37,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The same in lists, numbers and strings, where arrays and numbers of numpy may be in it."""
+    """The value with numpy's arrays and numbers replaced by lists and numbers, for JSON."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

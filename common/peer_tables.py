@@ -1,10 +1,12 @@
-"""Ratio tables in the forms in which other programs keep them.
+"""Ratio tables in the forms in which other programs keep them:
 
-A list of numbers, one a step or with both branches in turn (the release, diffusers, ComfyUI, Kandinsky-5); a list for
-each branch (LightX2V); a dictionary that holds one of these beside its settings (diffusers' MagCacheConfig, LightX2V,
-TeleFuser, Kandinsky-5); several tables in one dictionary (FramePack-Studio), from which an entry is named. Most of them
-do not say which sampler a table was measured with: its steps and shift must be given, and the noise levels made of them
-are marked as assumed.
+* a list of numbers, one per step or with both branches in turn (the release, diffusers, ComfyUI, Kandinsky-5);
+* a list for each branch (LightX2V);
+* a dictionary that holds one of these beside its settings (diffusers' MagCacheConfig, LightX2V, TeleFuser,
+Kandinsky-5); * several tables in one dictionary (FramePack-Studio), of which one entry is named.
+
+Most do not say which sampler a table was measured with. Its steps and shift must then be given, and the noise levels
+computed from them are marked as assumed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from .errors import MagCacheError
 from .ratios import flow_sigmas
 
-# Names of one thing in the peers' files.
+# Names that other programs have for the same thing.
 RATIOS = ("mag_ratios", "magcache_ratios", "norm_ratio", "ratios")
 BRANCHES = {"cond": "cond_mag_ratios", "uncond": "uncond_mag_ratios"}
 STEPS = ("num_inference_steps", "infer_steps", "num_steps", "sample_steps", "steps", "calibrated_steps")
@@ -35,10 +37,10 @@ def is_peer_table(content: Any) -> bool:
 def fields_of(
     content: Any, name: str, steps: int | None = None, shift: float | None = None, entry: str = ""
 ) -> dict[str, Any]:
-    """The fields of a `RatioTable`. content: parsed JSON; name: the file's, for the table and for messages; steps,
-    shift: of the sampler, where the file does not say; entry: which of several tables, as in "512/25".
+    """The fields of a `RatioTable`.
 
-    Raises MagCacheError that says what is missing.
+    content: parsed JSON; name: of the file, for the table and for messages; steps, shift: of the sampler, where the
+    file does not say; entry: which of several tables, as in "512/25". Raises MagCacheError, which says what is missing.
     """
     for key in entry.split("/") if entry else ():
         if not isinstance(content, dict) or key not in content:
@@ -87,7 +89,7 @@ def is_pair(content: Any) -> bool:
 
 
 def inner_table(content: Any) -> Any:
-    """The list, or list a branch, that a dictionary holds; None where it holds none."""
+    """The list, or the list for each branch, that a dictionary holds; None if it holds none."""
     if not isinstance(content, dict):
         return None
     if is_list(content.get(BRANCHES["cond"])):
@@ -113,13 +115,13 @@ def first_of(about: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def usable(settings: dict[str, Any]) -> bool:
-    """Whether all three settings are there and stand for something: TeleFuser writes zeros to be filled in."""
+    """Whether all three settings are there and mean something: TeleFuser writes zeros, to be filled in."""
     return all(value is not None for value in settings.values()) and settings["magcache_K"] > 0
 
 
 def branches_of(ratios: list, steps: int | None, name: str) -> dict[str, list[float]]:
-    """{branch: one ratio a step, the first 1}. steps: None where the file does not say, which a list a branch that
-    begins with its 1 does."""
+    """{branch: one ratio per step, the first 1}. steps: None where the file does not say; the length of a branch's own
+    list does."""
     if is_pair(ratios):
         rows = ratios
         steps = steps if steps is not None else len(rows[0]) + (rows[0][0] != 1)

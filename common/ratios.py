@@ -1,4 +1,4 @@
-"""Magnitude ratios as numbers: carried over to the noise levels of another run.
+"""Magnitude ratios as numbers, and at the noise levels of another run.
 
 gamma_t = mean over tokens of |r_t| / |r_{t-1}|, with r_t the residual of the block stack (paper, section 3.2, eq. 4).
 """
@@ -16,8 +16,8 @@ Levels = Union[np.ndarray, Sequence[float]]  # noise levels of a run's steps, fr
 
 
 def flow_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
-    """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, bent by sigma' = shift*sigma / (1 +
-    (shift-1)*sigma)."""
+    """Noise levels of a rectified-flow sampler: 1, ..., 1/steps, shifted by sigma' = shift*sigma / (1 +
+    (shift-1)*sigma). Raises MagCacheError for steps or a shift that cannot be."""
     if steps <= 0:
         raise MagCacheError(f"The number of steps must be at least 1, not {steps}.")
     if not 0 < shift < np.inf:
@@ -27,7 +27,7 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> np.ndarray:
 
 
 def fitted_shift(sigmas: Levels) -> float:
-    """The shift of a rectified-flow sampler whose noise levels these are (median over the steps; 1 for one step)."""
+    """The shift of the rectified-flow sampler that has these noise levels (median over the steps; 1 for one step)."""
     sigmas = np.asarray(sigmas, dtype=float)
     plain = np.linspace(1, 1 / len(sigmas), len(sigmas))[1:]
     inner = sigmas[1:]
@@ -45,7 +45,8 @@ def nearest_interp(ratios: Levels, steps: int) -> np.ndarray:
 def log_magnitude(ratios: Levels, sigmas: Levels, at: Levels) -> np.ndarray:
     """L(sigma) = log of the residual's magnitude relative to the first step, piecewise linear in sigma.
 
-    Below the last calibrated level the last slope goes on; above the first one the magnitude stays.
+    at: the noise levels to evaluate L at. Below the last calibrated level the last slope continues; above the first one
+    the magnitude stays the same.
     """
     cumulative = np.cumsum(np.log(np.asarray(ratios, dtype=float)))
     own, new = np.asarray(sigmas, dtype=float), np.asarray(at, dtype=float)
@@ -60,9 +61,10 @@ def log_magnitude(ratios: Levels, sigmas: Levels, at: Levels) -> np.ndarray:
 
 
 def resample(ratios: Levels, sigmas: Levels, new_sigmas: Levels) -> np.ndarray:
-    """Ratios between the steps of another schedule: exp(L(b) - L(a)); the first is 1.
+    """Ratios between the steps of another run, exp(L(b) - L(a)); the first is 1.
 
-    The product over any range of noise levels is that of the calibration, whatever the steps, shift or starting level.
+    The product over any range of noise levels stays that of the calibration, whatever the run's steps, shift or first
+    level.
     """
     logs = log_magnitude(ratios, sigmas, new_sigmas)
     return np.exp(np.diff(logs, prepend=logs[:1]))

@@ -1,7 +1,7 @@
-"""Which sampler step and which CFG branch a call of the model belongs to, told by the timestep that the sampler passes.
+"""Tell which sampler step and which CFG branch a call of the model is, by the timestep that the sampler passes.
 
-Calls at one noise level are CFG branches as long as they see the same latent; a second evaluation of a solver sees
-another one. No counter: a run may start at any level, skip guidance for a while, or break off.
+Calls at one noise level are CFG branches as long as they see the same latent; a solver's second evaluation sees another
+one. Nothing is counted, so a run may start at any level, leave out guidance for a while, or break off.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ TRAIN_TIMESTEPS = 1000  # timestep at noise level 1, in every host's sampler
 
 @dataclass(frozen=True)
 class Call:
-    """step: index in the run's schedule; branch: 0 for the first call at this step (conditional), 1 for the next,
-    ..."""
+    """Where in a run a call is. step: index in the schedule; branch: 0 for the first call at this step (conditional), 1
+    for the next, ..."""
 
     step: int
     branch: int
 
 
 class Part(NamedTuple):
-    """One conditioning's part of a model call's batch. key: what its residuals are kept under, the same at each step;
-    latent: its rows; guided: whether one call makes all branches of guidance (`StepTracker.in_one_call`)."""
+    """One conditioning's part of a model call's batch.
+
+    key: under which its residuals are kept, the same at each step; latent: its rows; guided: whether one call makes all
+    branches of guidance (`StepTracker.in_one_call`).
+    """
 
     key: Hashable
     call: Call
@@ -41,26 +44,24 @@ class StepTracker:
     """Follows one run through its noise levels."""
 
     def __init__(self, levels: Sequence[float], level: float, tolerance: float) -> None:
-        """levels: every noise level that the sampler will visit, high to low; level: that of the first call.
-
-        A first level inside the list starts the run there (image-to-image, a second sampler).
-        """
+        """levels: every noise level that the sampler will visit, high to low; level: that of the first call, where the
+        run starts (not the first of the list in image-to-image, or for a second sampler); tolerance: relative."""
         every = np.asarray(levels, dtype=float)
         self.levels = every[self.locate(every, level, tolerance) :]
         self.step, self.branch, self.level = 0, -1, level
         self.latent: torch.Tensor | None = None
-        self.listed = True  # whether the last call was at one of these levels, not between two
-        self.rows, self.twice = 0, False  # of the newest batch, and whether its first latent is in it again
+        self.listed = True  # whether the last call was at one of these levels, not between two of them
+        self.rows, self.twice = 0, False  # of the newest batch, and whether its first latent occurs in it twice
 
     @staticmethod
     def locate(levels: np.ndarray, level: float, tolerance: float) -> int:
+        """The index of the step that this level belongs to."""
         nearest = int(np.abs(levels - level).argmin())
         # Not a listed level: an evaluation inside a step belongs to the step that it started from.
         return nearest if close(level, levels[nearest], tolerance) or levels[nearest] > level else max(0, nearest - 1)
 
     def onward(self, level: float, tolerance: float) -> int | None:
-        """The next step at this level, or None. Steps are passed over only where rounding hides which of them came
-        last."""
+        """The next step at this level, or None. Steps are passed over only where rounding hides which came last."""
         for step in range(self.step + 1, len(self.levels)):
             if step > self.step + 1 and not close(self.levels[step - 1], self.level, tolerance):
                 return None
@@ -69,7 +70,7 @@ class StepTracker:
         return None
 
     def observe(self, level: float, latent: torch.Tensor, tolerance: float) -> Call | None:
-        """The Call that this is, or None if no call of this run can come here, so that a new run has begun."""
+        """Which Call this is, or None if it cannot belong to this run, so that a new run has begun."""
         here, following = self.levels[self.step], self.levels[self.step + 1 : self.step + 2]
         onward = self.onward(level, tolerance)
         repeats = close(level, self.level, tolerance) and self.latent is not None and same(latent, self.latent)
@@ -88,24 +89,26 @@ class StepTracker:
         return Call(self.step, self.branch)
 
     def in_one_call(self, latents: torch.Tensor | Sequence[torch.Tensor]) -> bool:
-        """Whether the branches of guidance are one batch: a latent is in it twice. After the first step, where pictures
-        of one seed are alike, too; looked at where the batch's size changes, since it waits for a GPU."""
+        """Whether the branches of guidance are one batch, because a latent occurs in it twice. Not looked at in the
+        first step, where pictures of one seed have the same latent, and later only where the size of the batch changes,
+        because looking waits for the GPU."""
         if self.step and len(latents) != self.rows:
             self.rows, self.twice = len(latents), any(same(latents[0], other) for other in latents[1:])
         return self.twice
 
     def let_go(self) -> None:
-        """The run is complete: its last latent is needed no more."""
+        """Release the last latent, once the run is complete."""
         if self.latent is not None:
             self.latent = self.latent.new_empty(0)
 
 
 def close(a: float, b: float, tolerance: float) -> bool:
+    """Whether two noise levels agree. tolerance: relative."""
     return abs(a - b) <= tolerance * max(a, b)
 
 
 def same(latent: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two calls were given one latent: the same memory, or the same numbers."""
+    """Whether two latents are the same: the same memory, or the same numbers."""
     if latent is other:
         return True
     if latent.shape != other.shape or latent.dtype != other.dtype:

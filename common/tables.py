@@ -1,4 +1,4 @@
-"""Ratio tables: presets and calibrations, read, written, found, and taken to the noise levels of a run."""
+"""Ratio tables, presets and calibrations: read, written, found, and interpolated to the noise levels of a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from .ratios import Levels, flow_sigmas, nearest_interp, resample
 
 PRESETS = Path(__file__).parent / "presets"
 SETTING_NAMES = ("magcache_thresh", "magcache_K", "retention_ratio")  # the three settings of the paper's rule
-FORMAT = 1  # of the files; those without a number are of this one
-REACHES_ZERO = 4  # a table whose last level is at most this many of its last steps above 0 ends where samplers end
-STEPS_AN_INTERVAL = 4  # of a run between two calibrated levels: with more the residuals between them are a guess
+FORMAT = 1  # of the files; a file without a format number has this one
+REACHES_ZERO = 4  # a table ends where samplers end if its last level is at most so many of its last steps above 0
+STEPS_AN_INTERVAL = (
+    4  # most steps of a run between two calibrated levels; with more, residuals between them are a guess
+)
 
 
 def calibrations_folder() -> Path:
@@ -32,14 +34,17 @@ def calibrations_folder() -> Path:
 
 @dataclass(frozen=True)
 class RatioTable:
-    """The magnitude ratios of one checkpoint and the circumstances in which they were taken.
+    """The magnitude ratios of one checkpoint, and how they were measured.
 
-    mag_ratios: for each branch ("cond", "uncond"), one ratio a step; the first is 1.
+    mag_ratios: for each branch ("cond", "uncond"), one ratio per step; the first is 1.
     sigmas: the noise level of each step, from high to low, in 0..1.
-    origin: "measured" with this repository, "published" by `source`, or "borrowed": really another model's table.
+    origin: "measured" with this repository, "published" by `source`, or "borrowed" from another model's table.
+    models: hub ids of the checkpoints that it is for.
     settings: documented `magcache_thresh`, `magcache_K`, `retention_ratio`.
-    rule: how the release that published the settings reads them (`schedule.Rule`); empty: as in the paper.
-    sampler: what made `sigmas` (steps, shift, ...); `assumed: true` where the source does not state it.
+    rule: how the release that published the settings interprets them (`schedule.Rule`); empty: as in the paper.
+    sampler: what made `sigmas` (steps, shift, ...); `assumed: true` where the source does not say.
+    statistics: what else a calibration measured (`calibration.Statistics.table`).
+    provenance: fingerprint, versions, date. Raises MagCacheError for fields that contradict each other.
     """
 
     name: str
@@ -87,8 +92,8 @@ class RatioTable:
         return len(self.sigmas)
 
     def covered(self, levels: Levels) -> np.ndarray:
-        """Mask of the noise levels of a run that lie within the calibrated ones; what a table says beyond them is no
-        measurement. The last step of a full run counts, down to 0."""
+        """Mask (steps,) of a run's noise levels that lie within the calibrated ones. For a table that reaches the end
+        of sampling, every level down to 0 does."""
         levels, own = np.asarray(levels, dtype=float), np.asarray(self.sigmas, dtype=float)
         highest, lowest = own[0] + 2e-3, own[-1] - 2e-3
         if self.steps > 1:
@@ -102,22 +107,21 @@ class RatioTable:
         return bool(self.covered(levels).all())
 
     def fine_enough(self, levels: Levels) -> bool:
-        """Whether the calibrated levels lie close enough for what lies between them to be interpolated: a run has at
-        most STEPS_AN_INTERVAL steps between two of them. The magnitude ratios serve a run also where they do not; the
-        inner products of residuals, and what is predicted by them, do not."""
+        """Whether the calibrated levels are close enough together to interpolate inner products between them: the run
+        has at most STEPS_AN_INTERVAL steps between two of them. Magnitude ratios can be interpolated in any case."""
         levels = np.asarray(levels, dtype=float)
         between = (np.asarray(self.sigmas, dtype=float)[:, None] > levels[self.covered(levels)]).sum(axis=0)
         return bool(np.bincount(between, minlength=1).max(initial=0) <= STEPS_AN_INTERVAL)
 
     def may_replace(self, other: RatioTable) -> bool:
-        """Whether nothing is lost where this table is written over another: it covers as much and is as fine."""
+        """Whether nothing is lost when this table replaces another: it covers as much and is as fine."""
         return self.steps >= other.steps and self.covers(other.sigmas)
 
     def at(self, sigmas: Levels, interpolation: str = "sigma") -> np.ndarray:
-        """The ratios of a run at other noise levels: array (branches, len(sigmas)).
+        """The ratios (branches, steps) of a run at other noise levels.
 
-        interpolation: "sigma" keeps the magnitude's change between any two noise levels (`resample`);
-        "nearest" repeats or drops entries by index, as the released scripts do.
+        interpolation: "sigma" keeps the change in magnitude between any two noise levels (`resample`); "nearest"
+        repeats or drops entries by index, as the released scripts do.
         """
         sigmas = np.asarray(sigmas, dtype=float)
         if interpolation == "nearest":
@@ -129,24 +133,24 @@ class RatioTable:
         return np.stack(rows)
 
     def within_experts(self, ratios: Sequence[float]) -> np.ndarray:
-        """The ratios with 1 at the step where the second of two experts takes over: that jump belongs to no noise
-        level."""
+        """The ratios with 1 at the step where the second of two experts takes over: that jump is no function of the
+        noise level."""
         smooth, boundary = np.array(ratios, dtype=float), self.sampler.get("boundary")
         if boundary:
             smooth[np.flatnonzero(np.asarray(self.sigmas) < boundary)[:1]] = 1
         return smooth
 
     def fits(self, sigmas: Levels) -> bool:
-        """Whether a run at these noise levels is the one that was calibrated, so that no interpolation is needed."""
+        """Whether these are the calibrated noise levels, so that nothing is interpolated."""
         return len(sigmas) == self.steps and bool(np.allclose(sigmas, self.sigmas, rtol=0, atol=2e-3))
 
     def switch_step(self, levels: Levels) -> int | None:
-        """The step at which a second expert takes over in a run at these noise levels; None: one model."""
+        """The step at which a second expert takes over in a run at these noise levels (None: one model)."""
         boundary = self.sampler.get("boundary")
         return int((np.asarray(levels) >= boundary).sum()) if boundary else None
 
     def levels(self, steps: int, shift: float | None = None) -> np.ndarray:
-        """The noise levels of a run with other steps or shift by the sampler of the calibration."""
+        """The noise levels of a run of the calibrated sampler with another number of steps or another shift."""
         shift = shift if shift is not None else self.sampler.get("shift", 1.0)
         if steps == self.steps and shift == self.sampler.get("shift", 1.0):
             return np.asarray(self.sigmas, dtype=float)
@@ -154,8 +158,8 @@ class RatioTable:
 
 
 def read(path: str | Path) -> RatioTable:
-    """Load a calibration or preset file, or a table of another program that says how it was measured
-    (`peer_tables`). Raises MagCacheError when it is missing, malformed, inconsistent or of a newer format."""
+    """Load a calibration or preset file, or another program's table that says how it was measured (`peer_tables`).
+    Raises MagCacheError if it is missing, malformed, inconsistent or of a newer format."""
     path = Path(path)
     content = json_content(path)
     known = RatioTable.__dataclass_fields__
@@ -178,7 +182,7 @@ def read(path: str | Path) -> RatioTable:
 
 
 def json_content(path: Path) -> Any:
-    """The content of a JSON file. Raises MagCacheError."""
+    """The content of a JSON file. Raises MagCacheError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows programs put a mark in front
     except FileNotFoundError:
@@ -188,13 +192,13 @@ def json_content(path: Path) -> Any:
 
 
 def import_table(path: str | Path, steps: int | None = None, shift: float | None = None, entry: str = "") -> RatioTable:
-    """The table of another program (`peer_tables.fields_of`). Raises MagCacheError that says what is missing."""
+    """The table of another program (`peer_tables.fields_of`). Raises MagCacheError, which says what is missing."""
     path = Path(path)
     return RatioTable(**fields_of(json_content(path), path.name, steps, shift, entry))
 
 
 def load(name_or_path: str | Path) -> RatioTable:
-    """A preset by its name (`python -m common presets` lists them) or a calibration file by its path."""
+    """A preset by its name, or a calibration file by its path. Raises MagCacheError if there is none."""
     preset = PRESETS / f"{name_or_path}.json"
     if preset.is_file():
         return read(preset)
@@ -211,16 +215,16 @@ def preset_names() -> list[str]:
 
 
 def write(path: str | Path, table: RatioTable) -> None:
-    """Save as JSON: written beside the target and renamed, so that an interruption leaves the old file. Whatever is
-    there is replaced; `save_calibration` asks first."""
+    """Save as JSON, whole or not at all, in the place of whatever is there; `save_calibration` looks first."""
     content = {key: value for key, value in plain(asdict(table)).items() if value not in ("", [], {})}
     write_json(path, {**content, "format": FORMAT, "magcache_version": __version__})
 
 
 def save_calibration(path: str | Path, table: RatioTable) -> Path:
-    """Save what a run measured, and return where. A table that covers more noise levels or is finer, and a file that is
-    no table, stay as they are: the new one goes beside it, under a name that says what it covers, where `find` knows it
-    as well."""
+    """Save what a run measured; returns the path. An existing table that covers more noise levels or is finer, and a
+    file
+    that is no table, are kept: the new one is saved beside it, under a name that says what it covers and that `find`
+    also knows."""
     path = Path(path)
     beside = f"{path.stem}-{table.steps}-steps-from-{table.sigmas[0]:.3f}-to-{table.sigmas[-1]:.3f}"
     names = (f"{beside}{f'-{count}' * (count > 1)}{path.suffix}" for count in itertools.count(1))
@@ -231,6 +235,7 @@ def save_calibration(path: str | Path, table: RatioTable) -> Path:
 
 
 def replaceable(path: Path, table: RatioTable) -> bool:
+    """Whether this table may be written over an existing file."""
     try:
         return table.may_replace(read(path))
     except MagCacheError:
@@ -238,8 +243,8 @@ def replaceable(path: Path, table: RatioTable) -> bool:
 
 
 def calibrations(pattern: str = "*.json", complain: Callable[[str], object] = print) -> dict[Path, RatioTable]:
-    """The calibrations of this machine whose file name fits. One that cannot be read is passed over, and told to
-    `complain`."""
+    """The calibrations of this machine whose file name matches the pattern. `complain` is told of each that cannot be
+    read."""
     found = {}
     for path in sorted(calibrations_folder().glob(pattern)):
         try:
@@ -250,8 +255,9 @@ def calibrations(pattern: str = "*.json", complain: Callable[[str], object] = pr
 
 
 def best(tables: Iterable[RatioTable], levels: Levels | None = None) -> RatioTable | None:
-    """Of several tables of one checkpoint the one that serves a run best: that covers most of its noise levels, then
-    one measured at these very levels, then the finest, then the newest. levels: None where they are not known yet."""
+    """The table that suits a run best among several of one checkpoint: first by how many of the run's noise levels it
+    covers, then whether it was measured at these very levels, then the finest, then the newest. levels: None where they
+    are not known yet."""
 
     def merit(table: RatioTable) -> tuple:
         date = table.provenance.get("date", "")
@@ -263,18 +269,17 @@ def best(tables: Iterable[RatioTable], levels: Levels | None = None) -> RatioTab
 
 
 def find(model: str | Path, fingerprint: str | None = None, levels: Levels | None = None) -> RatioTable | None:
-    """The table of a checkpoint: its own calibration, found by the fingerprint of its weights, else the preset of that
-    name.
+    """The table of a checkpoint: its own calibration, found by the fingerprint of its weights, or the preset of that
+    name. None if there is neither: another model's table is never used silently.
 
-    model: hub id or folder; levels: noise levels of the run, where they are known. Returns None when there is neither:
-    no other model's table is ever lent silently.
+    model: hub id or folder; levels: noise levels of the run, where they are known.
     """
     own = calibrations(f"*-{fingerprint}*.json").values() if fingerprint else ()
     return best(own, levels) or published(model, fingerprint)
 
 
 def published(model: str | Path, fingerprint: str | None = None) -> RatioTable | None:
-    """The preset of a checkpoint, by the fingerprint of its weights or its name; None where there is none."""
+    """The preset of a checkpoint, by the fingerprint of its weights or by its name; None if there is none."""
     for name in preset_names():
         preset = read(PRESETS / f"{name}.json")
         if fingerprint and preset.provenance.get("fingerprint") == fingerprint:
@@ -285,7 +290,7 @@ def published(model: str | Path, fingerprint: str | None = None) -> RatioTable |
 
 
 def is_checkpoint(model: str | Path, hub_id: str) -> bool:
-    """Whether a hub id or local folder is the checkpoint `owner/name`, also as a snapshot in the hub's cache."""
+    """Whether a hub id, a local folder or a snapshot in the hub's cache is the checkpoint `owner/name`."""
     path = Path(str(model))
     return (
         str(model) == hub_id

@@ -1,4 +1,4 @@
-"""Seconds of work on a GPU or CPU. What reports and plans take of it needs no torch."""
+"""Seconds of work on a GPU or CPU. Importing this needs no torch, because reports and plans do not."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
     from .payloads import Payload
 
-REHEARSALS = 3  # of a reused step, at the end of a calibration
+REHEARSALS = 3  # how often a calibration times a reused step
 
 
 @dataclass(frozen=True)
 class Lap:
-    """One call of the model. read: gives its seconds; compiled: torch.compile made a graph in it."""
+    """The time of one call of the model. read: returns its seconds; compiled: whether torch.compile made a graph in
+    it."""
 
     read: Callable[[], float]
     compiled: bool = False
@@ -29,13 +30,14 @@ class Lap:
 
 
 class Stopwatch:
-    """Seconds of GPU or CPU work, without waiting for the GPU: events are read when the report is."""
+    """Times GPU or CPU work without waiting for the GPU: its events are read when a report is."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda, self.graphs = device.type == "cuda", graphs_compiled()
         self.begin = self.mark()
 
     def mark(self) -> Any:
+        """This moment: a CUDA event, or seconds."""
         if not self.cuda:
             return time.perf_counter()
         import torch  # here, for reports are read without it
@@ -45,7 +47,7 @@ class Stopwatch:
         return event
 
     def stop(self) -> Lap:
-        """Read it when the report is."""
+        """The time since the stopwatch was made, to be read later."""
         begin, end = self.begin, self.mark()
 
         def seconds() -> float:
@@ -64,14 +66,15 @@ def graphs_compiled() -> int:
 
 
 def typical_seconds(laps: Sequence[Lap]) -> float | None:
-    """Median without the first, which warms up, and without those that compiled; None if each of them did."""
+    """Median seconds, without the first call, which warms up, and those that compiled; None if all of them compiled."""
     steady = [lap for lap in laps[1:] if not lap.compiled] or [lap for lap in laps if not lap.compiled]
     return median(lap() for lap in steady) if steady else None
 
 
 def saved_seconds(computed: Sequence[Lap], reused: Sequence[Lap]) -> tuple[float, str]:
-    """(what the reused calls would have cost at the typical computed call, less what they did; why nothing was saved,
-    or ""). Reused calls that warmed up or compiled count as the others do: a later run has none of these."""
+    """(seconds saved by the reused calls, why nothing was saved or ""). Saved is the time of as many typical computed
+    calls, less that of the reused ones, where one that warmed up or compiled counts as a typical one: later runs have
+    none of these."""
     usual, usual_reused = typical_seconds(computed), typical_seconds(reused)
     if not reused:
         return 0.0, ""
@@ -82,7 +85,8 @@ def saved_seconds(computed: Sequence[Lap], reused: Sequence[Lap]) -> tuple[float
 
 
 def time_reuse(payload: Payload, residual: torch.Tensor, rehearse: Callable[[], Any]) -> float:
-    """Seconds of a forward without its blocks, not compiled: the least of REHEARSALS on the inputs of the last call."""
+    """Seconds of an uncompiled forward without its blocks: the least of REHEARSALS. rehearse: makes the last call
+    again."""
     seconds = []
     for _ in range(REHEARSALS):
         try:
