@@ -1,10 +1,9 @@
-"""Skipped steps are made again, better, when the next step is computed.
+"""Correct skipped steps as soon as the next step is computed. No call of the model is added.
 
-A skipped step uses a prediction, whose error would stay in the latent for good. When step m is computed, its fresh
-output says what the outputs of the steps skipped since the computed step j should have been: what was an extrapolation
-becomes an interpolation between j, m and the computed step before j. `Replay` runs the sampler's own scheduler over
-those steps once more, `Folded` does the same for a plain Euler loop inside the model's output. No call of the model is
-added.
+A skipped step uses a prediction, whose error would stay in the latent for good. Once step m is computed, its output
+tells what the outputs of the steps skipped since the computed step j should have been: extrapolation becomes
+interpolation between j, m and the computed step before j. `Replay` runs the sampler's own scheduler over those steps
+again; `Folded` does the same for a plain Euler loop, inside the model's output.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from .interpolation import gram_of_data
 from .trajectory import Trajectory
 
 STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM")  # in the names of schedulers that add noise at each step
-EULER = "euler"  # the scheduler of a loop x += (sigma' - sigma) * output without an object
+EULER = "euler"  # stands for the scheduler of a plain loop x += (sigma' - sigma) * output
 
 
 class Skipped(NamedTuple):
-    """One skipped step as the pipeline made it: what `scheduler.step` was given, and the sample that it returned."""
+    """One skipped step: what the pipeline gave to `scheduler.step`, and the sample `after` that it returned."""
 
     step: int
     output: torch.Tensor
@@ -39,33 +38,33 @@ class Skipped(NamedTuple):
 
 
 class Replay:
-    """Follows `scheduler.step` of one run, and corrects the sample before a computed step.
+    """Follows `scheduler.step` in one run, and corrects the sample before each computed step.
 
-    The scheduler, with its history, is set back to where it was after the last computed step and runs over the skipped
-    steps with corrected outputs. What that changes is carried on as a difference to the samples that the pipeline
-    passed in, so that masks, blends and callbacks between steps keep their effect. It sees guided outputs.
+    The scheduler, with its history, is put back to where it was after the last computed step and runs over the skipped
+    steps with corrected outputs. The change is added to the samples that the pipeline passed in, so that masks, blends
+    and callbacks between steps keep their effect. The outputs it sees are guided ones.
 
-    What is predicted and corrected is what the scheduler integrates: the model's output, or under solvers of data
-    prediction x0 = sample - sigma * output. There an output that is held while the sample leaves its line would turn
-    into another x0 at each step, which such a solver takes for a change.
+    It predicts and corrects what the scheduler integrates: the model's output, or x0 = sample - sigma * output under
+    solvers of data prediction (`integrates_data`). Such a solver would take a held output for a change, because it
+    turns into another x0 at each step.
     """
 
     def __init__(
         self, scheduler: Any, levels: Sequence[float], predicts: bool = False, gram: np.ndarray | None = None
     ) -> None:
-        """predicts: whether skipped outputs are moved along the line, too; else they are taken as they come. gram: of
-        `Trajectory`, of the model's outputs."""
+        """levels: noise levels of the run's steps; predicts: whether skipped outputs are also moved along the line;
+        gram: Gram matrix of the model's outputs (`Trajectory`)."""
         self.scheduler, self.predicts = scheduler, predicts
         self.of_data, sigmas = integrates_data(scheduler), sigmas_of(scheduler, levels)
         self.trajectory = Trajectory(sigmas, gram_of_data(gram, sigmas) if gram is not None and self.of_data else gram)
-        self.step: int | None = None  # of the model's calls since the last step of the sampler
-        self.reused = False
+        self.step: int | None = None  # of the model's calls since the sampler's last step
+        self.reused = False  # whether one of these was
         self.original = scheduler.step
         self.clear()
 
         @functools.wraps(getattr(self.original, "__func__", self.original))
         def step(this, model_output, timestep, sample, *args, **kwargs):
-            if this is not scheduler:  # a copy, as for the audio of a video
+            if this is not scheduler:  # a copy of it, as for the sound of a video
                 return type(this).step(this, model_output, timestep, sample, *args, **kwargs)
             return self.advance(model_output, timestep, sample, *args, **kwargs)
 
@@ -73,10 +72,10 @@ class Replay:
         scheduler.step = self.wrapper
 
     def clear(self) -> None:
-        """Forget what was kept: another expert takes over."""
+        """Forget what was kept, because another expert takes over."""
         self.trajectory.clear()
-        self.gap: list[Skipped] = []
-        self.state: dict = {}
+        self.gap: list[Skipped] = []  # the steps skipped since the last computed one
+        self.state: dict = {}  # of the scheduler after that one
 
     def detach(self) -> None:
         """Put the scheduler's own `step` back."""
@@ -88,13 +87,13 @@ class Replay:
 
     @property
     def bytes(self) -> int:
-        """What is kept besides the model's residuals or outputs."""
+        """Bytes kept besides the payload's."""
         return bytes_of(
             [*self.trajectory.tensors, *(one for made in self.gap for one in (made.output, made.sample, made.after))]
         )
 
     def follow(self, call: Any, output: Any) -> Any:
-        """After each call of the model (`run.ModelCall`): its output, as it came."""
+        """After each call of the model (`run.ModelCall`): note its step. Returns the output unchanged."""
         step = call.parts[0].call.step
         self.trajectory.guided |= is_guided(call)
         self.reused = call.reused or (self.reused and step == self.step)
@@ -102,9 +101,9 @@ class Replay:
         return output
 
     def advance(self, model_output, timestep, sample, *args, **kwargs):
-        """One step of the sampler, in place of the scheduler's own."""
+        """One step of the sampler, in the place of the scheduler's own."""
         step, self.step = self.step, None
-        if step is None:  # not after a call of the model that was followed
+        if step is None:  # no call of the model that is followed came before
             self.clear()
             return self.original(model_output, timestep, sample, *args, **kwargs)
         if self.reused:
@@ -114,10 +113,10 @@ class Replay:
             result = self.original(model_output, timestep, sample, *args, **kwargs)
             if not self.trajectory.anchors:
                 return result
-            # Copied: pipelines may write into what they are given.
+            # Cloned, because pipelines may write into what they are given.
             self.gap.append(Skipped(step, model_output, timestep, sample, result[0].clone(), args, kwargs))
             return result
-        integrated = self.integrated(step, sample, model_output)  # of the sample that the model was given
+        integrated = self.integrated(step, sample, model_output)  # with the sample that the model was given
         if self.gap:
             sample = self.replayed(step, integrated, sample)
         result = self.original(model_output, timestep, sample, *args, **kwargs)
@@ -130,18 +129,18 @@ class Replay:
         return result
 
     def integrated(self, step: int, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """What the scheduler integrates of the model's output: x0 (float32), or the output."""
+        """What the scheduler integrates: x0 (float32), or the model's output."""
         return sample.float() - self.trajectory.levels[step] * output.float() if self.of_data else output
 
     def output(self, step: int, sample: torch.Tensor, integrated: torch.Tensor) -> torch.Tensor:
-        """The other way round: the model's output that gives it at this sample."""
+        """The inverse: the model's output for which that is integrated at this sample."""
         if not self.of_data:
             return integrated
         return ((sample.float() - integrated) / self.trajectory.levels[step]).to(sample.dtype)
 
-    def replayed(self, step, fresh, sample):
-        """The sample of a computed step as it would be if the skipped steps had used corrected outputs. fresh: what is
-        integrated of the new output."""
+    def replayed(self, step: int, fresh: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The sample of a computed step as it would be had the skipped steps used corrected outputs. fresh: what the
+        scheduler integrates at this step (`integrated`)."""
         gap, self.gap = self.gap, []
         self.scheduler.__dict__.update(self.state)
         corrected = gap[0].sample
@@ -155,11 +154,12 @@ class Replay:
 
 
 class Folded:
-    """The same inside the model's outputs, for plain Euler loops: the output of a computed step also carries what the
-    skipped steps before it missed, (sum over them of dsigma * (corrected - predicted)) / dsigma of the computed step.
+    """The same for a plain Euler loop, inside the model's outputs: that of a computed step also makes up for the
+    skipped steps before it. Added is (sum over these of dsigma * (corrected - predicted)) / dsigma of the computed
+    step.
 
-    Each branch by itself: linear guidance of constant strength commutes with it. Where nothing can be corrected it
-    still predicts.
+    Each branch is corrected by itself, which gives the same as correcting guided outputs as long as guidance is linear
+    and of constant strength. It can also predict without correcting.
     """
 
     def __init__(
@@ -171,14 +171,14 @@ class Folded:
         gram: np.ndarray | None = None,
         places: Sequence[float] | None = None,
     ) -> None:
-        """levels: of the run's steps; predicts, corrects: what is done; last_level: where the last step ends; gram,
-        places: of `Trajectory` (None: the levels)."""
+        """levels: noise levels of the run's steps; last_level: where the last step ends; predicts, corrects: which of
+        the two is done; gram: as in `Trajectory`; places: its `levels` (None: those here)."""
         self.levels, self.predicts, self.corrects = [*levels, last_level], predicts, corrects
         self.gram, self.places, self.guided = gram, places or self.levels[:-1], False
         self.branches: dict[Hashable, tuple[Trajectory, list]] = {}
 
     def clear(self) -> None:
-        """Forget what was kept: another expert takes over."""
+        """Forget what was kept, because another expert takes over."""
         self.branches.clear()
 
     def detach(self) -> None:
@@ -187,12 +187,12 @@ class Folded:
 
     @property
     def bytes(self) -> int:
-        """What is kept besides the model's residuals or outputs."""
+        """Bytes kept besides the payload's."""
         branches = self.branches.values()
         return bytes_of([one for kept, gap in branches for one in (*kept.tensors, *(made for _, made in gap))])
 
     def follow(self, call: Any, output: Any) -> Any:
-        """After each call of the model (`run.ModelCall`): its output, predicted further or corrected."""
+        """After each call of the model (`run.ModelCall`): its output, moved along the line or corrected."""
         self.guided |= is_guided(call)
         leaves, form = pytree.tree_flatten(output)
         step, act = call.parts[0].call.step, self.skipped if call.reused else self.computed
@@ -204,14 +204,14 @@ class Folded:
         return pytree.tree_unflatten(leaves, form)
 
     def branch(self, key: Hashable) -> tuple[Trajectory, list]:
-        """(its trajectory, the skipped steps since its last computed one)"""
+        """(the branch's trajectory, its skipped steps since its last computed one as (step, output))"""
         if key not in self.branches:
             self.branches[key] = Trajectory(self.places, self.gram), []
         self.branches[key][0].guided = self.guided
         return self.branches[key]
 
     def skipped(self, key: Hashable, step: int, held: torch.Tensor) -> torch.Tensor:
-        """The output of a skipped step of the branch `key`. held: what its kept outputs or residuals give."""
+        """The output of a skipped step of the branch `key`. held: what the payload makes of what it keeps."""
         if key not in self.branches:
             return held
         trajectory, gap = self.branch(key)
@@ -221,9 +221,9 @@ class Folded:
         return output
 
     def computed(self, key: Hashable, step: int, output: torch.Tensor) -> torch.Tensor:
-        """The output of a computed step, corrected for those skipped before it."""
+        """The output of a computed step, which also corrects the steps skipped before it."""
         trajectory, gap = self.branch(key)
-        # A branch that was left out in between (guidance that ends and begins again) is not made again.
+        # Nothing is corrected if the branch was left out in between (guidance that ends and begins again).
         whole = bool(gap) and [at for at, _ in gap] == list(range(trajectory.anchors[0][0] + 1, step))
         fresh = output.clone()
         if whole:
@@ -238,18 +238,19 @@ class Folded:
 
 
 def is_guided(call: Any) -> bool:
-    """Whether a call of the model (`run.ModelCall`) is of a second branch, or of all: there is guidance."""
+    """Whether a call of the model (`run.ModelCall`) shows that there is guidance: it is of a second branch, or of
+    all."""
     return any(part.call.branch or part.guided for part in call.parts)
 
 
 def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
-    """Bytes."""
+    """Bytes that tensors take."""
     return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def sigmas_of(scheduler: Any, levels: Sequence[float]) -> list[float]:
-    """The scheduler's own noise levels, which may be finer than its timesteps, where it has as many that agree with
-    `levels`; else these."""
+    """The scheduler's own noise levels, which may be more exact than its timesteps, if it has as many and they agree
+    with `levels`; otherwise these."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) > len(levels):
         own = [float(one) for one in sigmas[-len(levels) - 1 : -1]]
@@ -259,14 +260,14 @@ def sigmas_of(scheduler: Any, levels: Sequence[float]) -> list[float]:
 
 
 def integrates_data(scheduler: Any) -> bool:
-    """Whether it turns the output of a flow model into x0 and integrates that (DPM-Solver++, UniPC)."""
+    """Whether a scheduler turns the output of a flow model into x0 and integrates that (DPM-Solver++, UniPC)."""
     config = getattr(scheduler, "config", {})
     solver = config.get("predict_x0") or config.get("algorithm_type") == "dpmsolver++"
     return bool(solver) and config.get("prediction_type") == "flow_prediction"
 
 
 def why_uncorrected(scheduler: Any) -> str:
-    """Why skipped steps of this scheduler cannot be made again; "" where they can."""
+    """Why skipped steps of this scheduler cannot be corrected, or ""."""
     if scheduler is None:
         return "this sampler's steps cannot be followed"
     if scheduler == EULER:
@@ -286,9 +287,8 @@ def why_uncorrected(scheduler: Any) -> str:
 def follower_of(
     scheduler: Any, levels: Sequence[float], predicts: bool, wanted: bool = True, gram: np.ndarray | None = None
 ) -> tuple[Replay | Folded | None, str]:
-    """(what follows a run's outputs, why it corrects nothing). scheduler: an object with diffusers' `step`, EULER, or
-    None where none is known; levels: noise levels of the run's steps; predicts, gram: as `Replay` and `Folded` have
-    them."""
+    """(what follows the run's outputs or None, why it corrects nothing or ""). scheduler: an object with the `step` of
+    diffusers, EULER, or None if it is not known; wanted: whether to correct; the others are as in `Replay`."""
     if len({float(level) for level in levels}) < len(levels):
         return None, "two steps have one noise level"
     why = why_uncorrected(scheduler) if wanted else "it was turned off"

@@ -1,7 +1,5 @@
-"""What a reused step predicts: the residual of the block stack, or the output of the whole model.
-
-A new kind is a class with the methods of `Payload` and an entry in PAYLOADS.
-"""
+"""What is kept of a computed call and predicted for a reused one: the residual of the block stack, or the output of the
+whole model. A new kind is a class with the methods of `Payload` and an entry in PAYLOADS."""
 
 from __future__ import annotations
 
@@ -17,44 +15,44 @@ from .errors import MagCacheError
 
 
 class Payload(Protocol):
-    """What is kept of a computed call and takes its place in a reused one, of one model instance.
+    """What is kept of a computed call, and stands in for it in a reused one. Each model instance has its own.
 
-    key: set before each call, what tells its branch from others of the run.
+    key: set before each call, tells the call's branch from the others of the run.
     """
 
     key: Any
 
     def record(self, arguments: dict | None = None) -> None:
-        """Before a computed call. arguments: of forward, by name."""
+        """Before a computed call. arguments: of the forward, by name."""
 
     def finish(self, output: Any = None) -> torch.Tensor:
         """After a computed call: the tensor to keep, (batch, tokens, width)."""
 
     def replace(self, tensor: torch.Tensor) -> Any:
-        """Before a reused call: its output, or None where forward is still to make it."""
+        """Before a reused call: its output, or None if the forward still has to make it."""
 
     def restore(self) -> None:
         """After a reused call, or one that failed."""
 
     def size(self, arguments: dict, latent: torch.Tensor) -> tuple[int, torch.dtype] | None:
-        """(elements, dtype) of the tensor to keep, before the first call; None: not known."""
+        """(number of elements, dtype) of the tensor to keep, before the first call; None if not known."""
 
 
 class ModelOutput:
-    """The model's output. A reused step runs nothing of the model, and what is kept is as small as a latent."""
+    """Keeps the model's output. A reused step runs nothing of the model, and what is kept is as small as a latent."""
 
     kind, key = "output", None
 
     def __init__(self, model: torch.nn.Module | None = None, host: Host | None = None) -> None:
-        self.forms: dict[tuple, Any] = {}  # of the newest output of each branch, in each thread that runs the model
+        self.forms: dict[tuple, Any] = {}  # of each branch's newest output, in each thread that runs the model
 
-    def record(self, arguments=None):
+    def record(self, arguments: dict | None = None) -> None:
         pass
 
-    def size(self, arguments, latent):
+    def size(self, arguments: dict, latent: torch.Tensor) -> tuple[int, torch.dtype] | None:
         return latent.numel(), latent.dtype
 
-    def finish(self, output=None):
+    def finish(self, output: Any = None) -> torch.Tensor:
         """A copy of the output's tensors as (1, elements, 1): samplers may write into what they are given."""
         leaves, form = pytree.tree_flatten(output)
         tensors = [leaf.flatten() for leaf in leaves if torch.is_tensor(leaf)]
@@ -62,9 +60,8 @@ class ModelOutput:
         self.forms[threading.get_ident(), self.key] = shapes, form
         return torch.cat(tensors)[None, :, None]
 
-    def replace(self, tensor):
-        """The output of the branch's last computed call, a tuple, list, dictionary or dataclass of tensors, with these
-        values."""
+    def replace(self, tensor: torch.Tensor) -> Any:
+        """These values in the form of the branch's newest output: a tuple, list, dictionary or dataclass of tensors."""
         values, leaves = tensor.flatten(), []
         shapes, form = self.forms[threading.get_ident(), self.key]
         for leaf in shapes:
@@ -75,23 +72,28 @@ class ModelOutput:
                 leaves.append(leaf)
         return pytree.tree_unflatten(leaves, form)
 
-    def restore(self):
+    def restore(self) -> None:
         pass
 
 
-# What a forward raises that does not suit the facts by which its blocks were taken away.
+# What a forward raises if it runs without its blocks by facts that do not hold for it.
 MISFITS = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class Residual:
-    """The residual of the block stack. A reused step runs everything but the blocks. Where the facts of the class turn
-    out to be wrong on this model, the model's output instead: never a wrong picture."""
+    """Keeps the residual of the block stack. A reused step runs everything but the blocks. Where the facts of the class
+    prove wrong on this model, it keeps the model's output instead, so that no picture is wrong.
+
+    used: what keeps it, the `BlockStack` or a `ModelOutput`; proved: kinds of calls, told apart by their arguments, on
+    which the facts were proved; wrong: why they were found wrong, until `prove` has said so.
+    """
 
     def __init__(self, model: torch.nn.Module, host: Host) -> None:
         self.name = type(model).__name__
         self.used: Payload = BlockStack(model, host) if host.blocks else ModelOutput()
-        self.proved: set = set()  # kinds of calls, by their arguments
-        self.calls, self.wrong = (), ""
+        self.proved: set[tuple] = set()
+        self.calls: tuple = ()  # the kind of the call under way
+        self.wrong = ""
 
     @property
     def key(self) -> Any:
@@ -106,7 +108,7 @@ class Residual:
         """A key of PAYLOADS."""
         return "output" if isinstance(self.used, ModelOutput) else "residual"
 
-    def record(self, arguments=None):
+    def record(self, arguments: dict | None = None) -> None:
         self.calls = tuple(
             (name, tuple(value.shape) if torch.is_tensor(value) else None)
             for name, value in (arguments or {}).items()
@@ -114,34 +116,36 @@ class Residual:
         )
         self.used.record(arguments)
 
-    def finish(self, output=None):
+    def finish(self, output: Any = None) -> torch.Tensor:
         try:
             return self.used.finish(output)
-        except (MagCacheError, *MISFITS) as error:  # the first call: tokens of other sizes, or none at all
+        except (MagCacheError, *MISFITS) as error:  # in the first call: tokens of other sizes, or none at all
             if self.calls in self.proved:
                 raise
             self.wrong = str(error).rstrip(".")
             return self.fall_back(output)
 
     def fall_back(self, output: Any) -> torch.Tensor:
-        """From here on the output is kept."""
+        """Keep the output from here on."""
         key, self.used = self.key, ModelOutput()
         self.key = key
         return self.used.finish(output)
 
-    def replace(self, tensor):
+    def replace(self, tensor: torch.Tensor) -> Any:
         return self.used.replace(tensor)
 
-    def restore(self):
+    def restore(self) -> None:
         self.used.restore()
 
-    def size(self, arguments, latent):
+    def size(self, arguments: dict, latent: torch.Tensor) -> tuple[int, torch.dtype] | None:
         return self.used.size(arguments, latent)
 
     def prove(self, made: torch.Tensor, output: Any, rehearse: Callable[[], Any]) -> tuple[torch.Tensor, Any, str]:
-        """After the first computed call with arguments of these names and shapes: does the residual, put back, make the
-        same output? rehearse: makes the call once more. Returns (what to keep, the output, "" or a sentence on what is
-        kept instead)."""
+        """After the first computed call of its kind: check that its residual, put back, makes the same output.
+
+        made: that residual; rehearse: makes the call again. Returns (what to keep, the output, "" or a sentence that
+        says why the output is kept instead).
+        """
         if self.kind == "residual" and self.calls not in self.proved:
             # A graph on a GPU may make its next output in the memory of this one.
             output = pytree.tree_map_only(torch.Tensor, torch.clone, output)
@@ -155,7 +159,8 @@ class Residual:
 
 
 def disproof(stack: Payload, residual: torch.Tensor, output: Any, rehearse: Callable[[], Any]) -> str:
-    """Why a residual, put back on the inputs that it was made of, does not make the same output; "" if it does."""
+    """Why a residual, put back on the inputs that it was made from, does not make the same output; "" if it does.
+    rehearse: makes the call again."""
     stack.replace(residual)
     try:
         remade = rehearse()
@@ -170,16 +175,16 @@ def disproof(stack: Payload, residual: torch.Tensor, output: Any, rehearse: Call
         if torch.is_tensor(one) and one.is_floating_point():
             if one.shape != other.shape:
                 return f"an output of shape {tuple(other.shape)} for one of {tuple(one.shape)}"
-            # Before plus (after minus before) is after but for one rounding of the tokens.
+            # before + (after - before) is after, up to one rounding of the tokens.
             allowed = max(allowed, *(4 * torch.finfo(tensor.dtype).eps for tensor in (one, residual)))
             missed = (other.detach().double() - one.detach().double()).norm() / one.detach().double().norm()
             worst = max(worst, float(missed.nan_to_num(0.0)))
     return f"its own residual makes another output, by {worst:.1%}" if worst > allowed else ""
 
 
-def leading_tokens(output, count, tokens):
-    """An output less what is made of other tokens than the first `count` (None: all), where it has a row for each of
-    `tokens`."""
+def leading_tokens(output: Any, count: int | None, tokens: int) -> Any:
+    """What an output has for the first `count` of so many tokens (None: all). Tensors without a row for each token stay
+    whole."""
     return pytree.tree_map_only(
         torch.Tensor, lambda made: made[:, :count] if made.shape[1:2] == (tokens,) else made, output
     )

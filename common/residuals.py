@@ -1,4 +1,5 @@
-"""What is kept between steps: the newest residuals of each branch of one run, and the prediction made of them."""
+"""What is kept between steps: the newest residuals of each conditioning of one run, and the predictions made from
+them."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from .steps import Part
 
 @dataclass(frozen=True)
 class Kept:
+    """A residual that is kept. latent: `signature` of the latent that it belongs to; dtype, device: with which the
+    model made it."""
+
     step: int
     latent: tuple
     residual: torch.Tensor
@@ -21,22 +25,27 @@ class Kept:
     device: torch.device
 
     def as_made(self) -> torch.Tensor:
+        """The residual on the device and in the dtype of the model."""
         return self.residual.to(self.device, self.dtype)
 
 
 class Residuals:
-    """The newest residuals (or model outputs) of each conditioning, by `Part.key`, on a device and in a dtype of choice
-    (None: as the model made them). for_all: keep what predicts every later step, computed ones too (`guard.Guard`)."""
+    """The newest residuals (or model outputs) of each conditioning, by `Part.key`.
+
+    device, dtype: where and in which type they are kept (None: as the model made them); for_all: keep what predicts any
+    later step, not only the reused ones, because a `guard.Guard` compares the computed ones.
+    """
 
     def __init__(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None, for_all: bool = False
     ) -> None:
         self.device, self.dtype, self.for_all, self.peak_bytes = device, dtype, for_all, 0
         self.kept: dict[Hashable, list[Kept]] = {}
-        self.branches = 0  # seen so far
+        self.branches = 0  # most branches that a step had so far
 
     def keep(self, part: Part, residual: torch.Tensor) -> None:
-        """Keep a residual computed for a part. It takes the place of an earlier evaluation at the same step."""
+        """Keep the residual that was computed for a part. It replaces that of an earlier evaluation at the same
+        step."""
         key, call, latent = part.key, part.call, part.latent
         self.branches = max(self.branches, call.branch + 1)
         kept = Kept(
@@ -50,10 +59,10 @@ class Residuals:
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def predict(self, part: Part, schedule: Schedule) -> tuple[torch.Tensor | None, str]:
-        """(residual, "") for a part, or (None, why nothing kept belongs here).
+        """(predicted residual, "") for a part, or (None, why none of the kept residuals fits).
 
-        Residuals of the planned steps are weighed as planned; where only the newest is there, or guidance makes more
-        branches than the weights are for, it is taken as it is. A residual older than planned is not used.
+        Residuals of the planned steps are weighed as planned. Where only the newest is there, or the run has more
+        branches than there are weights for, the newest is taken as it is. A residual older than planned is not used.
         """
         key, call, latent = part.key, part.call, part.latent
         anchors, kept = schedule.anchors(call.step), self.kept.get(key, [])
@@ -74,12 +83,12 @@ class Residuals:
         return residual, ""
 
     def drop_unneeded(self, part: Part, schedule: Schedule) -> None:
-        """Let go of a computed part's residuals that no later step takes."""
+        """Drop the residuals of a part, about to be computed, from which no later step is predicted."""
         later = {anchor for step in self.needed_by(schedule, part.call.step) for anchor in schedule.anchors(step)}
         self.kept[part.key] = [one for one in self.kept.get(part.key, []) if one.step in later]
 
     def needed_by(self, schedule: Schedule, step: int) -> list[int]:
-        """The steps after `step` that take a residual of it or of an earlier step."""
+        """The steps after `step` that are predicted from a residual of this step or an earlier one."""
         steps = range(schedule.steps) if self.for_all else np.flatnonzero(schedule.reuse)
         return [int(later) for later in steps if later > step and schedule.anchors(int(later))[-1] <= step]
 
@@ -92,6 +101,6 @@ class Residuals:
 
 
 def signature(latent: torch.Tensor) -> tuple:
-    """Its dtype is no part: HunyuanVideo's first latent is float16, the others are float32, and autocast makes one of
-    them."""
+    """(shape, device) of a latent. Not its dtype: HunyuanVideo's first latent is float16, its others are float32, and
+    autocast makes them alike."""
     return tuple(latent.shape), latent.device
