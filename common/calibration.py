@@ -1,9 +1,11 @@
-"""The statistics of one un-cached run, and the file that they become."""
+"""The statistics of un-cached runs and the ratio table made of them; the fingerprint of a checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,31 +14,33 @@ from .errors import MagCacheError
 from .gram import GRAMS, packed
 from .ranks import summed_over_ranks
 from .ratios import fitted_shift
+from .steps import Call
 from .tables import RatioTable
 
 BRANCHES = ("cond", "uncond")
 TOKENS_AT_ONCE = 4096
-NO_CHANGE = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # one token, ratio 1
+NO_CHANGE = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=torch.float64)  # `comparison_sums` of one token with ratio 1
 HIGHEST = 1.01  # a sampler that computes its levels in bfloat16 may begin a little above 1
-SAMPLE_BYTES = 2**28  # a branch, all steps together
+SAMPLE_BYTES = 2**28  # per branch, all steps together
 
 
 def branch_name(branch: int) -> str:
+    """The name of a branch in tables, by its number (`steps.Call`)."""
     return BRANCHES[branch] if branch < len(BRANCHES) else f"branch{branch}"
 
 
 def compare_residuals(residual: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
-    """(mean and standard deviation of |r_t| / |r_{t-1}| over tokens, mean of 1 - cos(r_t, r_{t-1})).
+    """(mean and standard deviation of |r_t| / |r_{t-1}| over the tokens, mean of 1 - cos(r_t, r_{t-1})).
 
-    residual, previous: (batch, tokens, width) of any dtype; norms in float32, a few thousand tokens at a time, so that
-    the memory stays small. Paper, section 3.2; a release in bfloat16 takes the norms in bfloat16.
+    residual, previous: (batch, tokens, width) of any dtype. Norms are taken in float32, a few thousand tokens at a time
+    to save memory; a release that runs in bfloat16 takes them in bfloat16. Paper, section 3.2.
     """
     return moments(comparison_sums(residual, previous))
 
 
-def comparison_sums(residual, previous):
-    """float64 tensor (4,): sums over tokens of |r_t| / |r_{t-1}|, of its square and of 1 - cos, and the number of
-    tokens. Sums, so that ranks that hold a part of the tokens each can add theirs up."""
+def comparison_sums(residual: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """float64 tensor (4,): the sums over the tokens of |r_t| / |r_{t-1}|, of its square and of 1 - cos, and the number
+    of tokens. Ranks that each hold a part of the tokens can add these up."""
     sums = torch.zeros(3, dtype=torch.float64)
     for new, old in zip(residual.split(TOKENS_AT_ONCE, dim=1), previous.split(TOKENS_AT_ONCE, dim=1)):
         new, old = new.float(), old.float().to(new.device)
@@ -46,45 +50,59 @@ def comparison_sums(residual, previous):
     return torch.cat([sums, sums.new_tensor([residual.shape[0] * residual.shape[1]])])
 
 
-def moments(sums):
-    *sums, count = sums.tolist()
-    mean, square, distance = (value / count for value in sums)
+def moments(sums: torch.Tensor) -> tuple[float, float, float]:
+    """`compare_residuals` from its `comparison_sums`."""
+    *values, count = sums.tolist()
+    mean, square, distance = (value / count for value in values)
     variance = max(0.0, square - mean**2) * count / max(1, count - 1)
     return mean, math.sqrt(variance), distance
 
 
 class Sample:
-    """A fixed random subset of one branch's tokens at every step, for the Gram matrix of a run, in bounded memory."""
+    """A fixed random subset of one branch's tokens at every step, for the Gram matrix of a run in bounded memory."""
 
-    def __init__(self, residual, steps):
+    def __init__(self, residual: torch.Tensor, steps: int) -> None:
         batch, tokens, width = residual.shape
         count = min(tokens, max(1, SAMPLE_BYTES // (4 * steps * batch * width)))
         self.tokens = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:count].sort().values
-        self.rows = {}
+        self.rows: dict[int, torch.Tensor] = {}  # by step
 
-    def add(self, step, residual):
+    def add(self, step: int, residual: torch.Tensor) -> None:
         self.rows[step] = residual[:, self.tokens.to(residual.device)].float().flatten().cpu()
 
-    def gram(self):
-        """(steps, steps) inner products in float64, a part of the columns at a time."""
+    def gram(self) -> torch.Tensor:
+        """Inner products (steps, steps) in float64, some columns at a time."""
         rows = torch.stack([self.rows[step] for step in sorted(self.rows)])
         return sum(part.double() @ part.double().T for part in rows.split(2**16, dim=1))
 
 
 class Statistics:
-    """Collects one row a step and branch; several runs at the same noise levels are averaged. Ranks of one process
-    group run the same steps; what each saw of the tokens is added up at the end of a run, so that all hold one
-    table."""
+    """Collects the statistics of runs at the same noise levels, and averages them.
 
-    def __init__(self):
-        self.runs, self.grams, self.seconds, self.levels = [], [], [], None
+    Ranks of one process group run the same steps; what each saw of the tokens is added up at the end of a run, so that
+    all have the same table.
 
-    def begin(self, levels):
-        """A new run: nothing of it counts until `finish`."""
-        self.current, self.previous, self.samples, self.current_levels = {}, {}, {}, list(map(float, levels))
+    runs: of each counted run, {branch: [`moments` of each step but the first]}; grams: {(payload, branch): Gram
+    matrix};
+    seconds: (of a computed call, of a reused one, number of ranks); levels: their noise levels.
+    """
 
-    def add(self, call, residual, output):
-        """residual: (batch, tokens, width); output: (1, elements, 1)."""
+    def __init__(self) -> None:
+        self.runs: list[dict[str, list]] = []
+        self.grams: list[dict[tuple[str, str], torch.Tensor]] = []
+        self.seconds: list[torch.Tensor] = []
+        self.levels: list[float] = []
+        self.begin(())
+
+    def begin(self, levels: Sequence[float]) -> None:
+        """Begin a run, of which nothing counts before `finish`. levels: noise levels of its steps."""
+        self.current: dict[str, dict[int, torch.Tensor]] = {}  # {branch: {step: `comparison_sums`}}
+        self.previous: dict[int, torch.Tensor | None] = {}  # newest residual of each branch; None: of another expert
+        self.samples: dict[tuple[str, str], Sample] = {}  # by payload and branch
+        self.current_levels = list(map(float, levels))
+
+    def add(self, call: Call, residual: torch.Tensor, output: torch.Tensor) -> None:
+        """Count a computed call. residual: (batch, tokens, width); output: (1, elements, 1)."""
         self.device = residual.device
         branch = branch_name(call.branch)
         rows = self.current.setdefault(branch, {})
@@ -97,14 +115,14 @@ class Statistics:
                 self.samples[payload, branch] = Sample(tensor, len(self.current_levels))
             self.samples[payload, branch].add(call.step, tensor)
 
-    def expert_changed(self):
-        """From here another model's residuals come, which no ratio relates to the last ones."""
+    def expert_changed(self) -> None:
+        """Another expert's residuals follow, between which and the last ones there is no ratio."""
         self.previous = dict.fromkeys(self.previous)
 
-    def finish(self, seconds):
+    def finish(self, seconds: tuple[float, float | None]) -> None:
         """Count this run. Branches that were not called at every step (guidance for a part of the run) are left out.
 
-        seconds: of a computed and of a reused call.
+        seconds: of a computed and of a reused call. Raises MagCacheError for a run of another kind than those before.
         """
         steps = len(self.current_levels)
         # By number: a host may call the unconditional branch first.
@@ -118,7 +136,7 @@ class Statistics:
         if (
             not complete
             or (self.runs and complete.keys() != self.runs[0].keys())
-            or (self.levels is not None and self.levels != self.current_levels)
+            or (self.runs and self.levels != self.current_levels)
         ):
             raise MagCacheError(
                 "Calibration needs runs of one kind: the same steps, size and guidance, each to its end."
@@ -140,8 +158,8 @@ class Statistics:
         self.seconds.append(summed_over_ranks(torch.tensor([*seconds, 1.0], dtype=torch.float64), self.device))
         self.samples = {}
 
-    def table(self, name, sampler=(), **description):
-        """RatioTable of the counted runs, rounded to six decimals."""
+    def table(self, name: str, sampler: dict[str, Any] | None = None, **description: Any) -> RatioTable:
+        """The RatioTable of the counted runs, rounded to six decimals. sampler, description: further fields of it."""
         runs = {
             branch: torch.tensor([run[branch] for run in self.runs], dtype=torch.float64).reshape(len(self.runs), -1, 3)
             for branch in self.runs[0]
@@ -149,7 +167,7 @@ class Statistics:
         means, spread = {}, {}
         for branch, rows in runs.items():
             means[branch], spread[branch] = rows.mean(0), rows.std(0, unbiased=False)
-        column = {
+        column: dict[str, Any] = {
             key: by_branch(table, index, first)
             for key, table, index, first in (
                 ("mag_ratios", means, 0, 1.0),
@@ -162,7 +180,8 @@ class Statistics:
             column[key] = {
                 branch: packed(sum(run[payload, branch] for run in self.grams) / len(self.grams)) for branch in runs
             }
-        computed, reused, count = sum(self.seconds).tolist()
+        total: Any = sum(self.seconds)
+        computed, reused, count = total.tolist()
         seconds = {"computed": round(computed / count, 6), "reused": round(reused / count, 6)}
         return RatioTable(
             name=name,
@@ -170,27 +189,29 @@ class Statistics:
             sigmas=[round(min(level, 1.0) if level < HIGHEST else level, 6) for level in self.levels],
             origin="measured",
             statistics={**column, "seconds": seconds, "runs": len(self.runs)},
-            sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **dict(sampler)},
+            sampler={"steps": len(self.levels), "shift": round(fitted_shift(self.levels), 4), **(sampler or {})},
             **description,
         )
 
 
-def by_branch(tables, index, first):
-    """One column of every branch's table, rounded, with a value for the first step."""
+def by_branch(tables: dict[str, torch.Tensor], index: int, first: float) -> dict[str, list[float]]:
+    """One column of each branch's table, rounded, with the value `first` for the first step."""
     return {
         branch: [first, *(round(value, 6) for value in table[:, index].tolist())] for branch, table in tables.items()
     }
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Twelve hex digits that tell one checkpoint from another: names, shapes and four rounded weights of each matrix.
+    """Twelve hex digits that tell one checkpoint from another, made of names, shapes and four rounded weights per
+    matrix.
 
-    The same in float32 and bfloat16; other after a LoRA is loaded. Take it before weights are moved or quantised.
+    They are the same in float32 and bfloat16, and change when a LoRA is loaded. Take them before weights are moved or
+    quantised.
     """
     return fingerprint_of(model.named_parameters())
 
 
-def fingerprint_of(named_parameters):
+def fingerprint_of(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     """`fingerprint` of (name, tensor) pairs."""
     parameters = dict(sorted(named_parameters))
     digest = hashlib.sha256()
@@ -203,11 +224,11 @@ def fingerprint_of(named_parameters):
 
 
 def few_values(tensor: torch.Tensor) -> bytes:
-    """Four rounded values, evenly spread, of a tensor or of the storage into which it was quantised, which is not
-    unpacked for them. None where they cannot be had (meta tensors, storage of an unknown kind): a fingerprint never
-    stops a run, and names and shapes still count."""
+    """Four evenly spread, rounded values of a tensor, or of the storage of a quantised one, which is not unpacked.
+    Empty where there are none (meta tensors, unknown storage): a fingerprint never stops a run, and names and shapes
+    still count."""
     try:
-        if hasattr(tensor, "full_tensor"):  # a part of it in each of several processes, which all come here
+        if hasattr(tensor, "full_tensor"):  # each process holds a part, and all come here
             tensor = tensor.full_tensor()
     except RuntimeError:
         return b""

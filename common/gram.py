@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .errors import MagCacheError
 from .interpolation import line_share, resample_gram
@@ -74,7 +75,7 @@ def table_grams(table: RatioTable, levels: np.ndarray, payload: str = "residual"
     return np.stack(grams if table.fits(levels) else [resample_gram(gram, table.sigmas, levels) for gram in grams])
 
 
-def packed(gram: np.ndarray) -> list[list[float]]:
+def packed(gram: ArrayLike) -> list[list[float]]:
     """The rows of a symmetric matrix's upper triangle, rounded to ten digits."""
     return [[float(f"{value:.10g}") for value in row[index:]] for index, row in enumerate(np.asarray(gram))]
 

@@ -1,7 +1,7 @@
-"""One pass of a sampler: what is asked before each call of the model, and what is kept after it.
+"""One pass of a sampler: what is decided before each call of the model, and what is kept after it.
 
-Whoever drives the model (`patch.py` the forward of an instance, ComfyUI's wrappers its `apply_model`) tells which step
-and which conditioning each part of a call's batch is (`steps.Part`), and runs the model in between:
+Whoever runs the model (`handle.py` through the forward of an instance, another front end in its own way) tells which
+step and which conditioning each part of a call's batch is (`steps.Part`), and makes the call in between:
 
     call = run.begin(parts, payload, arguments)
     try:
@@ -35,8 +35,8 @@ from .timing import Stopwatch, time_reuse
 class ModelCall:
     """One call of the model, from `Run.begin` to `finish` or `cancel`. It owns its run and the stand-ins on the model.
 
-    reused: whether a prediction takes the place of the blocks; why: reason of a compute that was not planned.
-    output: of the model, where it is predicted as a whole and no forward is needed; else None.
+    reused: whether a prediction takes the place of the blocks; why: the reason if it computes unplanned, otherwise "".
+    output: the model's output, where that is predicted and no forward is needed; otherwise None.
     """
 
     def __init__(self, run: Run, parts: Sequence[Part], payload: Payload, arguments: dict | None, compute: str) -> None:
@@ -52,8 +52,8 @@ class ModelCall:
             self.output = payload.replace(predicted)
 
     def finish(self, output: Any, rehearse: Callable[[], Any] | None = None) -> Any:
-        """After the call. rehearse: makes it again, for a proof of the facts and a measurement without its blocks.
-        Returns the output that the sampler is to get."""
+        """After the call; returns the output that the sampler is to get. rehearse: makes the call again, to prove the
+        facts and to time it without its blocks (None: it cannot be)."""
         run, seconds = self.run, self.stopwatch.stop()
         if self.reused:
             self.payload.restore()
@@ -80,11 +80,10 @@ class ModelCall:
 
 
 class Run:
-    """One pass of a sampler that computes everything and keeps nothing: what `CachedRun` and `MeasuredRun` fill in.
+    """One pass of a sampler that computes everything and keeps nothing; `CachedRun` and `MeasuredRun` override that.
 
-    levels: noise levels of its steps, high to low, in 0..1; report: what was done.
-    observers: functions of (ModelCall, the model's output), called after each call; measures: whether residuals are
-        measured and none reused.
+    levels: noise levels of its steps, high to low, in 0..1; report: what was done; observers: functions of (ModelCall,
+    the model's output), called after each call; measures: whether residuals are measured and none reused.
     """
 
     measures = False
@@ -97,8 +96,8 @@ class Run:
     def begin(
         self, parts: Sequence[Part], payload: Payload, arguments: dict | None = None, compute: str = ""
     ) -> ModelCall:
-        """Before a call of the model. parts: of its batch, in order and of one step; arguments: of forward, by name;
-        compute: why it computes whatever is planned, or ""."""
+        """Before a call of the model. parts: of its batch, in order and all of one step; arguments: of the forward, by
+        name; compute: why the call must compute whatever is planned, or ""."""
         try:
             return ModelCall(self, parts, payload, arguments, compute)
         except BaseException:
@@ -106,21 +105,23 @@ class Run:
             raise
 
     def predict(self, parts: Sequence[Part], compute: str = "") -> tuple[torch.Tensor | None, str]:
-        """(what takes the place of a computation of the whole batch, ""), or (None, why a planned reuse computes)."""
+        """(prediction for the whole batch, ""), or (None, why a planned reuse must compute, or "" if none is
+        planned)."""
         return None, ""
 
     def before_computing(self, parts: Sequence[Part]) -> None:
-        """Before a computed call: let go of what it makes needless."""
+        """Before a computed call: drop what is not needed after it."""
 
     def computed(self, call: ModelCall, made: torch.Tensor, output: Any, rehearse: Callable[[], Any] | None) -> None:
         """After a computed call. made: what the payload recorded, (batch, tokens, width)."""
 
     def facts_are_wrong(self, told: str) -> None:
-        """The payload turned from the residual to the output. told: a sentence that says why."""
+        """The facts of the class do not hold, so the payload went over to the output. told: a sentence that says
+        why."""
         self.report.notes.append(told)
 
     def nothing_recorded(self, error: MagCacheError) -> str:
-        """A computed call came past no block. Returns the reason with which it is counted, or raises."""
+        """A computed call passed through no block. Returns the reason with which it is counted, or raises."""
         raise error
 
     def followed(self, call: ModelCall, output: Any) -> Any:
@@ -128,22 +129,22 @@ class Run:
         return output
 
     def expert_changed(self) -> None:
-        """Another model than in the call before: its residuals have nothing to do with those kept so far."""
+        """The calls go to another expert from here on, whose residuals have nothing to do with those kept so far."""
 
     def complete(self) -> None:
         """The sampler made every step."""
         self.report.complete = True
 
     def end(self) -> None:
-        """Forget what is kept, whole run or not."""
+        """Forget what is kept, whether the run is complete or not."""
 
 
 class CachedRun(Run):
     """Computes or reuses as its schedule says; reuses only what this run kept under the same key, shape and device.
 
-    guard: stops the skipping; stopped: why it did. fall_back: called with this run and a sentence where the facts of
-        the class turn out to be wrong; plans for the output. scheduler, corrector: the sampler's
-        (`corrector.follower_of`), and whether skipped steps are made again; why_uncorrected: why they are not.
+    guard: stops the skipping, and `stopped` says why. fall_back: called with this run and a sentence if the facts of
+        the class prove wrong; plans for the output. scheduler, corrector: the sampler's scheduler
+        (`corrector.follower_of`), and whether skipped steps are corrected; `why_uncorrected` says why they are not.
     """
 
     def __init__(
@@ -164,24 +165,24 @@ class CachedRun(Run):
         self.plan(schedule)
 
     def plan(self, schedule: Schedule) -> None:
-        """This schedule from here on."""
+        """Follow this schedule from here on."""
         self.schedule = self.report.schedule = schedule
         if self.follower:
             self.follower.detach()
             self.follower = None
-        if schedule.reuse.any():  # else nothing of the sampler is touched
+        if schedule.reuse.any():  # otherwise the sampler is left alone
             self.follower, self.why_uncorrected = follower_of(
                 self.scheduler, self.levels, schedule.follows_line, self.corrector, schedule.gram
             )
 
-    def facts_are_wrong(self, told):
+    def facts_are_wrong(self, told: str) -> None:
         super().facts_are_wrong(told)
-        self.residuals.clear()  # residuals are no outputs
+        self.residuals.clear()  # outputs are kept from here on
         if self.fall_back:
             self.fall_back(self, told)
 
-    def predict(self, parts, compute=""):
-        if self.follower and compute.startswith(CHANGED):  # outputs of before tell nothing of those from here on
+    def predict(self, parts: Sequence[Part], compute: str = "") -> tuple[torch.Tensor | None, str]:
+        if self.follower and compute.startswith(CHANGED):  # earlier outputs tell nothing of those from here on
             self.follower.clear()
         if not self.schedule.reuse[parts[0].call.step]:
             return None, ""
@@ -198,7 +199,7 @@ class CachedRun(Run):
             predictions.append(prediction)
         return predictions[0] if len(predictions) == 1 else torch.cat(predictions), ""
 
-    def before_computing(self, parts):
+    def before_computing(self, parts: Sequence[Part]) -> None:
         if not self.guard:
             self.drop_unneeded(parts)
 
@@ -206,7 +207,7 @@ class CachedRun(Run):
         for part in parts:
             self.residuals.drop_unneeded(part, self.schedule)
 
-    def computed(self, call, made, output, rehearse):
+    def computed(self, call: ModelCall, made: torch.Tensor, output: Any, rehearse: Callable[[], Any] | None) -> None:
         if self.guard and not self.stopped:
             self.watch(call.parts, made)
         if self.stopped:
@@ -217,38 +218,38 @@ class CachedRun(Run):
         self.report.peak_bytes = max(self.report.peak_bytes, self.residuals.peak_bytes)
 
     def watch(self, parts: Sequence[Part], made: torch.Tensor) -> None:
-        """Skip nothing more in this run if the guard says so."""
+        """Let the guard judge a computed step, and skip nothing more in this run if it says so."""
         predicted, missing = self.predicted(parts)
         error, step = self.schedule.expected_error, parts[0].call.step
         if predicted is not None and not missing and self.guard and error is not None:
             self.stopped = self.guard.judge(step, made, predicted, error[step])
         self.drop_unneeded(parts)
 
-    def followed(self, call, output):
+    def followed(self, call: ModelCall, output: Any) -> Any:
         if self.follower:
             output = self.follower.follow(call, output)
             self.report.peak_bytes = max(self.report.peak_bytes, self.residuals.bytes + self.follower.bytes)
         return output
 
-    def expert_changed(self):
+    def expert_changed(self) -> None:
         self.residuals.clear()
         if self.follower:
             self.follower.clear()
 
-    def complete(self):
+    def complete(self) -> None:
         super().complete()
         self.residuals.clear()
 
-    def end(self):
+    def end(self) -> None:
         self.residuals.clear()
         if self.follower:
             self.follower.detach()
 
 
 class MeasuredRun(Run):
-    """Computes everything and measures the residuals of the first conditioning of each branch.
+    """Computes everything and measures the residuals of each branch's first conditioning.
 
-    statistics: collects them; noise_tokens: `Host.noise_tokens`.
+    statistics: collects them; noise_tokens: `Host.noise_tokens`. Raises MagCacheError for a run of one step.
     """
 
     measures = True
@@ -264,8 +265,8 @@ class MeasuredRun(Run):
         self.reused_seconds: float | None = None
         statistics.begin(self.levels)
 
-    def computed(self, call, made, output, rehearse):
-        tokens = self.noise_tokens(call.arguments) if self.noise_tokens else None
+    def computed(self, call: ModelCall, made: torch.Tensor, output: Any, rehearse: Callable[[], Any] | None) -> None:
+        tokens = self.noise_tokens(call.arguments or {}) if self.noise_tokens else None
         outputs = self.outputs(call, output, tokens, made.shape[1])
         for part, residual, one in zip(call.parts, made.chunk(len(call.parts)), outputs):
             if self.first_keys.setdefault(part.call.branch, part.key) == part.key:
@@ -273,23 +274,23 @@ class MeasuredRun(Run):
         if call.parts[0].call.step == self.schedule.steps - 1 and rehearse and self.reused_seconds is None:
             self.reused_seconds = time_reuse(call.payload, made, rehearse)
 
-    def facts_are_wrong(self, told):
+    def facts_are_wrong(self, told: str) -> None:
         raise MagCacheError(
             f"{told.partition(': its output')[0]}, so its residuals cannot be measured: ask for a speed-up, which "
             "needs no calibration, and let its output be predicted."
         )
 
     def outputs(self, call: ModelCall, output: Any, noise_tokens: int | None, tokens: int) -> list[torch.Tensor]:
-        """What the model made of the tokens being denoised, for each part of the batch, (1, elements, 1). noise_tokens:
-        how many of the `tokens` are (None: all)."""
+        """The model's output for the tokens being denoised, (1, elements, 1) for each part of the batch. noise_tokens:
+        how many of the `tokens` they are (None: all)."""
         return [ModelOutput().finish(leading_tokens(output, noise_tokens, tokens))]
 
-    def expert_changed(self):
+    def expert_changed(self) -> None:
         self.statistics.expert_changed()
 
-    def complete(self):
+    def complete(self) -> None:
         super().complete()
         self.statistics.finish((self.report.typical_seconds, self.reused_seconds))
 
-    def end(self):
+    def end(self) -> None:
         self.statistics.begin(())

@@ -48,12 +48,12 @@ class RatioTable:
     """
 
     name: str
-    mag_ratios: dict
-    sigmas: tuple
+    mag_ratios: dict[str, Sequence[float]]
+    sigmas: Sequence[float]
     origin: str
     source: str = ""
     notes: str = ""
-    models: tuple = ()
+    models: Sequence[str] = ()
     settings: dict = field(default_factory=dict)
     rule: dict = field(default_factory=dict)
     sampler: dict = field(default_factory=dict)
