@@ -70,7 +70,7 @@ class Conditionings:
         self.changed_before: dict[int, set[str]] = {}
         self.counts: dict[Hashable, int] = {}
 
-    def key_of(self, call: Call, first_level: bool, arguments: dict) -> tuple[Hashable, str]:
+    def key_of(self, call: Call, first_level: bool, arguments: dict) -> tuple[tuple, str]:
         """(the key of this call's residuals, why the call must compute or ""). first_level: whether the call is at the
         noise level at which the run began, where each latent starts a trajectory of its own."""
         if call.step != self.step:

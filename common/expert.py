@@ -1,4 +1,4 @@
-"""The forward of one model instance, replaced and put back."""
+"""Replace the forward of one model instance, and put it back."""
 
 from __future__ import annotations
 
@@ -24,28 +24,30 @@ PATCHED_ALREADY = "This model is patched already; remove the first patch (handle
 
 @functools.cache
 def graphs_know_the_class() -> bool:
-    """Whether a graph that torch.compile made of a whole model is checked against the model's class, by which it is
-    told from one with stand-ins: since torch 2.5. Before, such a model runs uncompiled; blocks compiled alone do not.
-    """
+    """Whether graphs that torch.compile makes of a whole model are guarded by the model's class, which tells them from
+    those of a model with stand-ins: since torch 2.5. Before that, such a model runs uncompiled; separately compiled
+    blocks stay compiled."""
     return torch.torch_version.TorchVersion(torch.__version__) >= "2.5"
 
 
 class Expert:
-    """One model instance with its forward replaced. Most samplers have one; some divide their steps between two."""
+    """One model instance whose forward is replaced. Most samplers have one; some divide their steps between two.
+
+    on: whether the replacement is to be there; payload: what is kept of its calls.
+    """
 
     def __init__(
         self, model: torch.nn.Module, host: Host, patch: Patch, payload: Callable[[torch.nn.Module, Host], Payload]
     ) -> None:
         self.model, self.patch = inner_module(model), patch
         self.payload = payload(self.model, host)
-        # Keywords that it does not know are passed on as they are.
         self.argument_names = argument_names(self.model)
         self.forward = PatchedForward(self, self.model.forward, own=False)
         self.on = False
 
     def put_on(self) -> None:
-        """Replace the forward. Raises MagCacheError if another cache is on, or another patch, unless they are those of
-        two pipelines that share the model."""
+        """Replace the forward. Raises MagCacheError if another cache is on the model, or another patch, unless the two
+        patches belong to pipelines that share the model."""
         owner = self.patch.owner
         for other in patches_of(self.model):
             known = owner is not None and other.owner not in (None, owner) and hasattr(other, "experts")
@@ -53,16 +55,16 @@ class Expert:
                 raise MagCacheError(PATCHED_ALREADY)
         self.refuse_other_caches()
         self.on = True
-        if self.is_on():  # another wrapper has kept it since the last time
+        if self.is_on():  # another wrapper has kept it from the last time
             return
-        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        # accelerate's offload hooks go off and on again after each run, and take along what they wrap.
         place = "_old_forward" if "_old_forward" in self.model.__dict__ else "forward"
         self.forward = PatchedForward(self, getattr(self.model, place), own=place in self.model.__dict__)
         setattr(self.model, place, self.forward)
 
     def take_off(self) -> None:
-        """Restore the model. Where something else (an offload hook, another pipeline's patch) has wrapped the patch
-        since, the patch stays in that chain and only passes calls on."""
+        """Restore the model. If something else (an offload hook, another pipeline's patch) has wrapped the patch since,
+        the patch stays in that chain and only passes calls on."""
         self.on = False
         for place in ("forward", "_old_forward"):
             if self.model.__dict__.get(place) is self.forward:
@@ -75,12 +77,12 @@ class Expert:
                     setattr(self.model, place, forward.original)
 
     def is_on(self) -> bool:
-        """Whether the model's forward comes here, as far as wrappers tell what they wrap."""
+        """Whether calls of the model come here, as far as wrappers tell what they wrap."""
         return any(forward is self.forward for forward in forwards(self.model))
 
     def stay_on(self) -> None:
-        """After a call. A hook below this patch that took itself off during it (diffusers' prefetching, once it knows
-        the order of the layers) has put back the forward that it had found, without the patch: put it on again."""
+        """After a call: put the patch on again if a hook below it removed itself during the call and put back the
+        forward that it had found, without the patch (diffusers' prefetching does once it knows the order of layers)."""
         if not self.on:  # removed during the call
             return
         found = self.model.__dict__.get("forward")
@@ -92,7 +94,7 @@ class Expert:
             self.model.forward = self.forward
 
     def refuse_other_caches(self) -> None:
-        """Raises MagCacheError if another cache skips parts of this model: each would reuse what the other made."""
+        """Raises MagCacheError if another cache is on this model: each would reuse what the other made."""
         if getattr(self.model, "is_cache_enabled", False):
             raise MagCacheError(
                 f"A cache of diffusers is on in this {type(self.model).__name__}, and two caches do not go together: "
@@ -106,10 +108,10 @@ class Expert:
 
 
 class PatchedForward:
-    """What stands in the place of a model's forward. A copy of the model, or a pickled one, gets the forward that was
-    there before: a patch belongs to the instance that it was put on.
+    """Takes the place of a model's forward. A copied or pickled model gets the original forward instead, because a
+    patch belongs to the instance that it was put on.
 
-    original: that forward; own: whether it was the instance's own, not its class's.
+    original: the forward that was there; own: whether it was an attribute of the instance, not of its class.
     """
 
     __slots__ = ("expert", "original", "own", "__weakref__")
@@ -117,11 +119,11 @@ class PatchedForward:
     def __init__(self, expert: Expert, original: Callable, own: bool) -> None:
         self.expert, self.original, self.own = expert, original, own
 
-    # Dynamo must not trace the bookkeeping; the original forward, called from this frame, is still compiled.
+    # Dynamo must not trace this; the original forward, called from here, is still compiled.
     @functools.partial(torch.compiler.disable, recursive=False)
     def __call__(self, *args, **kwargs):
         expert, patch = self.expert, self.expert.patch
-        with patch.lock:  # stand-ins are on the model while a call is under way: another thread's waits
+        with patch.lock:  # other threads wait, because stand-ins are on the model during a call
             caching = patch.active and expert.forward is self
             call = patch.begin_call(expert, args, kwargs) if caching else None
             try:
@@ -142,7 +144,7 @@ class PatchedForward:
                 expert.stay_on()
 
     def __get__(self, model: Any, model_class: Any = None) -> PatchedForward:
-        """Bound already: cache-dit binds the forward that it found to the model that it had it from."""
+        """Itself, as it is bound already: cache-dit binds the forward that it finds to the model."""
         return self
 
     @property
@@ -164,7 +166,7 @@ class PatchedForward:
     def __deepcopy__(self, memo: dict) -> Any:
         model = memo.get(id(self.expert.model))
         if model is None:
-            return self  # the forward alone is copied
+            return self  # only the forward is being copied, not the model
         if self.own:
             return copy.deepcopy(self.original, memo)
         return types.MethodType(type(model).forward, model)
@@ -175,12 +177,13 @@ class PatchedForward:
         return getattr, (self.expert.model, "forward")
 
 
-def as_it_is(value):
+def as_it_is(value: Any) -> Any:
+    """For `__reduce__`, which needs a function."""
     return value
 
 
 def forwards(model: torch.nn.Module) -> Iterator[Any]:
-    """A model's forward, and what it wraps, as far as wrappers tell (`functools.wraps`, accelerate's hooks)."""
+    """A model's forward and all that it wraps, as far as wrappers tell (`functools.wraps`, accelerate's hooks)."""
     seen, waiting = set(), [model.__dict__.get("forward"), model.__dict__.get("_old_forward")]
     while waiting:
         forward = waiting.pop(0)
@@ -191,14 +194,14 @@ def forwards(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def patches_of(model: torch.nn.Module) -> list[Patch]:
-    """The active patches that a model's forward goes through, as far as wrappers tell what they wrap: most often one,
-    and one for each of the pipelines that share the model."""
+    """The active patches that calls of a model go through, as far as wrappers tell what they wrap: usually one, or one
+    for each of the pipelines that share the model."""
     patches = (getattr(forward, "magcache", None) for forward in forwards(inner_module(model)))
     return [patch for patch in patches if patch is not None and patch.active]
 
 
 def inner_module(model: torch.nn.Module) -> torch.nn.Module:
-    """The module whose forward the model's authors wrote, inside torch.compile, FSDP or DataParallel wrappers."""
+    """The model itself, inside torch.compile, FSDP or DataParallel wrappers."""
     for name in ("_orig_mod", "_fsdp_wrapped_module", "module"):
         if name in model.__dict__.get("_modules", {}):
             return inner_module(getattr(model, name))
@@ -206,8 +209,8 @@ def inner_module(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def argument_names(model: torch.nn.Module) -> list[str]:
-    """Of the class's forward, since a wrapper on the instance may hide the names; of the instance's where the class has
-    none."""
+    """Names of the arguments of a model's forward: of its class's, because a wrapper on the instance may hide them; of
+    the instance's where the class has none."""
     forward = type(model).forward
     if forward is torch.nn.Module.forward:
         return list(inspect.signature(model.forward).parameters)
@@ -215,22 +218,23 @@ def argument_names(model: torch.nn.Module) -> list[str]:
 
 
 def noise_level(host: Host, arguments: dict) -> tuple[float, float]:
-    """(noise level of a call, how far it may be off, relatively)."""
+    """(noise level of a call, relative error that it may have). arguments: of the forward, by name."""
     timestep = arguments.get(host.timestep)
-    # The largest: tokens that are given, as the first frame of a video, may have a timestep of 0 of their own.
+    # The highest, because tokens that are given (a video's first frame) may have a timestep of 0 of their own.
     if host.noise_level is None:
         return highest(timestep) / host.timestep_scale, level_tolerance(timestep)
     told = host.noise_level(arguments)
     level = highest(told)
-    return level, level_tolerance(told) / min(1.0, max(level, 1e-3))  # 1 - t is as far off as t
+    return level, level_tolerance(told) / min(1.0, max(level, 1e-3))  # 1 - t has the absolute error of t
 
 
-def level_tolerance(timestep) -> float:
-    """How far, relatively, a noise level may be off after rounding in the timestep's own dtype."""
+def level_tolerance(timestep: Any) -> float:
+    """Relative error that a noise level may have from rounding in the timestep's dtype."""
     if torch.is_tensor(timestep) and timestep.is_floating_point():
         return max(1e-6, 1.01 * torch.finfo(timestep.dtype).eps)
     return 1e-6
 
 
-def highest(value) -> float:
+def highest(value: Any) -> float:
+    """The largest of a tensor, or the number itself."""
     return float(value.max() if torch.is_tensor(value) else value)

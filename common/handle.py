@@ -1,73 +1,51 @@
-"""Follow samplers through the calls of a patched model: where a run begins, which call is which, where it ends."""
+"""Follow samplers through the calls of a patched model: where a run begins, what each call is, where the run ends."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from .blocks import Host
 from .conditioning import Conditionings
 from .errors import MagCacheError
 from .expert import Expert, noise_level
-from .payloads import Residual
-from .run import Run
-from .steps import TRAIN_TIMESTEPS, Part, StepTracker, close
+from .payloads import Payload, Residual
+from .report import RunReport
+from .run import ModelCall, Run
+from .sampling import Sampling
+from .steps import TRAIN_TIMESTEPS, Call, StepTracker, close
 
-BETWEEN = "the noise level is none of the sampler's timesteps"
-KEPT_REPORTS = 128  # a server's handle lives long; a video of FramePack has a report for each of its sections
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-
-class Sampling:
-    """A sampler on its way through its noise levels: the run that it makes, and how far it is.
-
-    timesteps: the sampler's, whose identity tells one run from the next; keys: of the calls at each step so far; call:
-    the `run.ModelCall` under way.
-    """
-
-    def __init__(self, timesteps, tracker, run, conditionings):
-        self.timesteps, self.tracker, self.run, self.conditionings = timesteps, tracker, run, conditionings
-        self.keys: dict[int, set] = {}
-        self.expert = self.call = None
-
-    def part(self, call, latent, latents, arguments):
-        """(the `steps.Part` that a call is, why it must compute or ""). latents: of the whole batch."""
-        first_level = close(self.tracker.level, self.tracker.levels[0], 1e-6)
-        key, why = self.conditionings.key_of(call, first_level, arguments)
-        self.keys.setdefault(call.step, set()).add(key)
-        if self.run.measures:  # a prompt that changes on the way is part of what is measured
-            key = key[1:]
-        part = Part(key, call, latent, self.tracker.in_one_call(latents))
-        return part, why if self.tracker.listed else BETWEEN
-
-    def calls_at(self, step):
-        return len(self.keys.get(step, ()))
-
-    @property
-    def last_step(self):
-        return self.run.schedule.steps - 1
+KEPT_REPORTS = 128  # of one handle: a server's lives long, and FramePack makes a report for each section of a video
 
 
 class Patch:
-    """The forward of a model instance (or of several), replaced. `remove()` or the end of a `with` block restores it,
-    and another `with` puts it on again.
+    """The replaced forward of a model instance, or of several. `remove()` or the end of a `with` block restores it, and
+    another `with` replaces it again.
 
-    Calls of several threads wait for each other, and each thread has a run of its own; `remove()`, `paused()` and
+    Calls of several threads wait for each other, and each thread has its own run. `remove()`, `paused()` and
     `end_run()` take effect between calls, whichever thread they come from.
-    active: whether calls are cached; reached: whether there was one; reports: of each run, the newest KEPT_REPORTS.
-    owner: of several pipelines that share the model the one whose calls come here (None: all do).
+
+    active: whether calls are followed; reached: whether there was one; reports: of the newest KEPT_REPORTS runs; owner:
+    the pipeline whose calls come here, where several share the model (None: all calls do).
     """
 
-    def __init__(self, models, host, timesteps, payload=Residual, owner=None):
+    def __init__(
+        self, models: Any, host: Host, timesteps: Callable[[], Any], payload: Any = Residual, owner: Any = None
+    ) -> None:
         self.host, self.timesteps, self.owner = host, timesteps, owner
-        # () -> {name: value}, what a sampler does with the outputs: when it changes, so does the conditioning.
-        self.guidance: Callable[[], dict] = dict
+        self.guidance: Callable[[], dict] = dict  # {name: value} of the sampler's own numbers, part of the conditioning
         self.active, self.reached, self.short_runs = True, False, 0
-        self.reports: list = []
+        self.reports: list[RunReport] = []
         self.samplings: dict[int, Sampling] = {}  # by thread
-        self.turned_away: dict[int, object] = {}  # by thread, the timesteps of a run that is not followed
+        self.turned_away: dict[int, object] = {}  # timesteps of the run that is not followed, by thread
         self.entered = 0
         self.lock = threading.RLock()
         models = models if isinstance(models, (list, tuple)) else [models]
@@ -76,7 +54,7 @@ class Patch:
 
     @property
     def sampling(self) -> Sampling | None:
-        """Of this thread."""
+        """This thread's."""
         return self.samplings.get(threading.get_ident())
 
     @property
@@ -84,27 +62,27 @@ class Patch:
         """This thread's run in progress."""
         return self.sampling.run if self.sampling else None
 
-    def new_run(self, levels, expert, arguments, latent):
-        """The `run.Run` of a sampler that begins at the first of these noise levels. arguments: of forward, by name."""
+    def new_run(self, levels: np.ndarray, expert: Expert, arguments: dict, latent: torch.Tensor) -> Run:
+        """The Run of a sampler that begins at the first of these noise levels. arguments: of the forward, by name."""
         raise NotImplementedError
 
-    def complete_run(self, run):
+    def complete_run(self, run: Run) -> None:
         """The sampler made every step of a run."""
         run.complete()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         with self.lock:
             if not self.active:
                 self.put_on()
             self.entered += 1
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind, error, trace) -> None:
         self.entered = max(0, self.entered - 1)
         if self.entered:
             return
         if kind is not None:
-            self.end_run()  # broken off, perhaps between the branches of its last step: not to be settled as complete
+            self.end_run()  # it broke off, perhaps between the branches of its last step, so it is not complete
         self.remove()
         if kind is None:
             self.require_reached()
@@ -132,8 +110,8 @@ class Patch:
                 expert.take_off()
 
     @contextmanager
-    def paused(self):
-        """Let the model run as it was for a while."""
+    def paused(self) -> Iterator[None]:
+        """For its duration the model runs as it was."""
         with self.lock:
             was_active, self.active = self.active, False
             self.end_run()
@@ -152,46 +130,49 @@ class Patch:
             )
 
     @torch.compiler.disable
-    def begin_call(self, expert, args, kwargs):
-        """Which call of which run this is, begun: its `run.ModelCall`, or None where forward is to run as it is."""
+    def begin_call(self, expert: Expert, args: tuple, kwargs: dict) -> ModelCall | None:
+        """Find out which call of which run this is, and begin it. None: the forward is to run as it is."""
         self.reached = True
         arguments = {**dict(zip(expert.argument_names, args)), **kwargs}
-        timesteps, sampling, call = self.timesteps(), self.sampling, None
+        timesteps = self.timesteps()
         if (self.host.outside and self.host.outside(arguments)) or self.is_taken(timesteps):
             return None
         latents = arguments[self.host.latent]
-        latent = latents if torch.is_tensor(latents) else latents[0]  # a list, or what the host made of one
-        level, tolerance = noise_level(self.host, arguments)
-        if sampling is not None and timesteps is sampling.timesteps:
-            call = sampling.tracker.observe(level, latent, tolerance)
-        if sampling is not None and call is None:
-            self.expect_steps(sampling, timesteps, level)
-        if sampling is None or call is None:
-            sampling = self.begin_run(timesteps, level, tolerance, expert, arguments, latent)
-            call = sampling.tracker.observe(level, latent, tolerance)
+        latent = latents if torch.is_tensor(latents) else latents[0]  # a list, or what a host makes of one
+        sampling, call = self.locate(timesteps, expert, arguments, latent)
         if expert is not sampling.expert:
             sampling.expert = expert
             sampling.run.expert_changed()
         try:
             part, why = sampling.part(call, latent, latents, {**arguments, **self.guidance()})
-            sampling.call = sampling.run.begin([part], self.payload_of(expert), arguments, why)
+            return sampling.run.begin([part], self.payload_of(expert), arguments, why)
         except BaseException:
             self.forget(sampling)
             raise
-        return sampling.call
 
-    def payload_of(self, expert):
+    def locate(self, timesteps: Any, expert: Expert, arguments: dict, latent: torch.Tensor) -> tuple[Sampling, Call]:
+        """The run to which a call belongs, begun if it is a new one, and where in that run the call is."""
+        level, tolerance = noise_level(self.host, arguments)
+        sampling = self.sampling
+        if sampling is not None:
+            call = sampling.tracker.observe(level, latent, tolerance) if timesteps is sampling.timesteps else None
+            if call is not None:
+                return sampling, call
+            self.expect_steps(sampling, timesteps, level)
+        sampling = self.begin_run(timesteps, level, tolerance, expert, arguments, latent)
+        first: Any = sampling.tracker.observe(level, latent, tolerance)
+        return sampling, first
+
+    def payload_of(self, expert: Expert) -> Payload:
         return expert.payload
 
-    def compute_instead(self, call, why):
-        """In place of a reused call that nothing kept fits. Returns the `run.ModelCall` that computes."""
+    def compute_instead(self, call: ModelCall, why: str) -> ModelCall:
+        """Begin a computed call in the place of a reused one for which nothing kept fits."""
         call.cancel()
-        sampling = self.sampling
-        sampling.call = sampling.run.begin(call.parts, call.payload, call.arguments, why)
-        return sampling.call
+        return call.run.begin(call.parts, call.payload, call.arguments, why)
 
-    def is_taken(self, timesteps) -> bool:
-        """Whether this run began while another thread's was measured: then it is as if there were no patch."""
+    def is_taken(self, timesteps: Any) -> bool:
+        """Whether this run began while another thread's was being measured; it then runs as if there were no patch."""
         thread, own = threading.get_ident(), self.sampling
         if self.turned_away.get(thread) is not timesteps and (own is None or own.timesteps is not timesteps):
             self.forget_threads_that_ended()
@@ -200,28 +181,27 @@ class Patch:
         return self.turned_away.get(thread) is not None
 
     @torch.compiler.disable
-    def finish_call(self, call, output, rehearse):
-        """After a call. rehearse: makes it again. Returns the output."""
+    def finish_call(self, call: ModelCall, output: Any, rehearse: Callable[[], Any]) -> Any:
+        """After a call; returns the output for the sampler. rehearse: makes the call again."""
         output = call.finish(output, rehearse)
         sampling = self.sampling
-        if sampling is None:  # ended by the call itself
+        if sampling is None:  # the call itself ended its run
             return output
-        sampling.call = None
         last = sampling.last_step
         if call.parts[0].call.step == last and sampling.calls_at(last) >= max(1, sampling.calls_at(last - 1)):
             self.complete(sampling)
         return output
 
     @torch.compiler.disable
-    def cancel_call(self, call):
-        """An exception or a cancel leaves nothing behind."""
+    def cancel_call(self, call: ModelCall) -> None:
+        """After an exception or a cancel: leave nothing behind."""
         call.cancel()
         if self.sampling is not None:
             self.forget(self.sampling)
 
-    def expect_steps(self, sampling, timesteps, level):
-        """A new run begins. Raises MagCacheError if run after run comes to an end at its first step: then what is known
-        of the sampler is wrong."""
+    def expect_steps(self, sampling: Sampling, timesteps: Any, level: float) -> None:
+        """A new run begins after that of `sampling`. Raises MagCacheError if three runs in a row ended at their first
+        step, because then `timesteps` or the noise level is wrong."""
         before = sampling.tracker
         if timesteps is sampling.timesteps:
             stuck = before.step == 0 and not close(level, before.levels[0], 1e-6)
@@ -246,25 +226,27 @@ class Patch:
         )
 
     def settle(self) -> None:
-        """Complete each run that reached its last step with fewer branches than before: guidance ended there."""
+        """Complete each run that reached its last step with fewer branches than before, because guidance had ended."""
         with self.lock:
             for sampling in self.samplings.values():
                 self.settle_run(sampling)
 
-    def settle_run(self, sampling):
+    def settle_run(self, sampling: Sampling) -> None:
         if not sampling.run.report.complete and sampling.calls_at(sampling.last_step):
             self.complete(sampling)
 
-    def ended(self, run):
-        """A run is over, whole or not: what a user should hear of it."""
+    def ended(self, run: Run) -> None:
+        """A run is over, complete or not: tell the user what matters."""
 
-    def complete(self, sampling):
+    def complete(self, sampling: Sampling) -> None:
         sampling.tracker.let_go()
-        sampling.conditionings = Conditionings(sampling.expert.model, self.host)  # lets go of the prompt's tensors
+        sampling.conditionings = Conditionings(sampling.expert.model, self.host)  # releases the prompt's tensors
         self.complete_run(sampling.run)
         self.ended(sampling.run)
 
-    def begin_run(self, timesteps, level, tolerance, expert, arguments, latent):
+    def begin_run(
+        self, timesteps: Any, level: float, tolerance: float, expert: Expert, arguments: dict, latent: torch.Tensor
+    ) -> Sampling:
         expert.refuse_other_caches()
         if self.sampling is not None:
             self.settle_run(self.sampling)
@@ -278,22 +260,22 @@ class Patch:
         self.reports.append(run.report)
         del self.reports[:-KEPT_REPORTS]
         sampling = Sampling(timesteps, tracker, run, Conditionings(expert.model, self.host))
-        self.samplings[threading.current_thread().ident] = sampling
+        self.samplings[threading.get_ident()] = sampling
         return sampling
 
     def end_run(self) -> None:
-        """Forget the run in progress (of several threads: each), whole or not."""
+        """Forget the runs in progress, one for each thread, complete or not."""
         with self.lock:
             for sampling in list(self.samplings.values()):
                 self.forget(sampling)
 
-    def forget(self, sampling):
+    def forget(self, sampling: Sampling) -> None:
         sampling.run.end()
         if not sampling.run.report.complete:
             self.ended(sampling.run)
         self.samplings = {thread: one for thread, one in self.samplings.items() if one is not sampling}
 
-    def forget_threads_that_ended(self):
+    def forget_threads_that_ended(self) -> None:
         alive = {thread.ident for thread in threading.enumerate()}
         for thread, sampling in list(self.samplings.items()):
             if thread not in alive:

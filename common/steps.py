@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from .ratios import Levels
+
 if TYPE_CHECKING:
     import torch
 
@@ -43,7 +45,7 @@ class Part(NamedTuple):
 class StepTracker:
     """Follows one run through its noise levels."""
 
-    def __init__(self, levels: Sequence[float], level: float, tolerance: float) -> None:
+    def __init__(self, levels: Levels, level: float, tolerance: float) -> None:
         """levels: every noise level that the sampler will visit, high to low; level: that of the first call, where the
         run starts (not the first of the list in image-to-image, or for a second sampler); tolerance: relative."""
         every = np.asarray(levels, dtype=float)
