@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .errors import MagCacheError
 
-DENOISERS = ("transformer", "unet", "decoder", "prior")  # where a pipeline keeps its denoiser, the first that is there
+DENOISERS = ("transformer", "unet", "decoder", "prior")  # attributes where a pipeline may keep its denoiser
 
 
 @dataclass(frozen=True)
 class Denoisers:
-    """The models among which a sampler divides its steps, most often one. attribute: of the pipeline; boundary: noise
-    level below which the second works."""
+    """The models among which a sampler divides its steps, usually one.
+
+    attribute: of the pipeline; boundary: the noise level below which the second model works; leads: whether the
+    scheduler's steps are corrected by this group's calls, where there are two groups.
+    """
 
     attribute: str
     models: list[torch.nn.Module]
     boundary: float | None = None
-    leads: bool = True  # of two groups, the one with which the scheduler's steps are made again
+    leads: bool = True
 
 
-def denoisers(pipe) -> list[Denoisers]:
-    """What MagCache patches in a pipeline. Two groups where each step calls two models (one without the prompt).
-    Raises MagCacheError for a pipeline that has none, or no scheduler."""
+def denoisers(pipe: Any) -> list[Denoisers]:
+    """What MagCache patches in a pipeline; two groups if each step calls two models (one of them without the prompt).
+    Raises MagCacheError for a pipeline without a denoiser or a scheduler."""
     attribute = next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), torch.nn.Module)), None)
     if attribute is None or not hasattr(getattr(pipe, "scheduler", None), "timesteps"):
         raise MagCacheError(f"{type(pipe).__name__} has no transformer or U-Net with a scheduler that could be cached.")
@@ -37,8 +41,8 @@ def denoisers(pipe) -> list[Denoisers]:
     return [Denoisers(attribute, [model]), *others]
 
 
-def checkpoint_of(pipe, group: Denoisers) -> str:
-    """Hub id or folder."""
+def checkpoint_of(pipe: Any, group: Denoisers) -> str:
+    """The hub id or folder that a denoiser was loaded from, "" if it is not known."""
     return str(pipe.config.get("_name_or_path") or getattr(group.models[0].config, "_name_or_path", ""))
 
 

@@ -1,4 +1,4 @@
-"""Where the loop of a diffusers pipeline's sampler is, and where it ends."""
+"""Notice where the loop of a diffusers pipeline's sampler is, and where it ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import torch
 
 
 class LoopEnd:
-    """In the place of a pipeline's `progress_bar`, which surrounds the sampler's loop: when the loop is over, whoever
-    ended it (the last step, `pipe._interrupt`, an exception in a callback), the handles' runs end, so that no residual
-    takes memory while the VAE decodes."""
+    """Takes the place of a pipeline's `progress_bar`, which surrounds the sampler's loop. When the loop ends, whether
+    by its last step, `pipe._interrupt` or an exception in a callback, so do the handles' runs: no residual takes memory
+    while the VAE decodes.
+
+    before: what the pipeline object itself had there, usually nothing; plain: the method that it then had.
+    """
 
     def __init__(self, pipe: Any, handles: Sequence[Any]) -> None:
         self.pipe, self.handles = pipe, list(handles)
         there = vars(pipe).get("progress_bar")
-        self.before: Any = there.before if isinstance(there, LoopEnd) else there  # of this pipe alone, most often none
+        self.before: Any = there.before if isinstance(there, LoopEnd) else there
         self.plain: Any = there.plain if isinstance(there, LoopEnd) else pipe.progress_bar
         pipe.progress_bar = self
         models = [expert.model for handle in handles for expert in getattr(handle, "experts", [handle])]
@@ -30,6 +33,7 @@ class LoopEnd:
         return Bar(self, self.plain(*args, **kwargs))
 
     def over(self) -> None:
+        """The loop has ended."""
         for handle in self.handles:
             handle.settle()
             handle.end_run()
@@ -44,8 +48,8 @@ class LoopEnd:
 
 
 class CacheContext:
-    """In the place of a model's `cache_context`, by which some pipelines of diffusers tell where their loop is. users:
-    those of the pipelines that share the model."""
+    """Takes the place of a model's `cache_context`, in which some pipelines of diffusers tell where their loop is.
+    users: the `LoopEnd` of each pipeline that shares the model."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model: Any = model
@@ -70,11 +74,12 @@ class CacheContext:
 
     @property
     def told(self) -> dict[str, Any]:
-        """step_index, sigma, num_inference_steps, of the call that is under way in this thread; often none of them."""
+        """step_index, sigma and num_inference_steps of this thread's call under way, as far as the pipeline tells
+        them."""
         return getattr(self.threads, "told", {})
 
     def leave(self, user: LoopEnd) -> None:
-        """The last one restores the model."""
+        """Remove a user; the last one to leave restores the model."""
         self.users = [other for other in self.users if other is not user]
         if not self.users and self.model.__dict__.get("cache_context") is self:
             del self.model.__dict__["cache_context"]
@@ -84,7 +89,7 @@ class CacheContext:
 
 
 class Bar:
-    """A progress bar that tells when its loop is over, whether it is used as a context or iterated over."""
+    """A progress bar that tells when its loop has ended, used as a context manager or iterated over."""
 
     def __init__(self, end: LoopEnd, bar: Any) -> None:
         self.end, self.bar = end, bar

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from . import __version__
 from .files import write_json
 from .gram import error_by_gram, has_gram
 from .planner import Target, nearest_by_the_rule, reused_share, speedup
+from .ratios import Levels
 from .schedule import Schedule, Settings, rule_of
 from .steps import Call
 from .tables import RatioTable
@@ -188,7 +188,7 @@ def rounded(values: np.ndarray | None) -> list | None:
 class RunReport:
     """What one run did. Seconds are those of the transformer's forward alone."""
 
-    def __init__(self, schedule: Schedule, levels: Sequence[float] | np.ndarray) -> None:
+    def __init__(self, schedule: Schedule, levels: Levels) -> None:
         self.schedule, self.levels = schedule, levels
         self.calls: list[tuple[int, int, str, Lap, str]] = []
         self.peak_bytes, self.complete = 0, False

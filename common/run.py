@@ -25,6 +25,7 @@ from .corrector import Folded, Replay, follower_of
 from .errors import MagCacheError
 from .guard import Guard
 from .payloads import ModelOutput, Payload, Residual, leading_tokens
+from .ratios import Levels
 from .report import RunReport
 from .residuals import Residuals
 from .schedule import Schedule, compute_all
@@ -88,7 +89,7 @@ class Run:
 
     measures = False
 
-    def __init__(self, schedule: Schedule, levels: Sequence[float]) -> None:
+    def __init__(self, schedule: Schedule, levels: Levels) -> None:
         self.schedule, self.levels = schedule, [float(level) for level in levels]
         self.report = RunReport(schedule, self.levels)
         self.observers: list[Callable[[ModelCall, Any], None]] = []
@@ -150,7 +151,7 @@ class CachedRun(Run):
     def __init__(
         self,
         schedule: Schedule,
-        levels: Sequence[float],
+        levels: Levels,
         residuals: Residuals,
         guard: Guard | None = None,
         fall_back: Callable[[CachedRun, str], None] | None = None,
@@ -255,7 +256,7 @@ class MeasuredRun(Run):
     measures = True
 
     def __init__(
-        self, levels: Sequence[float], statistics: Statistics, noise_tokens: Callable[[dict], int] | None = None
+        self, levels: Levels, statistics: Statistics, noise_tokens: Callable[[dict], int] | None = None
     ) -> None:
         if len(levels) < 2:
             raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import pipeline, tables
+from common import pipeline_patches, tables
 from common.peer_tables import fields_of
 from common.scripts.outputs import put_in_place
 from common.scripts.quality import save_frames
@@ -79,12 +79,12 @@ def test_a_calibration_that_an_editor_marked(tmp_path):
 
 def test_a_calibration_goes_to_its_folder_wherever_the_model_lies(monkeypatch):
     home = PureWindowsPath("C:/Users/me/.magcache")
-    monkeypatch.setattr(pipeline, "Path", PureWindowsPath)
-    monkeypatch.setattr(pipeline, "calibrations_folder", lambda: home)
+    monkeypatch.setattr(pipeline_patches, "Path", PureWindowsPath)
+    monkeypatch.setattr(pipeline_patches, "calibrations_folder", lambda: home)
     group = SimpleNamespace(models=[SimpleNamespace(config=SimpleNamespace())])
     for folder in ("D:\\models\\tiny", "D:\\models\\tiny\\", "D:/models/tiny", "owner/tiny"):
         pipe = SimpleNamespace(config={"_name_or_path": folder})
-        assert pipeline.calibration_file(pipe, group, "12ab") == home / "tiny-12ab.json"
+        assert pipeline_patches.calibration_file(pipe, group, "12ab") == home / "tiny-12ab.json"
 
 
 @pytest.mark.parametrize("name", ["folder/mine", "folder\\mine"])
