@@ -20,9 +20,8 @@ from common.hosts.diffusers import ALL_TOKENS, FRAMEPACK
 from common.patch import magcache_calibration, magcache_forward
 from common.report import finite
 from common.scripts.controls import Choice, PagePlan, page_plan
-from common.scripts.flags import check_writable, named_settings
+from common.scripts.flags import check_writable, named_calibration, named_settings
 from common.scripts.outputs import report_place
-from common.scripts.session import named_calibration
 from common.steps import TRAIN_TIMESTEPS
 from common.tables import best, calibrations, calibrations_folder, load
 from common.tables import published as published_table

@@ -11,9 +11,8 @@ from magcache_framepack import FramePackJobs
 from common.errors import MagCacheError, needs
 from common.scripts.checkout import checkouts_script, one_sentence
 from common.scripts.controls import Choice, Controls, in_lines, updates
-from common.scripts.flags import flags_taken
+from common.scripts.flags import check_calibration_file, flags_taken
 from common.scripts.page import launch_held_back
-from common.scripts.session import check_calibration_file
 from common.tables import load, preset_names
 
 NEEDED = (

@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 from ..errors import MagCacheError, needs
 from ..gram import GRAMS, PREDICTORS
 from ..planner import Target
 from ..schedule import Settings
-from ..tables import SETTING_NAMES
+from ..tables import SETTING_NAMES, preset_names
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_magcache_flags(parser):
-    """Add the MagCache group to a parser. Settings left out stand for the lines at the top of the script or the
-    published ones (`settings_of`)."""
+def add_magcache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the MagCache group to a parser, and return it. Settings that are left out are those of the script's lines or
+    the published ones (`settings_of`)."""
     group = parser.add_argument_group("MagCache")
     group.add_argument(
         "--magcache_thresh",
@@ -73,8 +75,8 @@ def add_magcache_flags(parser):
     return group
 
 
-def add_refine_flag(group):
-    """For scripts of diffusers pipelines (`refine.refine`)."""
+def add_refine_flag(group: argparse._ArgumentGroup) -> None:
+    """The flag of scripts for diffusers pipelines (`refine.refine`)."""
     group.add_argument(
         "--magcache_refine",
         action="store_true",
@@ -83,8 +85,8 @@ def add_refine_flag(group):
     )
 
 
-def add_opt_in_flags(parser):
-    """The MagCache group of a host that computes everything unless it is asked not to."""
+def add_opt_in_flags(parser: argparse.ArgumentParser) -> None:
+    """The MagCache group for a script that computes everything unless it is told otherwise."""
     add_magcache_flags(parser).add_argument(
         "--use_magcache",
         action="store_true",
@@ -92,17 +94,19 @@ def add_opt_in_flags(parser):
     )
 
 
-def flags_taken(add):
-    """Take the flags of `add(parser)` out of sys.argv and leave the rest to the host's own parser; returns them as
-    `flags_and_rest` does."""
+def flags_taken(add: Callable[[argparse.ArgumentParser], Any]) -> argparse.Namespace:
+    """Take the flags that `add(parser)` adds out of sys.argv, and leave the rest to the host's own parser."""
     args, sys.argv[1:] = flags_and_rest(add, sys.argv[1:])
     return args
 
 
-def flags_and_rest(add, argv: list) -> tuple:
-    """(the flags of `add(parser)` with the set of those that were `given` by name, the rest of argv).
+def flags_and_rest(
+    add: Callable[[argparse.ArgumentParser], Any], argv: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """(the flags that `add(parser)` adds, the rest of argv). The first has a further attribute `given`: the set of
+    names of the flags that were given.
 
-    Raises MagCacheError for a flag that looks like one of them and is none: a host may pass over it in silence.
+    Raises MagCacheError for a flag that is only similar to one of them, because the host might silently ignore it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     add(parser)
@@ -124,12 +128,12 @@ def flags_and_rest(add, argv: list) -> tuple:
     return args, rest
 
 
-def switched_on(args):
+def switched_on(args: argparse.Namespace) -> bool:
     """Whether the flags of `add_opt_in_flags` ask for MagCache: --use_magcache itself, or any setting."""
     return args.magcache and bool(args.given - {"magcache_calibration"})
 
 
-def add_target_flags(group):
+def add_target_flags(group: Any) -> None:
     """The flags of a planned run."""
     group.add_argument(
         "--magcache_speedup",
@@ -167,8 +171,8 @@ def add_target_flags(group):
     )
 
 
-def target_of(args):
-    """The Target that the flags ask for, or None: the paper's rule."""
+def target_of(args: argparse.Namespace) -> Target | None:
+    """The Target that the flags ask for; None for the paper's rule. Raises MagCacheError for flags of both."""
     asked = {name: getattr(args, name) for name in ("magcache_steps", "magcache_speedup", "magcache_max_error")}
     guard = getattr(args, "magcache_guard", None)
     if all(value is None for value in asked.values()):
@@ -190,9 +194,11 @@ def target_of(args):
     )
 
 
-def check_flags(args, compared_with=("torchmetrics", "tabulate", "imageio")):
-    """Find what cannot work before anything is loaded or rendered. compared_with: the packages that --compare needs.
-    Raises MagCacheError."""
+def check_flags(
+    args: argparse.Namespace, compared_with: Sequence[str] = ("torchmetrics", "tabulate", "imageio")
+) -> None:
+    """Raises MagCacheError for what cannot work, before anything is loaded or rendered. compared_with: the packages
+    that --compare needs."""
     import torch
 
     if args.compare and not args.magcache:
@@ -210,8 +216,9 @@ def check_flags(args, compared_with=("torchmetrics", "tabulate", "imageio")):
         ) from None
 
 
-def check_writable(flag, path):
-    """Make the folder of an output file. Raises MagCacheError if nothing can be written there."""
+def check_writable(flag: str, path: Path) -> None:
+    """Make the folder of an output file. Raises MagCacheError, which names the flag, if nothing can be written
+    there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -220,8 +227,47 @@ def check_writable(flag, path):
         raise MagCacheError(f"{flag} {path} cannot be written ({error.strerror}); choose another place.") from None
 
 
-def cache_options(args):
-    """How ratios are carried over and residuals kept: arguments of `magcache_forward`."""
+def check_family(name: str, family: str | tuple[str, ...]) -> None:
+    """Raises MagCacheError for a preset of another family of models."""
+    if family and name in preset_names() and not name.startswith(family):
+        fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(family))
+        raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
+
+
+def named_calibration(args: argparse.Namespace) -> Path | None:
+    """The file that --magcache_calibration names, or None."""
+    if not args.magcache_calibration:
+        return None
+    path = Path(args.magcache_calibration)
+    return path if path.suffix else path.with_name(f"{path.name}.json")
+
+
+def check_calibration(args: argparse.Namespace, steps: int) -> None:
+    """Raises MagCacheError if --magcache_calibration is given and cannot work in a run of so many steps."""
+    if args.magcache_calibration is not None:
+        if steps < 2:
+            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
+        if args.compare:
+            raise MagCacheError(
+                "--compare renders with MagCache, --magcache_calibration measures without: one at a time."
+            )
+        check_calibration_file(args)
+
+
+def check_calibration_file(args: argparse.Namespace) -> None:
+    """Raises MagCacheError if --magcache_calibration names a file that cannot be written."""
+    path = named_calibration(args)
+    if path is not None and path.suffix != ".json":
+        raise MagCacheError(
+            f"--magcache_calibration {path} is no calibration file: end it in .json, or leave it out and put the flag "
+            "last."
+        )
+    if path is not None:
+        check_writable("The calibration file", path)
+
+
+def cache_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `magcache_forward` for interpolating ratios and keeping residuals."""
     import torch
 
     return {
@@ -236,9 +282,9 @@ def named_settings(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(SETTING_NAMES, values))
 
 
-def settings_of(args, otherwise: dict):
-    """What a run is to do: a Target if steps, a speed-up or an error is asked for, else Settings, where a flag wins
-    over `otherwise` (magcache_thresh, magcache_K and retention_ratio)."""
+def settings_of(args: argparse.Namespace, otherwise: dict[str, float]) -> Settings | Target:
+    """What the flags ask for: a Target if steps, a speed-up or an error is named; otherwise Settings, of which those
+    without a flag are taken from `otherwise`, {name: value}."""
     target = target_of(args)
     if target is not None:
         return target

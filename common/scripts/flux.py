@@ -14,13 +14,21 @@ from ..errors import MagCacheError
 from ..hosts.diffusers import FLUX
 from ..tables import SETTING_NAMES, published
 from .checkout import one_sentence
-from .flags import DTYPES, add_magcache_flags, add_refine_flag, check_flags, check_writable, flags_taken
+from .flags import (
+    DTYPES,
+    add_magcache_flags,
+    add_refine_flag,
+    check_calibration,
+    check_flags,
+    check_writable,
+    flags_taken,
+)
 from .install import REPOSITORY
 from .outputs import beside, files_of, own_place
 from .pipelines import load_pipeline, prompts_in
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
 from .refine import check_refining, refine
-from .session import Session, check_calibration
+from .session import Session
 
 DEMO = REPOSITORY / "demo" / "image"
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from ..errors import MagCacheError
 from ..tables import load
 from .controls import Choice, Controls, PagePlan, in_lines, page_plan
-from .flags import DTYPES, add_magcache_flags, check_flags, flags_and_rest
+from .flags import DTYPES, add_magcache_flags, check_calibration, check_family, check_flags, flags_and_rest
 from .outputs import REPORT, beside, report_at
-from .session import Session, check_calibration, check_family
+from .session import Session
 
 UNWATCHED = ("image", "video", "gallery", "file", "audio")  # what a plan does not depend on
 

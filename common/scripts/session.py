@@ -24,8 +24,16 @@ from ..ranks import broadcast_from_writer, is_writer
 from ..report import RunReport, write_report
 from ..schedule import Rule, Settings, rule_of
 from ..spread import refined_measure
-from ..tables import RatioTable, best, calibrations, calibrations_folder, is_checkpoint, load, preset_names
-from .flags import cache_options, check_writable, settings_of, target_of
+from ..tables import RatioTable, best, calibrations, calibrations_folder, is_checkpoint, load
+from .flags import (
+    cache_options,
+    check_calibration,
+    check_family,
+    check_writable,
+    named_calibration,
+    settings_of,
+    target_of,
+)
 from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, put_in_place, report_place
 from .plots import plot_schedule
 from .quality import quality, quality_table, side_by_side
@@ -109,9 +117,9 @@ class Session:
         if self.calibrating:
             check_calibration(self.args, self.steps)
             return
-        settings = settings_of(self.args, self.script_settings)
-        if not settings.needs_table and not self.args.mag_ratios:
-            settings.plan(None, np.linspace(1, 0, self.steps, endpoint=False))
+        settings, target = settings_of(self.args, self.script_settings), target_of(self.args)
+        if target and not target.needs_table and not self.args.mag_ratios:
+            target.plan(None, np.linspace(1, 0, self.steps, endpoint=False))
             return
         own = [] if self.args.mag_ratios else self.own_tables()
         if not self.args.mag_ratios and not self.preset and not own and not self.measures:
@@ -435,45 +443,6 @@ class Session:
     def say(self, text: str) -> None:
         if is_writer():
             tqdm.write(text)
-
-
-def check_family(name: str, family: str | tuple) -> None:
-    """Raises MagCacheError for a preset of another family of models."""
-    if family and name in preset_names() and not name.startswith(family):
-        fitting_ones = ", ".join(preset for preset in preset_names() if preset.startswith(family))
-        raise MagCacheError(f"{name} holds the ratios of another model; those for this one are {fitting_ones}.")
-
-
-def named_calibration(args):
-    """The file that --magcache_calibration names, or None."""
-    if not args.magcache_calibration:
-        return None
-    path = Path(args.magcache_calibration)
-    return path if path.suffix else path.with_name(f"{path.name}.json")
-
-
-def check_calibration(args, steps: int):
-    """Find what makes a calibration in a run of so many steps impossible. Raises MagCacheError."""
-    if args.magcache_calibration is not None:
-        if steps < 2:
-            raise MagCacheError("Calibration compares neighbouring steps: run at least 2.")
-        if args.compare:
-            raise MagCacheError(
-                "--compare renders with MagCache, --magcache_calibration measures without: one at a time."
-            )
-        check_calibration_file(args)
-
-
-def check_calibration_file(args):
-    """Raises MagCacheError where --magcache_calibration names a file that cannot be written."""
-    path = named_calibration(args)
-    if path is not None and path.suffix != ".json":
-        raise MagCacheError(
-            f"--magcache_calibration {path} is no calibration file: end it in .json, or leave it out and put the flag "
-            "last."
-        )
-    if path is not None:
-        check_writable("The calibration file", path)
 
 
 def volume(sampler):
