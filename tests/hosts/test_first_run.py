@@ -15,8 +15,7 @@ import peft
 import pytest
 import torch
 from ranks import two_ranks
-from test_pipeline_families import context_parallel
-from tiny_pipelines import FAMILIES, Stopped, denoiser, embeds, run_pipeline
+from tiny_pipelines import FAMILIES, Stopped, context_parallel, denoiser, embeds, run_pipeline
 
 from common.calibration import Statistics
 from common.errors import MagCacheError

@@ -1,5 +1,5 @@
-"""MagCache4Open-Sora in toy checkouts, whose scripts do what the real ones do; everything compared bit for bit with runs
-that no patch touched."""
+"""MagCache4Open-Sora in toy checkouts, whose scripts do what the real ones do; everything is compared bit for bit with
+runs that no patch touched."""
 
 import json
 import random

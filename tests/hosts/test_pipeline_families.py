@@ -18,7 +18,9 @@ from tiny_pipelines import (
     CONTROL_NETS,
     FAMILIES,
     Stopped,
+    context_parallel,
     denoiser,
+    fully_sharded,
     of_the_parts_of,
     picture_for,
     run_pipeline,
@@ -326,24 +328,6 @@ def test_a_control_net(family):
 
 
 RULE = {"thresh": 5.0, "K": 1, "retention_ratio": 0.2}
-
-
-def fully_sharded(model):
-    """Weights in two halves, as FSDP keeps them."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for blocks in model.children():
-        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def context_parallel(model):
-    """Tokens in two halves. diffusers asks for the number of GPUs, and there is none."""
-    torch.accelerator.device_count = lambda: 1
-    model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
 
 
 def shared_by_ranks(rank, families, share, folder):

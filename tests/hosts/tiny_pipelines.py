@@ -363,3 +363,21 @@ def denoiser(pipe):
 
 class Stopped(Exception):
     """A user's callback that ends a run."""
+
+
+def fully_sharded(model):
+    """Weights in two halves, as FSDP keeps them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for blocks in model.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def context_parallel(model):
+    """Tokens in two halves. diffusers asks for the number of GPUs, and there is none."""
+    torch.accelerator.device_count = lambda: 1
+    model.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
