@@ -9,7 +9,6 @@ again; `Folded` does the same for a plain Euler loop, inside the model's output.
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +18,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .interpolation import gram_of_data
+from .samplers import EULER, drawn_again, generator_states, integrates_data, sigmas_of, why_uncorrected
 from .trajectory import Trajectory
-
-STOCHASTIC = ("Ancestral", "SDE", "LCM", "TCD", "DDPM")  # in the names of schedulers that add noise at each step
-EULER = "euler"  # stands for the scheduler of a plain loop x += (sigma' - sigma) * output
 
 
 class Skipped(NamedTuple):
-    """One skipped step: what the pipeline gave to `scheduler.step`, and the sample `after` that it returned."""
+    """One skipped step: what the pipeline gave to `scheduler.step`, the sample `after` that it returned, and the states
+    of the generators before it (`samplers.generator_states`)."""
 
     step: int
     output: torch.Tensor
@@ -35,6 +33,7 @@ class Skipped(NamedTuple):
     after: torch.Tensor
     args: tuple
     kwargs: dict
+    noise: list[tuple[torch.Generator, torch.Tensor]]
 
 
 class Replay:
@@ -110,11 +109,12 @@ class Replay:
             if self.predicts and self.trajectory.anchors:
                 held = self.trajectory.anchors[0][1] if self.of_data else model_output
                 model_output = self.output(step, sample, self.trajectory.predicted(step, held))
+            noise = generator_states(sample, args, kwargs)
             result = self.original(model_output, timestep, sample, *args, **kwargs)
             if not self.trajectory.anchors:
                 return result
             # Cloned, because pipelines may write into what they are given.
-            self.gap.append(Skipped(step, model_output, timestep, sample, result[0].clone(), args, kwargs))
+            self.gap.append(Skipped(step, model_output, timestep, sample, result[0].clone(), args, kwargs, noise))
             return result
         integrated = self.integrated(step, sample, model_output)  # with the sample that the model was given
         if self.gap:
@@ -148,7 +148,8 @@ class Replay:
         between = self.trajectory.corrected(used, step, fresh)
         for one, integrated, given in zip(gap, between, [*(later.sample for later in gap[1:]), sample]):
             output = self.output(one.step, corrected, integrated)
-            after = self.original(output, one.timestep, corrected, *one.args, **one.kwargs)[0]
+            with drawn_again(one.noise):
+                after = self.original(output, one.timestep, corrected, *one.args, **one.kwargs)[0]
             corrected = (given.float() + (after.float() - one.after.float())).to(given.dtype)
         return corrected
 
@@ -246,42 +247,6 @@ def is_guided(call: Any) -> bool:
 def bytes_of(tensors: Sequence[torch.Tensor]) -> int:
     """Bytes that tensors take."""
     return sum(one.numel() * one.element_size() for one in tensors)
-
-
-def sigmas_of(scheduler: Any, levels: Sequence[float]) -> list[float]:
-    """The scheduler's own noise levels, which may be more exact than its timesteps, if it has as many and they agree
-    with `levels`; otherwise these."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None and len(sigmas) > len(levels):
-        own = [float(one) for one in sigmas[-len(levels) - 1 : -1]]
-        if np.allclose(own, levels, atol=2e-3) and len(set(own)) == len(own):
-            return own
-    return [float(level) for level in levels]
-
-
-def integrates_data(scheduler: Any) -> bool:
-    """Whether a scheduler turns the output of a flow model into x0 and integrates that (DPM-Solver++, UniPC)."""
-    config = getattr(scheduler, "config", {})
-    solver = config.get("predict_x0") or config.get("algorithm_type") == "dpmsolver++"
-    return bool(solver) and config.get("prediction_type") == "flow_prediction"
-
-
-def why_uncorrected(scheduler: Any) -> str:
-    """Why skipped steps of this scheduler cannot be corrected, or ""."""
-    if scheduler is None:
-        return "this sampler's steps cannot be followed"
-    if scheduler == EULER:
-        return ""
-    name, step = type(scheduler).__name__, getattr(scheduler, "step", None)
-    if not callable(step) or list(inspect.signature(step).parameters)[:3] != ["model_output", "timestep", "sample"]:
-        return f"{name} has no step that could be made again"
-    if getattr(scheduler, "order", 1) != 1:
-        return f"{name} calls the model twice a step"
-    config = getattr(scheduler, "config", {})
-    told = (config.get("stochastic_sampling"), "sde" in str(config.get("algorithm_type", "")))
-    if any(told) or any(part in name for part in STOCHASTIC):
-        return f"{name} adds noise at each step"
-    return ""
 
 
 def follower_of(

@@ -249,6 +249,10 @@ def test_what_the_solver_integrates_is_held(name):
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "adds noise"),
         (lambda: diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), "adds noise"),
         (lambda: diffusers.EulerAncestralDiscreteScheduler(), "adds noise"),
+        (lambda: diffusers.SASolverScheduler(), "adds noise"),
+        (lambda: diffusers.UnCLIPScheduler(), "adds noise"),
+        (lambda: diffusers.SCMScheduler(), "adds noise"),
+        (lambda: diffusers.CMStochasticIterativeScheduler(), "adds noise"),
         (lambda: diffusers.CogVideoXDPMScheduler(), "no step that could be made again"),
         (lambda: SimpleNamespace(step=0), "no step that could be made again"),
     ],
@@ -259,6 +263,30 @@ def test_off_with_a_reason(make, part):
     assert follower_of(scheduler, flow_sigmas(8), predicts=False) == (None, why_uncorrected(scheduler))
     follower, _ = follower_of(scheduler, flow_sigmas(8), predicts=True)
     assert isinstance(follower, Folded) and not follower.corrects
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_noise_that_a_step_is_asked_for_comes_once_more(given):
+    """DDIM's, with eta: from a generator of the pipeline's own, or torch's."""
+    ends = {}
+    for name in ("un-cached", "held", "corrected"):
+        scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
+        scheduler.set_timesteps(STEPS)
+        torch.manual_seed(5)
+        drawn = {"eta": 1.0, "generator": torch.Generator().manual_seed(5) if given else None}
+        replay = Replay(scheduler, (scheduler.timesteps / 1000).tolist()) if name == "corrected" else None
+        sample, output = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)), None
+        for step, timestep in enumerate(scheduler.timesteps):
+            computes = step in COMPUTED or name == "un-cached"
+            if computes:
+                output = torch.sin(0.5 * sample + 3 * float(timestep) / 1000)
+            if replay:
+                replay.follow(model_call(step, not computes), None)
+            sample = scheduler.step(output, timestep, sample, return_dict=False, **drawn)[0]
+        ends[name] = sample, (drawn["generator"] or torch.default_generator).get_state()
+    assert torch.equal(ends["corrected"][1], ends["un-cached"][1])
+    missed = {name: float((end - ends["un-cached"][0]).norm()) for name, (end, _) in ends.items()}
+    assert missed["corrected"] < 0.7 * missed["held"]
 
 
 def test_on_with_none():
