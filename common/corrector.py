@@ -58,6 +58,7 @@ class Replay:
         self.trajectory = Trajectory(sigmas, gram_of_data(gram, sigmas) if gram is not None and self.of_data else gram)
         self.step: int | None = None  # of the model's calls since the sampler's last step
         self.reused = False  # whether one of these was
+        self.keys: set[Hashable] = set()  # of these
         self.original = scheduler.step
         self.clear()
 
@@ -75,6 +76,7 @@ class Replay:
         self.trajectory.clear()
         self.gap: list[Skipped] = []  # the steps skipped since the last computed one
         self.state: dict = {}  # of the scheduler after that one
+        self.kept_keys: set[Hashable] = set()  # of the calls whose guided outputs are kept
 
     def detach(self) -> None:
         """Put the scheduler's own `step` back."""
@@ -96,7 +98,8 @@ class Replay:
         step = call.parts[0].call.step
         self.trajectory.guided |= is_guided(call)
         self.reused = call.reused or (self.reused and step == self.step)
-        self.step = step
+        keys = {part.key for part in call.parts}
+        self.keys, self.step = keys | self.keys if step == self.step else keys, step
         return output
 
     def advance(self, model_output, timestep, sample, *args, **kwargs):
@@ -105,6 +108,8 @@ class Replay:
         if step is None:  # no call of the model that is followed came before
             self.clear()
             return self.original(model_output, timestep, sample, *args, **kwargs)
+        if self.keys != self.kept_keys:  # guidance begins or ends here: what was guided otherwise tells nothing
+            self.clear()
         if self.reused:
             if self.predicts and self.trajectory.anchors:
                 held = self.trajectory.anchors[0][1] if self.of_data else model_output
@@ -121,6 +126,7 @@ class Replay:
             sample = self.replayed(step, integrated, sample)
         result = self.original(model_output, timestep, sample, *args, **kwargs)
         self.trajectory.computed(step, integrated)
+        self.kept_keys = self.keys
         self.state = {
             name: list(value) if isinstance(value, list) else value
             for name, value in self.scheduler.__dict__.items()

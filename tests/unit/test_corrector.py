@@ -46,9 +46,9 @@ def velocity(sample, level):
     return torch.sin(2 * sample.float() + 3 * level) + 0.3 * sample.float()
 
 
-def model_call(step, reused):
+def model_call(step, reused, branch=0):
     return SimpleNamespace(
-        parts=[SimpleNamespace(call=SimpleNamespace(step=step, branch=0), key=0, guided=False)], reused=reused
+        parts=[SimpleNamespace(call=SimpleNamespace(step=step, branch=branch), key=branch, guided=False)], reused=reused
     )
 
 
@@ -287,6 +287,32 @@ def test_noise_that_a_step_is_asked_for_comes_once_more(given):
     assert torch.equal(ends["corrected"][1], ends["un-cached"][1])
     missed = {name: float((end - ends["un-cached"][0]).norm()) for name, (end, _) in ends.items()}
     assert missed["corrected"] < 0.7 * missed["held"]
+
+
+def constant_branches(name, guided, computed=COMPUTED, held_still=0, follows=True, predicts=True):
+    """The last sample of a loop whose branches of guidance make the same output at each step, so that a skipped step
+    misses nothing. guided: (step) -> whether there are two; held_still: steps whose guided output is made zero."""
+    scheduler = scheduler_of(name)
+    replay = Replay(scheduler, (scheduler.timesteps / 1000).tolist(), predicts) if follows else None
+    sample = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    for step, timestep in enumerate(scheduler.timesteps):
+        for branch in range(1 + guided(step)):
+            if replay:
+                replay.follow(model_call(step, step not in computed, branch), None)
+        output = torch.full_like(sample, 0.0 if step < held_still else 5.0 if guided(step) else 1.0)
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+    return sample
+
+
+@pytest.mark.parametrize("predicts", [True, False])
+@pytest.mark.parametrize("change", range(4, 10))
+@pytest.mark.parametrize("name, tolerance", [("euler", 1e-4), ("unipc", 0.1)])  # x0 of UniPC's second order moves on
+def test_outputs_with_guidance_tell_nothing_of_those_without(name, tolerance, change, predicts):
+    """It ends or begins in the middle of a run, between two computed steps or at one."""
+    for guided in (lambda step: step < change, lambda step: step >= change):
+        expected = constant_branches(name, guided, follows=False)
+        got = constant_branches(name, guided, predicts=predicts)
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
 def test_on_with_none():
