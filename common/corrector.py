@@ -110,6 +110,8 @@ class Replay:
             return self.original(model_output, timestep, sample, *args, **kwargs)
         if self.keys != self.kept_keys:  # guidance begins or ends here: what was guided otherwise tells nothing
             self.clear()
+        if not self.trajectory.anchors and not model_output.any():  # a sample held at first, as CFG-Zero* does
+            return self.original(model_output, timestep, sample, *args, **kwargs)
         if self.reused:
             if self.predicts and self.trajectory.anchors:
                 held = self.trajectory.anchors[0][1] if self.of_data else model_output

@@ -315,6 +315,16 @@ def test_outputs_with_guidance_tell_nothing_of_those_without(name, tolerance, ch
         torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("held_still", [1, 2, 3])
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_a_sample_that_is_held_at_first_tells_nothing(name, held_still):
+    """CFG-Zero* makes the first outputs zero."""
+    for computed in (COMPUTED, (0, 2, 5, 9, 13), (0, 4, 8, 13)):
+        options = {"guided": lambda step: True, "computed": computed, "held_still": held_still}
+        expected = constant_branches(name, follows=False, **options)
+        torch.testing.assert_close(constant_branches(name, **options), expected, rtol=0, atol=0.01)
+
+
 def test_on_with_none():
     for name in SCHEDULERS:
         assert why_uncorrected(scheduler_of(name)) == ""
