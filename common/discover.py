@@ -7,7 +7,6 @@ blocks run (`payloads.disproof`). Of several the one whose blocks do the largest
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -17,7 +16,7 @@ import torch
 
 from .blocks import BlockStack, Host
 from .errors import MagCacheError
-from .expert import PATCHED_ALREADY, argument_names, patches_of
+from .expert import PATCHED_ALREADY, InstanceForward, argument_names, patches_of
 from .handle import Patch
 from .hosts import class_name, output_host
 from .payloads import MISFITS, disproof
@@ -187,6 +186,20 @@ def first_call(pipe, **arguments) -> tuple[torch.nn.Module, tuple, dict]:
     raise MagCacheError(f"{type(pipe).__name__} never called its {type(model).__name__}.")
 
 
+class FirstForward(InstanceForward):
+    """Of a model whose facts its first call shows (`PatchAfterDiscovery`)."""
+
+    __slots__ = ("magcache",)
+
+    def __init__(self, magcache: PatchAfterDiscovery) -> None:
+        own = magcache.own_forward
+        super().__init__(magcache.model, own or getattr(magcache.model, magcache.place), own is not None)
+        self.magcache = magcache
+
+    def __call__(self, *args, **kwargs):
+        return self.magcache.first_call(*args, **kwargs)
+
+
 class PatchAfterDiscovery:
     """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
     and this passes on to it."""
@@ -205,9 +218,7 @@ class PatchAfterDiscovery:
         # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
         self.place = "_old_forward" if "_old_forward" in self.model.__dict__ else "forward"
         self.own_forward = self.model.__dict__.get(self.place)
-        forward: Any = functools.partial(self.first_call)
-        forward.magcache = self
-        setattr(self.model, self.place, forward)
+        setattr(self.model, self.place, FirstForward(self))
 
     def first_call(self, *args, **kwargs):
         self.take_off()

@@ -107,17 +107,40 @@ class Expert:
             )
 
 
-class PatchedForward:
+class InstanceForward:
     """Takes the place of a model's forward. A copied or pickled model gets the original forward instead, because a
     patch belongs to the instance that it was put on.
 
     original: the forward that was there; own: whether it was an attribute of the instance, not of its class.
     """
 
-    __slots__ = ("expert", "original", "own", "__weakref__")
+    __slots__ = ("model", "original", "own", "__weakref__")
+
+    def __init__(self, model: torch.nn.Module, original: Callable, own: bool) -> None:
+        self.model, self.original, self.own = model, original, own
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        model = memo.get(id(self.model))
+        if model is None:
+            return self  # only the forward is being copied, not the model
+        if self.own:
+            return copy.deepcopy(self.original, memo)
+        return types.MethodType(type(model).forward, model)
+
+    def __reduce__(self):
+        if self.own:
+            return as_it_is, (self.original,)
+        return getattr, (self.model, "forward")
+
+
+class PatchedForward(InstanceForward):
+    """Of an `Expert`'s model."""
+
+    __slots__ = ("expert",)
 
     def __init__(self, expert: Expert, original: Callable, own: bool) -> None:
-        self.expert, self.original, self.own = expert, original, own
+        super().__init__(expert.model, original, own)
+        self.expert = expert
 
     # Dynamo must not trace this; the original forward, called from here, is still compiled.
     @functools.partial(torch.compiler.disable, recursive=False)
@@ -162,19 +185,6 @@ class PatchedForward:
     @property
     def __name__(self):
         return "forward"
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        model = memo.get(id(self.expert.model))
-        if model is None:
-            return self  # only the forward is being copied, not the model
-        if self.own:
-            return copy.deepcopy(self.original, memo)
-        return types.MethodType(type(model).forward, model)
-
-    def __reduce__(self):
-        if self.own:
-            return as_it_is, (self.original,)
-        return getattr, (self.expert.model, "forward")
 
 
 def as_it_is(value: Any) -> Any:

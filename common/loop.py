@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .expert import as_it_is
+
 
 class LoopEnd:
     """Takes the place of a pipeline's `progress_bar`, which surrounds the sampler's loop. When the loop ends, whether
@@ -45,6 +47,9 @@ class LoopEnd:
                 self.pipe.progress_bar = self.before
         for context in self.contexts:
             context.leave(self)
+
+    def __reduce__(self):  # a copy of the pipeline has its own progress bar
+        return (getattr, (self.pipe, "progress_bar")) if self.before is None else (as_it_is, (self.before,))
 
 
 class CacheContext:

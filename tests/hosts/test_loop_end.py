@@ -1,5 +1,8 @@
 """Residuals are gone when the loop of a real pipeline's sampler is over, whoever ended it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from tiny_pipelines import FAMILIES, Stopped, run_pipeline
@@ -50,6 +53,42 @@ def test_nothing_is_kept_when_the_loop_is_over(tiny_pipe, end):
     with enable(tiny_pipe, speedup=2, announce=None):
         assert torch.equal(run_pipeline(tiny_pipe, arguments(1)), first)
     assert "progress_bar" not in vars(tiny_pipe)
+
+
+def pickled_pipe(pipe):
+    return pickle.loads(pickle.dumps(pipe))
+
+
+@pytest.mark.robustness(
+    "Who owns a call",
+    "`copy.deepcopy`, `pickle` of a pipeline that is enabled, before its first run, in one or after it",
+    "the copy has no patch and runs its own weights",
+)
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("make", [copy.deepcopy, pickled_pipe])
+def test_a_copy_of_a_pipeline_runs_un_cached(tiny_pipe, make, described, monkeypatch):
+    tiny_pipe, arguments = tiny_pipe
+    plain, copies = run_pipeline(tiny_pipe, arguments(1)), []
+    if not described:  # its facts are looked for at the first call
+        monkeypatch.delitem(HOSTS, class_name(tiny_pipe.transformer))
+
+    def copied(pipe, step, timestep, tensors):
+        if step == 4:
+            copies.append(make(pipe))
+        return {}
+
+    with enable(tiny_pipe, thresh=5.0, K=1, retention_ratio=0.2, announce=None) as cache:
+        copies.append(make(tiny_pipe))
+        for twin in copies:
+            assert torch.equal(run_pipeline(twin, arguments(1)), plain) and not cache.reports
+        for _ in range(2):  # the first is measured
+            cached = run_pipeline(tiny_pipe, arguments(1), callback_on_step_end=copied)
+        assert cache.reports[-1].reused and not torch.equal(cached, plain)
+        for twin in copies:
+            assert torch.equal(run_pipeline(twin, arguments(1)), plain) and len(cache.reports) == 2
+            with enable(twin, speedup=2, announce=None) as again:  # a copy can be enabled like any pipeline
+                run_pipeline(twin, arguments(1))
+            assert again.reports[0].reused
 
 
 @pytest.mark.robustness("Memory and time", "diffusers' Wan in bfloat16", "residuals in bfloat16")
