@@ -207,7 +207,7 @@ class Folded:
         step, act = call.parts[0].call.step, self.skipped if call.reused else self.computed
         keys = tuple(part.key for part in call.parts)
         leaves = [
-            act((keys, index, leaf.shape), step, leaf) if torch.is_tensor(leaf) else leaf
+            act((keys, index, leaf.shape), step, leaf) if is_followed(leaf) else leaf
             for index, leaf in enumerate(leaves)
         ]
         return pytree.tree_unflatten(leaves, form)
@@ -244,6 +244,11 @@ class Folded:
         gap.clear()
         trajectory.computed(step, fresh)
         return output
+
+
+def is_followed(leaf: Any) -> bool:
+    """Whether a part of an output lies on a trajectory for each sample of a batch."""
+    return torch.is_tensor(leaf) and leaf.is_floating_point() and leaf.ndim > 1
 
 
 def is_guided(call: Any) -> bool:

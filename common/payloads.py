@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -38,6 +38,22 @@ class Payload(Protocol):
         """(number of elements, dtype) of the tensor to keep, before the first call; None if not known."""
 
 
+class Numbers(NamedTuple):
+    """A tensor of an output that is predicted."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def is_predicted(leaf: Any) -> bool:
+    """Whether a part of an output is a tensor of numbers, not a mask or indices."""
+    return torch.is_tensor(leaf) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def copied(leaf: Any) -> Any:
+    return leaf.clone() if torch.is_tensor(leaf) else leaf
+
+
 class ModelOutput:
     """Keeps the model's output. A reused step runs nothing of the model, and what is kept is as small as a latent."""
 
@@ -53,23 +69,29 @@ class ModelOutput:
         return latent.numel(), latent.dtype
 
     def finish(self, output: Any = None) -> torch.Tensor:
-        """A copy of the output's tensors as (1, elements, 1): samplers may write into what they are given."""
+        """A copy of the output's numbers as (1, elements, 1): samplers may write into what they are given. Masks and
+        indices are no numbers, and stay as they are. Raises MagCacheError if there are none."""
         leaves, form = pytree.tree_flatten(output)
-        tensors = [leaf.flatten() for leaf in leaves if torch.is_tensor(leaf)]
-        shapes = [leaf.shape if torch.is_tensor(leaf) else leaf for leaf in leaves]
-        self.forms[threading.get_ident(), self.key] = shapes, form
+        tensors = [leaf.flatten() for leaf in leaves if is_predicted(leaf)]
+        if not tensors:
+            raise MagCacheError(
+                f"MagCache finds no tensor in the model's output, a {type(output).__name__}: run it without MagCache, "
+                "or let its forward return a tensor, a tuple, a list, a dictionary or a class of PyTorch's pytree."
+            )
+        kept = [Numbers(leaf.shape, leaf.dtype) if is_predicted(leaf) else copied(leaf) for leaf in leaves]
+        self.forms[threading.get_ident(), self.key] = kept, form
         return torch.cat(tensors)[None, :, None]
 
     def replace(self, tensor: torch.Tensor) -> Any:
         """These values in the form of the branch's newest output: a tuple, list, dictionary or dataclass of tensors."""
         values, leaves = tensor.flatten(), []
-        shapes, form = self.forms[threading.get_ident(), self.key]
-        for leaf in shapes:
-            if isinstance(leaf, torch.Size):
-                leaves.append(values[: leaf.numel()].clone().reshape(leaf))
-                values = values[leaf.numel() :]
+        kept, form = self.forms[threading.get_ident(), self.key]
+        for leaf in kept:
+            if isinstance(leaf, Numbers):
+                leaves.append(values[: leaf.shape.numel()].clone().reshape(leaf.shape).to(leaf.dtype))
+                values = values[leaf.shape.numel() :]
             else:
-                leaves.append(leaf)
+                leaves.append(copied(leaf))
         return pytree.tree_unflatten(leaves, form)
 
     def restore(self) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,15 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from ranks import two_ranks
 
+from common.blocks import Host
+from common.corrector import EULER
 from common.errors import MagCacheError
 from common.gram import unpacked
 from common.guard import Guard
 from common.patch import magcache_calibration, magcache_forward
 from common.payloads import ModelOutput
 from common.planner import Target
+from common.ratios import flow_sigmas
 from common.tables import read
 
 
@@ -97,6 +101,33 @@ def test_outputs_of_any_form(form):
     assert torch.equal(tensors, torch.arange(6.0).reshape(2, 3) + 1)
     tensors.zero_()
     assert kept.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scheduler", [None, EULER])
+def test_each_part_of_an_output_keeps_its_type(scheduler):
+    """Pictures and sound in types of their own, a mask, indices, a loss of experts for each sample or for all."""
+
+    class Parts(torch.nn.Module):
+        def forward(self, x, timestep):
+            y = torch.sin(x) * timestep / 1000
+            return y.half(), y.double(), y > 0, torch.arange(3) + 2**40, y.mean((1, 2)), y.mean()
+
+    model, timesteps = Parts(), 1000 * torch.tensor(flow_sigmas(12))
+    host = Host(blocks=(), latent="x", why_output="of a test")
+    options = {"scheduler": scheduler, "announce": None}
+    with magcache_forward(model, host, None, Target(6), lambda: timesteps, **options) as handle, torch.no_grad():
+        x = torch.randn(2, 3, 4)
+        for timestep in timesteps:
+            made = model(x, timestep.float())
+            types = torch.float16, torch.float64, torch.bool, torch.int64, torch.float32, torch.float32
+            assert tuple(part.dtype for part in made) == types and made[3].tolist() == [2**40, 2**40 + 1, 2**40 + 2]
+            x = x - 0.08 * made[1].float()
+    assert handle.reports[0].reused == 6
+
+
+def test_an_output_without_tensors_gets_a_sentence():
+    with pytest.raises(MagCacheError, match="finds no tensor in the model's output, a SimpleNamespace: run it without"):
+        ModelOutput().finish(SimpleNamespace(sample=torch.ones(1)))
 
 
 @pytest.mark.robustness(
