@@ -199,6 +199,8 @@ def disproof(stack: Payload, residual: torch.Tensor, output: Any, rehearse: Call
                 return f"an output of shape {tuple(other.shape)} for one of {tuple(one.shape)}"
             # before + (after - before) is after, up to one rounding of the tokens.
             allowed = max(allowed, *(4 * torch.finfo(tensor.dtype).eps for tensor in (one, residual)))
+            if one.isfinite().all() and not other.isfinite().all():  # half precision has no room for the residual
+                return "its own residual makes another output, which is not finite"
             missed = (other.detach().double() - one.detach().double()).norm() / one.detach().double().norm()
             worst = max(worst, float(missed.nan_to_num(0.0)))
     return f"its own residual makes another output, by {worst:.1%}" if worst > allowed else ""

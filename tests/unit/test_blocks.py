@@ -8,6 +8,7 @@ import torch
 
 from common.blocks import BlockStack, Host
 from common.patch import magcache_forward
+from common.payloads import Residual
 from common.schedule import Settings
 from common.tables import RatioTable
 
@@ -185,3 +186,34 @@ def test_a_residual_is_never_fitted_to_another_number_of_tokens(references):
     assert kinds[5] == "computed" and report.unplanned == {"the number of image tokens changed": 1}
     assert blocks[5] == 3 and [count > 0 for count in blocks[1:]] == [kind == "computed" for kind in kinds[1:]]
     assert torch.equal(outputs[5], ReferencesStay.forward(model, latent, levels[5])) and not handle.reports[0].notes
+
+
+class TurnsRound(torch.nn.Module):
+    def forward(self, tokens):
+        return -tokens
+
+
+class NoRoom(torch.nn.Module):
+    """One block, whose residual float16 has no room for, and a norm that makes nan of infinity."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = torch.nn.ModuleList([TurnsRound()]), torch.nn.LayerNorm(4).half()
+
+    def forward(self, latent):
+        for block in self.blocks:
+            latent = block(latent)
+        return self.head(latent)
+
+
+def test_a_residual_that_is_not_finite_proves_nothing():
+    latent = 60000 * torch.tensor([[[1.0, -1.0, 0.5, -0.2]]]).half()
+    model = NoRoom().requires_grad_(False)
+    payload = Residual(model, replace(HOST, in_place=False))
+    payload.record({"latent": latent})
+    output = model(latent)
+    made = payload.finish(output)
+    assert output.isfinite().all() and not made.isfinite().all()
+    kept, proved, told = payload.prove(made, output, lambda: model(latent))
+    assert "another output, which is not finite): its output is predicted instead" in told
+    assert payload.kind == "output" and torch.equal(proved, output) and torch.equal(payload.replace(kept), output)
