@@ -23,6 +23,7 @@ NO_CONDITIONING = ("mask", "timestep", "sigma")
 # Of inputs that are conditioning even if they change at each step.
 CONDITIONING = ("encoder_hidden", "prompt", "pooled", "text", "context", "image_emb", "scale")
 CHANGED = "the conditioning changed"
+GRADIENT = "a gradient is asked for"  # which goes through the model, not through a prediction
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,18 @@ class Conditionings:
         trajectory = self.latents % self.trajectories
         evaluation = (known.number, trajectory, self.latents)
         self.counts[evaluation] = self.counts.get(evaluation, -1) + 1
+        if torch.is_grad_enabled() and self.asks_for_a_gradient(arguments):
+            why = why or GRADIENT
         return (known.number, trajectory, self.counts[evaluation]), why
+
+    def asks_for_a_gradient(self, arguments: dict) -> bool:
+        """Whether a gradient of one of these is asked for. A loop that only forgot `torch.no_grad` asks for none: its
+        latents depend on the weights."""
+        given = [leaf for name, value in arguments.items() for _, leaf in leaves(name, value) if torch.is_tensor(leaf)]
+        tracked = [leaf for leaf in given if leaf.requires_grad]
+        if any(leaf.is_leaf for leaf in tracked):
+            return True
+        return bool(tracked) and not any(weight.requires_grad for weight in self.model.parameters())
 
     def find(self, inputs: dict[str, Any]) -> tuple[Conditioning, str]:
         """(the conditioning with these inputs, why the call must compute or "")."""

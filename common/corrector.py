@@ -138,6 +138,7 @@ class Replay:
 
     def integrated(self, step: int, sample: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What the scheduler integrates: x0 (float32), or the model's output."""
+        sample, output = sample.detach(), output.detach()
         return sample.float() - self.trajectory.levels[step] * output.float() if self.of_data else output
 
     def output(self, step: int, sample: torch.Tensor, integrated: torch.Tensor) -> torch.Tensor:
@@ -234,7 +235,7 @@ class Folded:
         trajectory, gap = self.branch(key)
         # Nothing is corrected if the branch was left out in between (guidance that ends and begins again).
         whole = bool(gap) and [at for at, _ in gap] == list(range(trajectory.anchors[0][0] + 1, step))
-        fresh = output.clone()
+        fresh = output.detach().clone()
         if whole:
             missed = sum(
                 (self.levels[at + 1] - self.levels[at]) * (corrected.float() - made.float())

@@ -51,7 +51,7 @@ class Residuals:
         kept = Kept(
             call.step,
             signature(latent),
-            residual.to(self.device or residual.device, self.dtype),
+            residual.detach().to(self.device or residual.device, self.dtype),
             residual.dtype,
             residual.device,
         )

@@ -8,6 +8,7 @@ import torch
 from tiny_flux import CHANNELS, TEXT_TOKENS, TEXT_WIDTH
 from tiny_runs import SHORT, Oracle, alone
 
+from common.corrector import EULER
 from common.errors import MagCacheError
 from common.hosts.diffusers import FLUX
 from common.patch import magcache_forward
@@ -203,6 +204,42 @@ def test_a_control_net_that_ends(model, euler, cached):
         assert report.schedule.reuse[6] and [call[2] for call in report.calls][6] == "computed"
         ((why, calls),) = report.unplanned.items()
         assert calls == 1 and "controlnet_block_samples" in why
+
+
+@pytest.mark.robustness(
+    "What a residual belongs to",
+    "a gradient with respect to the latent or the prompt is asked for at some of the steps",
+    "these steps compute, and the gradient is the un-cached one",
+)
+@pytest.mark.parametrize("of_prompt", [True, False])
+@pytest.mark.parametrize("scheduler", [None, EULER])
+def test_a_gradient_goes_through_the_model(model, euler, cached, scheduler, of_prompt):
+    sampler = euler(model)
+
+    def sampled():
+        gradients, (noise, prompt) = [], torch.randn(2, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+        latents, prompt = noise[..., :16], prompt[:, :8]
+        sampler.timesteps = 1000 * torch.tensor(flow_sigmas(12, 3.0)).float()
+        for step, timestep in enumerate(sampler.timesteps):
+            wanted = prompt if of_prompt else latents
+            wanted.requires_grad_(step < 7)
+            with torch.set_grad_enabled(step < 7):
+                made = model(
+                    1.0 * latents, prompt, torch.zeros(1, 32), timestep[None] / 1000, torch.zeros(64, 3),
+                    torch.zeros(8, 3), torch.ones(1), return_dict=False,
+                )[0]  # fmt: skip
+            if step < 7:
+                gradients += torch.autograd.grad(made.square().sum(), wanted)
+            latents = latents.detach() - 0.08 * made.detach()
+        return gradients
+
+    expected = sampled()
+    with cached(sampler, scheduler=scheduler) as handle:
+        gradients = sampled()
+        assert all(torch.equal(one, other) for one, other in zip(gradients, expected))
+        report = handle.reports[0]
+        assert report.unplanned == {"a gradient is asked for": int(report.schedule.reuse[:7].sum())}
+        assert report.reused == report.schedule.reuse[7:].sum() > 0
 
 
 @pytest.mark.robustness(
