@@ -27,8 +27,8 @@ class Clock:
 
     def __init__(self, pipe: Any, models: list[torch.nn.Module]) -> None:
         self.pipe, self.models = pipe, models
-        self.source: Any = None  # the scheduler's timesteps
-        self.levels = np.empty(0)  # the same as noise levels * 1000
+        self.source: tuple[Any, Any] = (None, None)  # the scheduler's timesteps, and the pipeline's `denoising_end`
+        self.levels = np.empty(0)  # the timesteps as noise levels * 1000
 
     def host(self, host: Host) -> Host:
         """The facts, with the noise level told by the scheduler and calls of other pipelines left alone."""
@@ -66,11 +66,13 @@ class Clock:
         return {GUIDANCE: [kept[name] for name in named if isinstance(kept[name], (int, float))]}
 
     def timesteps(self) -> np.ndarray:
-        """The scheduler's timesteps from high noise to low, 1000 being noise level 1; the same object for as long as
-        the scheduler keeps its own."""
-        source = self.pipe.scheduler.timesteps
-        if source is not self.source:
-            self.source, self.levels = source, falling(source)
+        """The timesteps of a run from high noise to low, 1000 being noise level 1: the scheduler's, without those that
+        SDXL's `denoising_end` leaves to a refiner. The same object for as long as the scheduler keeps its own."""
+        timesteps, end = self.pipe.scheduler.timesteps, getattr(self.pipe, "_denoising_end", None)
+        if timesteps is not self.source[0] or end != self.source[1]:
+            self.source, self.levels = (timesteps, end), falling(timesteps)
+            if end:
+                self.levels = self.levels[self.levels >= round(TRAIN_TIMESTEPS * (1 - end))]
         return self.levels
 
     def level(self, host: Host, arguments: dict) -> float:

@@ -291,6 +291,32 @@ def test_image_to_image(family, strength):
 
 
 @pytest.mark.robustness(
+    "When the patch would do nothing",
+    "a run that ends early and leaves the rest to a refiner (SDXL's `denoising_end`)",
+    "planned for the steps that it has",
+)
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler"])
+def test_a_run_that_leaves_the_rest_to_a_refiner(scheduler):
+    """Its last step is the last that it makes, so it computes, and all before it are corrected."""
+    pipe, arguments = FAMILIES["sdxl"]()
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    refiner = of_the_parts_of(pipe, IMAGE_TO_IMAGE["sdxl"])
+    call, rest = {**arguments(1), "denoising_end": 0.7}, {**arguments(1), "denoising_start": 0.7}
+    rest = {name: value for name, value in rest.items() if name not in ("height", "width")}
+    plain, whole = run_pipeline(pipe, call, 10), run_pipeline(pipe, arguments(1), 10)
+    with enable(pipe, speedup=2, announce=None) as cache:
+        cached = run_pipeline(pipe, call, 10)
+        run_pipeline(pipe, arguments(1), 10)
+    first, second = cache.reports
+    assert len(first.levels) == 7 and len(second.levels) == 10
+    assert not first.schedule.reuse[-1] and all(report.complete and not report.unplanned for report in cache.reports)
+    assert 0 < (cached - plain).norm() < 0.5 * (plain - whole).norm()
+    with enable(refiner, speedup=2, announce=None) as cache:
+        run_pipeline(refiner, {**rest, "image": cached}, 10)
+    assert len(cache.reports[0].levels) == 3 and cache.reports[0].complete
+
+
+@pytest.mark.robustness(
     "What a residual belongs to",
     "guidance that calls the model with two rows, then with one (LTX-2, SD3's skip-layer guidance)",
 )
