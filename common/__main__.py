@@ -113,6 +113,8 @@ def compare(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="where the side-by-side picture or video goes")
     args = parser.parse_args(arguments)
 
+    if args.out and args.out.resolve() in (Path(args.a).resolve(), Path(args.b).resolve()):
+        raise MagCacheError(f"--out {args.out} is one of the two files that are compared; name another.")
     (reference, fps), (result, _) = read_frames(args.a), read_frames(args.b)
     print(quality_text(quality(reference, result)))
     out = args.out or Path(f"compare_{Path(args.b).stem}").with_suffix(".png" if fps is None else ".mp4")

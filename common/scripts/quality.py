@@ -15,39 +15,62 @@ from .outputs import put_in_place
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
+ANIMATED = (".gif", ".webp")  # suffixes of videos that Pillow writes
+MOVING_PICTURES = ("GIF", "WEBP", "PNG", "AVIF")  # formats that Pillow reads frame by frame
 MAGNIFIED = 10
 COLUMN = 192  # width of a column of an animated picture
+SSIM_LEAST = 6  # pixels a side: half a window of 11, mirrored
 MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window
 
 
 def read_frames(path: str | Path) -> tuple[np.ndarray, float | None]:
-    """An image or video file as uint8 array (frames, height, width, 3) and its frames a second (None: one picture)."""
+    """An image or video file, or an animated picture, as uint8 array (frames, height, width, 3) and its frames a second
+    (None: one picture)."""
     path = Path(path)
     if not path.is_file():
         raise MagCacheError(f"There is no file {path}.")
     imageio = needs("imageio.v3", "imageio[ffmpeg]")
     try:
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.suffix.lower() != ".gif":
             frames = imageio.imread(path, plugin="FFMPEG")
             return np.asarray(frames)[..., :3], imageio.immeta(path, plugin="FFMPEG").get("fps", 24)
-        from PIL import Image
-
-        return np.asarray(Image.open(path).convert("RGB"))[None], None
+        return read_picture(path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise MagCacheError(f"{path} cannot be read as a picture or video ({reason}).") from None
 
 
+def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
+    """`read_frames` of what Pillow reads."""
+    from PIL import Image
+
+    frames, seconds = [], 0.0
+    with Image.open(path) as picture:
+        moving = picture.format in MOVING_PICTURES and getattr(picture, "n_frames", 1) > 1
+        for index in range(picture.n_frames if moving else 1):
+            if moving:
+                picture.seek(index)
+            # Grey values of 16 bits would be cut off at 255.
+            deep = picture.mode.startswith("I")
+            grey = (np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8) if deep else None
+            frames.append(np.asarray((picture if grey is None else Image.fromarray(grey)).convert("RGB")))
+            seconds += picture.info.get("duration", 0) / 1000
+    return np.stack(frames), (len(frames) / seconds if seconds else 24.0) if moving else None
+
+
 def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None]:
     """{"psnr": dB, "ssim": .., "ms_ssim": ..} of uint8 arrays (frames, height, width, 3), averaged over the frames.
 
-    psnr is inf where nothing differs; ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
+    psnr is inf where nothing differs, else the average of the frames that do differ: one black frame in common would make
+    it inf for all. ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
     """
     metrics = needs("torchmetrics.functional.image", "torchmetrics")
     import torch
 
     if reference.shape != result.shape:
         raise MagCacheError(f"Only equals can be compared: {frames_text(reference)} against {frames_text(result)}.")
+    if min(reference.shape[1:3]) < SSIM_LEAST:
+        raise MagCacheError(f"SSIM needs {SSIM_LEAST} pixels a side, and these are {frames_text(reference)}.")
     rows = []
     for one, other in zip(reference, result):
         one, other = (torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None].float() / 255 for frame in (one, other))
@@ -60,7 +83,8 @@ def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None
                 else np.nan,
             )
         )
-    psnr, similarity, ms_ssim = (float(value) for value in np.mean(rows, axis=0))
+    _, similarity, ms_ssim = (float(value) for value in np.mean(rows, axis=0))
+    psnr = float(np.mean([row[0] for row in rows if np.isfinite(row[0])] or [np.inf]))
     return {"psnr": psnr, "ssim": similarity, "ms_ssim": None if np.isnan(ms_ssim) else ms_ssim}
 
 
@@ -134,23 +158,42 @@ def padded(frames: np.ndarray, height: int, length: int) -> np.ndarray:
 def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) -> Path:
     """Write uint8 frames as a picture or video, under a temporary name, then renamed; returns where they are."""
     path = Path(path)
-    part = path.with_name(f".{os.getpid()}.part{path.suffix}")
+    part = path.parent / f".{os.getpid()}.part{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if fps is None:
             from PIL import Image
 
             Image.fromarray(frames[0]).save(part)
+        elif path.suffix.lower() in ANIMATED:
+            from PIL import Image
+
+            first, *others = map(Image.fromarray, frames)
+            first.save(part, save_all=True, append_images=others, duration=1000 / fps, loop=0)
         else:
+            codec = {"codec": "libvpx-vp9"} if path.suffix.lower() == ".webm" else {}
             needs("imageio.v3", "imageio[ffmpeg]").imwrite(
-                part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2
+                part, even(frames), plugin="FFMPEG", fps=fps, macro_block_size=2, **codec
             )
+            check_length(part, len(frames))
         return put_in_place(part, path)
     except (OSError, ValueError) as error:
         raise MagCacheError(f"{path} cannot be written ({error}).") from None
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def check_length(video: Path, frames: int) -> None:
+    """Raises OSError where a video holds fewer frames: ffmpeg's failure, as on a full disk, does not reach imageio."""
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        written = count_frames_and_secs(str(video))[0]
+    except RuntimeError:
+        written = 0
+    if written < frames:
+        raise OSError(f"ffmpeg wrote {written} of {frames} frames; is the disk full?")
 
 
 def even(frames: np.ndarray) -> np.ndarray:

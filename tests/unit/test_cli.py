@@ -1,10 +1,12 @@
 """`python -m common`: presets, plan, compare, install; and the figures of `common.quality`."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,64 @@ def test_compare_videos(capsys, tmp_path):
     text = say(capsys, "compare", "a.mp4", "b.mp4", "--out", "side.mp4")
     assert "PSNR" in text
     assert read_frames("side.mp4")[0].shape == (6, 48, 136, 3)
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_compare_reads_every_frame_of_an_animated_picture(capsys, ending):
+    """Not the first alone, which the two have in common."""
+    frames = [Image.fromarray(noise_picture(seed)[0]) for seed in range(4)]
+    for name, others in (("a", frames[1:]), ("b", frames[:0:-1])):
+        frames[0].save(f"{name}.{ending}", save_all=True, append_images=others, duration=125, lossless=True)
+    read, fps = read_frames(f"a.{ending}")
+    assert read.shape == (4, 48, 64, 3) and round(fps) == 8
+    text = say(capsys, "compare", f"a.{ending}", f"b.{ending}")
+    assert "PSNR inf" not in text and "compare_b.mp4" in text
+    frames[0].save(f"one.{ending}")
+    assert read_frames(f"one.{ending}")[1] is None
+
+
+def test_frames_that_are_equal_do_not_make_a_video_equal():
+    one, other = np.concatenate([noise_picture(0), noise_picture(1)]), np.concatenate([noise_picture(0)] * 2)
+    assert quality(one, other)["psnr"] == pytest.approx(quality(one[1:], other[1:])["psnr"])
+
+
+def test_grey_of_16_bits_is_not_cut_off():
+    deep = (noise_picture(0)[0, :, :, 0].astype(np.uint16)) * 257
+    Image.fromarray(deep).save("deep.png")
+    assert np.array_equal(read_frames("deep.png")[0], np.repeat(noise_picture(0)[..., :1], 3, axis=3))
+
+
+def test_compare_leaves_what_it_compares(tmp_path):
+    save_frames(tmp_path / "a.png", noise_picture(0))
+    save_frames(tmp_path / "tiny.png", noise_picture(0)[:, :5])
+    assert "one of the two" in cli_complaint("compare", "a.png", "a.png", "--out", tmp_path / "a.png")
+    assert "SSIM needs 6 pixels" in cli_complaint("compare", "tiny.png", "tiny.png")
+    assert ". cannot be written" in cli_complaint("compare", "a.png", "a.png", "--out", ".")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webm", "mkv", "mov", "gif", "webp"])
+def test_videos_of_every_kind(tmp_path, ending):
+    frames = np.repeat(np.stack([np.full((48, 64, 3), 40 * index, np.uint8) for index in range(5)]), 2, axis=0)
+    frames[:, :4, 0] = np.arange(10)[:, None, None] * 20  # else Pillow joins equal frames
+    save_frames(tmp_path / f"a.{ending}", frames, fps=8)
+    again, fps = read_frames(tmp_path / f"a.{ending}")
+    assert again.shape == frames.shape and round(fps) == 8 and quality(frames, again)["psnr"] > 30
+
+
+def test_a_video_that_ffmpeg_could_not_finish_leaves_the_old_one(tmp_path, monkeypatch):
+    """As on a full disk: ffmpeg fails behind imageio, which says nothing."""
+    frames = np.repeat(noise_picture(0), 6, axis=0)
+    save_frames(tmp_path / "a.mp4", frames, fps=8)
+    before, write = (tmp_path / "a.mp4").read_bytes(), imageio.imwrite
+
+    def cut(path, *args, **kwargs):
+        write(path, *args, **kwargs)
+        os.truncate(path, os.path.getsize(path) // 2)
+
+    monkeypatch.setattr(imageio, "imwrite", cut)
+    with pytest.raises(MagCacheError, match="0 of 6 frames; is the disk full"):
+        save_frames(tmp_path / "a.mp4", frames, fps=8)
+    assert (tmp_path / "a.mp4").read_bytes() == before and not list(tmp_path.glob(".*part*"))
 
 
 def test_side_by_side_of_different_lengths_and_sizes(tmp_path):
