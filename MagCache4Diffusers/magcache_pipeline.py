@@ -14,6 +14,7 @@ import argparse
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,12 +31,14 @@ import torch  # noqa: E402
 from common.denoisers import denoisers  # noqa: E402
 from common.errors import MagCacheError, needs  # noqa: E402
 from common.pipeline import DEFAULT_SPEEDUP, enable  # noqa: E402
+from common.planner import Target  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
 from common.report import write_report  # noqa: E402
+from common.schedule import Settings  # noqa: E402
 from common.scripts.checkout import one_sentence  # noqa: E402
-from common.scripts.flags import DTYPES, add_refine_flag, check_writable  # noqa: E402
+from common.scripts.flags import DTYPES, add_refine_flag, check_seed, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
-from common.scripts.outputs import beside, files_of, own_place, report_place  # noqa: E402
+from common.scripts.outputs import beside, bookkeeping, files_of, own_place, report_place  # noqa: E402
 from common.scripts.pipelines import load_pipeline, prompts_in  # noqa: E402
 from common.scripts.quality import (  # noqa: E402
     MAGNIFIED,
@@ -49,6 +52,7 @@ from common.scripts.quality import (  # noqa: E402
     side_by_side,
 )
 from common.scripts.refine import check_refining, refine  # noqa: E402
+from common.tables import calibrations_folder  # noqa: E402
 
 DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
 # What the bundled models were trained for, in place of the defaults of a large FLUX and Wan.
@@ -57,6 +61,9 @@ DEMO_CALLS = {
     "demo": TRAINED_FOR,
     "demo-video": {**TRAINED_FOR, "num_frames": 17, "num_inference_steps": 30, "guidance_scale": 5.0},
 }
+KINDS = {".png": "a picture", ".mp4": "a video", ".wav": "a sound"}
+ENDINGS = (*PICTURES, *VIDEO_SUFFIXES, ".wav")
+SET_HERE = ("self", "generator", "output_type", "return_dict")  # keywords of a pipeline's call
 SETTINGS = {
     "magcache_speedup": "speedup",
     "magcache_steps": "steps",
@@ -68,7 +75,7 @@ SETTINGS = {
 
 
 def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(our flags, the rest: keywords of the pipeline)."""
+    """(our flags, the rest: keywords of the pipeline). Raises MagCacheError for a flag of MagCache that it has not."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -116,16 +123,28 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     group.add_argument(
         "--compare", action="store_true", help="also un-cached, and the plain sampler with as many steps"
     )
-    return parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    args.flags = [action.option_strings[0][2:] for action in parser._actions]
+    for flag in (word[2:].partition("=")[0] for word in rest if word.startswith("--")):
+        if "magcache" in flag:  # of no pipeline, which would have to be loaded first
+            raise MagCacheError(f"There is no flag --{flag}{nearest(flag, args.flags)}")
+    return args, rest
+
+
+def nearest(flag: str, known) -> str:
+    """The end of a sentence on a flag that there is not."""
+    near = get_close_matches(flag, known, n=1)
+    return f"; {near[0]} is the nearest." if near else "."
 
 
 @one_sentence
 def main() -> None:
     args, rest = flags(sys.argv[1:])
     check_pipeline_flags(args)
+    prompts = prompts_of(args)
     pipe = load_model(args)
-    call = {**DEMO_CALLS.get(args.model, {}), **keywords(pipe, rest)}
-    prompts, rank, ranks = prompts_of(args), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    call = {**DEMO_CALLS.get(args.model, {}), **keywords(pipe, rest, args.flags)}
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = place(pipe, args)
     if args.magcache_refine:
         refine_pipeline(pipe, args, call, prompts)
@@ -149,10 +168,33 @@ def check_pipeline_flags(args) -> None:
     if args.compare:
         for package in ("torchmetrics", "tabulate"):
             needs(package, package)
-    if args.output:
+    if args.output is not None:
+        if args.output.suffix.lower() not in ENDINGS:
+            raise MagCacheError(f"--output {args.output} has no ending that can be written; {', '.join(ENDINGS)} can.")
         check_writable("--output", args.output)
+    check_seed(args.seed)
+    if not 0 < args.fps < np.inf:
+        raise MagCacheError(f"--fps must be larger than 0, not {args.fps:g}.")
+    check_settings(args)
     if args.model in DEMOS and not (DEMOS[args.model] / "model").is_dir():
         raise MagCacheError(f"The model {args.model} is not at {DEMOS[args.model]}: run from a whole clone.")
+
+
+def check_settings(args) -> None:
+    """What `enable` would refuse of the settings. Raises MagCacheError."""
+    asked = {flag: getattr(args, flag) for flag in SETTINGS if getattr(args, flag) is not None}
+    if args.magcache_calibration:
+        if asked:
+            raise MagCacheError(f"A calibration computes everything: leave out --{' --'.join(asked)} in this run.")
+        check_writable("The calibration", calibrations_folder() / "calibration.json")
+    elif {"magcache_speedup", "magcache_steps", "magcache_max_error"} & asked.keys():
+        if "magcache_thresh" in asked:
+            raise MagCacheError(
+                "Ask for a speed-up, steps or an error, or for the paper's rule: leave out --magcache_thresh."
+            )
+        Target(**asked, payload="output")
+    else:
+        Settings(**{"magcache_thresh": 0.0, "magcache_K": 1, "retention_ratio": 0.0, **asked})
 
 
 def load_model(args):
@@ -164,25 +206,33 @@ def load_model(args):
     return pipe
 
 
-def keywords(pipe, rest: list[str]) -> dict:
-    """What `--name value` says of the pipeline's own call. Raises MagCacheError for a keyword that it has not."""
-    known, found, flag = inspect.signature(type(pipe).__call__).parameters, {}, None
+def keywords(pipe, rest: list[str], ours=()) -> dict:
+    """What `--name value` says of the pipeline's own call. Raises MagCacheError for a keyword that it has not, or that
+    this script sets. ours: names of its own flags."""
+    parameters, found, flag = inspect.signature(type(pipe).__call__).parameters, {}, None
+    known = {name: parameter for name, parameter in parameters.items() if name not in SET_HERE}
     for word in rest:
         if word.startswith("--"):
             flag, _, value = word[2:].partition("=")
             flag = flag.replace("-", "_")
-            if flag not in known or flag == "self":
-                near = get_close_matches(flag, known, n=1)
-                raise MagCacheError(
-                    f"{type(pipe).__name__} has no keyword {flag}" + (f"; {near[0]} is the nearest." if near else ".")
-                )
+            if flag in SET_HERE:
+                raise MagCacheError(f"--{flag} is set by this script, which saves what comes out; leave it out.")
+            if flag not in known:
+                raise MagCacheError(f"{type(pipe).__name__} has no keyword {flag}{nearest(flag, [*known, *ours])}")
             found[flag] = [value] if value else []
         elif flag is None:
             raise MagCacheError(f"'{word}' belongs to no flag.")
         else:
             found[flag].append(word)
     read = {name: [value_of(name, word) for word in words] or [True] for name, words in found.items()}
-    return {name: values[0] if len(values) == 1 else values for name, values in read.items()}
+    for name, values in read.items():
+        kinds = set(re.findall(r"\w+", str(known[name].annotation)))
+        if kinds & {"int", "float"} and not kinds & {"str", "bool"} and {type(value) for value in values} & {str, bool}:
+            raise MagCacheError(f"--{name} takes a number, not '{' '.join(found[name])}'.")
+    call = {name: values[0] if len(values) == 1 else values for name, values in read.items()}
+    if isinstance(call.get("num_inference_steps"), int) and call["num_inference_steps"] < 1:
+        raise MagCacheError(f"--num_inference_steps must be at least 1, not {call['num_inference_steps']}.")
+    return call
 
 
 def value_of(name: str, word: str):
@@ -283,14 +333,19 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
             print(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
         return
     asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
-    uncached = None
-    with enable(pipe, **asked, calibrate=args.magcache_calibration or None, announce=say) as cache:
-        output, seconds = draw(pipe, args, call, "calibrating" if args.magcache_calibration else "MagCache")
-        say(cache.report)
-        if args.compare and cache.reports[-1].measuring:  # an un-cached run, which the next one is compared with
-            uncached = output, seconds
-            output, seconds = draw(pipe, args, call, "MagCache")
+    output = uncached = failure = None
+    try:
+        with enable(pipe, **asked, calibrate=args.magcache_calibration or None, announce=say) as cache:
+            output, seconds = draw(pipe, args, call, "calibrating" if args.magcache_calibration else "MagCache")
             say(cache.report)
+            if args.compare and cache.reports[-1].measuring:  # an un-cached run, which the next one is compared with
+                uncached = output, seconds
+                output, seconds = draw(pipe, args, call, "MagCache")
+                say(cache.report)
+    except MagCacheError as error:  # of a calibration, once the block ends
+        if output is None:
+            raise
+        failure = error
     if cache.reports[-1].measuring and count == 1:
         say("Run the same command again to use what was measured, or ask for --magcache_speedup, which needs none.")
     if args.context_parallel and not is_writer():
@@ -303,19 +358,23 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
     about = {"model": args.model, "seed": args.seed, "device": device, "files": [one.name for one in paths]}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
     if args.compare and frames is not None:
-        rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds, uncached)
-        print(quality_table(rows))
-        about["quality"], ours = rows, files_of(path)
-        sheet = own_place(beside(path, f"_compare{path.suffix}"), ours)
-        side_by_side(sheet, list(pictures.values()), None if len(frames) == 1 else args.fps)
-        print(f"Side by side: {sheet}")
-        about["files"].append(sheet.name)
-        if len(frames) > 1:
-            moving = own_place(beside(path, "_compare.webp"), ours)
-            animation(moving, columns_of(rows, pictures), args.fps)
-            print(f"Moving, with the differences: {moving}")
-            about["files"].append(moving.name)
-    write_report(report_place(path), cache.reports[-1], **about)
+        with bookkeeping("The comparison", say):
+            rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds, uncached)
+            print(quality_table(rows))
+            about["quality"], ours = rows, files_of(path)
+            sheet = own_place(beside(path, f"_compare{path.suffix}"), ours)
+            side_by_side(sheet, list(pictures.values()), None if len(frames) == 1 else args.fps)
+            print(f"Side by side: {sheet}")
+            about["files"].append(sheet.name)
+            if len(frames) > 1:
+                moving = own_place(beside(path, "_compare.webp"), [name for name in ours if name != sheet.name])
+                animation(moving, columns_of(rows, pictures), args.fps)
+                print(f"Moving, with the differences: {moving}")
+                about["files"].append(moving.name)
+    with bookkeeping("The report", say):
+        write_report(report_place(path), cache.reports[-1], **about)
+    if failure:
+        raise failure
 
 
 def draw(pipe, args, call: dict, title: str):
@@ -326,7 +385,10 @@ def draw(pipe, args, call: dict, title: str):
         call = {"generator": torch.Generator("cpu").manual_seed(args.seed), **call}
     if "output_type" in known:
         call = {"output_type": "np", **call}
-    output = pipe(**call)
+    try:
+        output = pipe(**call)
+    except ValueError as error:  # what pipelines say of a call that they do not take
+        raise MagCacheError(f"{type(pipe).__name__} does not take this call: {' '.join(str(error).split())}") from error
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return output, time.perf_counter() - began
@@ -404,6 +466,9 @@ def save(pipe, output, args, number: int, count: int) -> tuple[list[Path], np.nd
     first, paths = frames_of(output), []
     suffix = ".wav" if first is None else ".png" if len(first) == 1 else ".mp4"
     target = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
+    if target.suffix.lower() not in {".wav": [".wav"], ".png": PICTURES, ".mp4": [*VIDEO_SUFFIXES, ".webp"]}[suffix]:
+        print(f"{target.name} is no name for {KINDS[suffix]}, so its ending becomes {suffix}.")
+        target = target.with_suffix(suffix)
     target = target if count == 1 else beside(target, f"_{number}{target.suffix}")
     places = [target] if len(made) == 1 else [beside(target, f"_{one + 1}{target.suffix}") for one in range(len(made))]
     ours = files_of(places[0])

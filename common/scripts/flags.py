@@ -216,6 +216,12 @@ def check_flags(
         ) from None
 
 
+def check_seed(seed: int) -> None:
+    """Raises MagCacheError for a seed that torch does not take."""
+    if not 0 <= seed < 2**63:
+        raise MagCacheError(f"--seed must be between 0 and 2^63 - 1, not {seed}.")
+
+
 def check_writable(flag: str, path: Path) -> None:
     """Make the folder of an output file. Raises MagCacheError, which names the flag, if nothing can be written
     there."""

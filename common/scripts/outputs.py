@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..errors import MagCacheError
 
 REPORT = ".magcache.json"
 REFUSED = re.compile(r'[<>:"|?*\x00-\x1f]')  # in a name, by Windows
 NAME_BYTES = 255  # of a file's name, in every common file system
+
+
+@contextmanager
+def bookkeeping(what: str, say: Callable[[str], object]) -> Iterator[None]:
+    """What goes wrong in here is told in one sentence: hours may lie in what is rendered already."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        why = str(error).strip() if isinstance(error, MagCacheError) else f"{type(error).__name__}: {error}"
+        say(f"{what} broke off ({why.rstrip('.: ')}); what was rendered is kept.")
 
 
 def beside(target: Path, ending: str) -> Path:

@@ -61,8 +61,8 @@ def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
 def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None]:
     """{"psnr": dB, "ssim": .., "ms_ssim": ..} of uint8 arrays (frames, height, width, 3), averaged over the frames.
 
-    psnr is inf where nothing differs, else the average of the frames that do differ: one black frame in common would make
-    it inf for all. ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
+    psnr is inf where nothing differs, else the average of the frames that do differ: one black frame in common would
+    make it inf for all. ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
     """
     metrics = needs("torchmetrics.functional.image", "torchmetrics")
     import torch

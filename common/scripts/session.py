@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .flags import (
     settings_of,
     target_of,
 )
-from .outputs import NAME_BYTES, beside, files_of, fitting, own_place, put_in_place, report_place
+from .outputs import NAME_BYTES, beside, bookkeeping, files_of, fitting, own_place, put_in_place, report_place
 from .plots import plot_schedule
 from .quality import quality, quality_table, side_by_side
 
@@ -405,14 +405,9 @@ class Session:
                 **({"earlier_clips": [report.to_dict() for report in self.reports[:-1]]} if self.reports[1:] else {}),
             )
 
-    @contextmanager
     def bookkeeping(self, what: str):
-        """What goes wrong in here is told in one sentence: hours may lie in what is rendered already."""
-        try:
-            yield
-        except (Exception, KeyboardInterrupt) as error:
-            why = str(error).strip() if isinstance(error, MagCacheError) else f"{type(error).__name__}: {error}"
-            self.say(f"{what} broke off ({why.rstrip('.')}); what was rendered is kept.")
+        """What goes wrong in here is told in one sentence."""
+        return bookkeeping(what, self.say)
 
     # Speaking
 

@@ -20,7 +20,9 @@ import torch
 from PIL import Image
 from tiny_pipelines import TEXT, flux, ltx2, random_model
 
+from common import patch
 from common.__main__ import main as command
+from common.errors import MagCacheError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "MagCache4Diffusers" / "magcache_pipeline.py"
@@ -130,13 +132,70 @@ def test_each_rank_draws_its_share_and_files_of_others_stay(tmp_path, script):
         (("--magcache_speedup", "2", "--magcache_thresh", "0.1", *SMALL), "or for the paper's rule"),
         (("--model", "nowhere/nothing"), "nowhere/nothing cannot be loaded"),
         (("--offload", "model"), "there is none here"),
-        (("--prompt_file", "missing.txt"), "missing.txt cannot be read"),
+        (("--num_inference_steps", "0"), "must be at least 1, not 0"),
+        (("--height", "tall"), "--height takes a number, not 'tall'"),
+        (("--guidance_scale",), "--guidance_scale takes a number"),
+        (("--sead", "3"), "has no keyword sead; seed is the nearest"),
+        (("--output_type", "latent"), "is set by this script"),
+        (("--max_sequence_length", "9999", *SMALL), "does not take this call"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, script, arguments, sentence):
     ended, _ = script(*arguments)
     assert ended.startswith("magcache_pipeline.py: ") and sentence in ended and "\n" not in ended
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("--magcache_sped", "4"), "There is no flag --magcache_sped; magcache_speedup is the nearest"),
+        (("--magcache_speedup", "2", "--magcache_steps", "3"), "only one of magcache_steps"),
+        (("--magcache_speedup", "2", "--magcache_thresh", "0.1"), "or for the paper's rule"),
+        (("--magcache_speedup", "nan"), "a number of 1 or more"),
+        (("--magcache_thresh", "-1"), "must be 0 (off) or more"),
+        (("--magcache_calibration", "--magcache_speedup", "2"), "leave out --magcache_speedup in this run"),
+        (("--prompt_file", "missing.txt"), "missing.txt cannot be read"),
+        (("--seed", "99999999999999999999"), "--seed must be between"),
+        (("--fps", "-3"), "--fps must be larger than 0"),
+        (("--output", "x.txt"), "has no ending that can be written"),
+        (("--output", "."), "has no ending that can be written"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_model_is_loaded(script, arguments, sentence):
+    def load(_):
+        raise AssertionError("the model was loaded")
+
+    ended, _ = script(*arguments, instead={"load_model": load})
+    assert ended.startswith("magcache_pipeline.py: ") and sentence in ended and "\n" not in ended
+
+
+@pytest.mark.parametrize("asked, got", [("x.mp4", "x.png"), ("x.wav", "x.png")])
+def test_a_name_that_does_not_suit_loses_nothing(tmp_path, script, asked, got):
+    ended, said = script(*SMALL, "--output", asked)
+    assert ended is None and f"{asked} is no name for a picture" in said and (tmp_path / got).is_file()
+
+
+def test_a_calibration_that_cannot_be_saved_loses_no_picture(tmp_path, script, monkeypatch):
+    def full(*_):
+        raise MagCacheError("The disk is full.")
+
+    monkeypatch.setattr(patch, "save_calibration", full)
+    ended, _ = script(*SMALL, "--magcache_calibration", "--output", "x.png")
+    assert ended == "magcache_pipeline.py: The disk is full." and (tmp_path / "x.png").is_file()
+    (tmp_path / "home").rmdir()
+    (tmp_path / "home").write_text("in the way")
+    ended, _ = script(*SMALL, "--magcache_calibration", "--output", "y.png")
+    assert "cannot be written" in ended and not (tmp_path / "y.png").exists()  # it was said before the run
+
+
+def test_a_report_that_cannot_be_written_stops_no_prompt(tmp_path, script):
+    def full(*_, **__):
+        raise MagCacheError("The disk is full.")
+
+    ended, said = script(*SMALL, "--prompt", "a", "b", "--output", "x.png", instead={"write_report": full})
+    assert ended is None and said.count("The report broke off (The disk is full)") == 2
+    assert (tmp_path / "x_1.png").is_file() and (tmp_path / "x_2.png").is_file()
 
 
 def test_without_diffusers(script, monkeypatch):
