@@ -127,11 +127,11 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args.flags = [action.option_strings[0][2:] for action in parser._actions]
     for flag in (word[2:].partition("=")[0] for word in rest if word.startswith("--")):
         if "magcache" in flag:  # of no pipeline, which would have to be loaded first
-            raise MagCacheError(f"There is no flag --{flag}{nearest(flag, args.flags)}")
+            raise MagCacheError(f"There is no flag --{flag}{nearest_flag(flag, args.flags)}")
     return args, rest
 
 
-def nearest(flag: str, known) -> str:
+def nearest_flag(flag: str, known) -> str:
     """The end of a sentence on a flag that there is not."""
     near = get_close_matches(flag, known, n=1)
     return f"; {near[0]} is the nearest." if near else "."
@@ -218,7 +218,7 @@ def keywords(pipe, rest: list[str], ours=()) -> dict:
             if flag in SET_HERE:
                 raise MagCacheError(f"--{flag} is set by this script, which saves what comes out; leave it out.")
             if flag not in known:
-                raise MagCacheError(f"{type(pipe).__name__} has no keyword {flag}{nearest(flag, [*known, *ours])}")
+                raise MagCacheError(f"{type(pipe).__name__} has no keyword {flag}{nearest_flag(flag, [*known, *ours])}")
             found[flag] = [value] if value else []
         elif flag is None:
             raise MagCacheError(f"'{word}' belongs to no flag.")

@@ -20,11 +20,13 @@ from .flags import (
     add_refine_flag,
     check_calibration,
     check_flags,
+    check_seed,
     check_writable,
     flags_taken,
+    settings_of,
 )
 from .install import REPOSITORY
-from .outputs import beside, files_of, own_place
+from .outputs import REPORT, beside, files_of, own_place, report_at
 from .pipelines import load_pipeline, prompts_in
 from .quality import MAGNIFIED, PICTURES, contact_sheet, magnified_difference, quality_table, save_frames
 from .refine import check_refining, refine
@@ -61,7 +63,7 @@ def main(*, description: str, **lines):
     script = Script(**lines)
     ours = flags_taken(add_flux_flags)
     args = parse(script, description)
-    check_flux_flags(args, ours)
+    check_flux_flags(args, ours, script)
     choose_model(args, script)
     run(args, ours, script)
 
@@ -99,18 +101,18 @@ def parse(script, description):
     return parser.parse_args()
 
 
-def check_flux_flags(args, ours):
+def check_flux_flags(args, ours, script):
     """Find what cannot work before anything is loaded or rendered."""
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
     check_flags(ours, ("torchmetrics", "tabulate", "matplotlib"))
+    settings_of(ours, script.settings)
     check_calibration(ours, args.steps)
     check_refining(ours, ("compare", "magcache_calibration", "magcache_thresh", "magcache_predictor", "mag_ratios"))
     if args.output.suffix.lower() not in PICTURES:
         raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
     check_writable("--output", args.output)
-    if not 0 <= args.seed < 2**63:
-        raise MagCacheError(f"--seed must be between 0 and 2^63 - 1, not {args.seed}.")
+    check_seed(args.seed)
 
 
 def run(args, ours, script):
@@ -146,6 +148,8 @@ def run(args, ours, script):
     place_flux(pipe, args, device)
 
     compared, outputs = [], numbered(args.output, len(args.prompts))
+    if args.output != Path(script.output):  # a name of the user's
+        outputs = [own_place(path, [path.name] if report_at(beside(path, REPORT)) else []) for path in outputs]
     if session and ours.compare:
         sheet = own_place(beside(args.output, "_compare.png"), files_of(outputs[0]))
         session.files = [sheet.name]

@@ -34,13 +34,13 @@ def read_frames(path: str | Path) -> tuple[np.ndarray, float | None]:
         if path.suffix.lower() in VIDEO_SUFFIXES and path.suffix.lower() != ".gif":
             frames = imageio.imread(path, plugin="FFMPEG")
             return np.asarray(frames)[..., :3], imageio.immeta(path, plugin="FFMPEG").get("fps", 24)
-        return read_picture(path)
+        return frames_of_picture(path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise MagCacheError(f"{path} cannot be read as a picture or video ({reason}).") from None
 
 
-def read_picture(path: Path) -> tuple[np.ndarray, float | None]:
+def frames_of_picture(path: Path) -> tuple[np.ndarray, float | None]:
     """`read_frames` of what Pillow reads."""
     from PIL import Image
 

@@ -405,6 +405,23 @@ def test_a_mistake_of_flux_gets_one_sentence(capsys, arguments, part):
     assert part in flux_complaint(capsys, DEV, "--prompt", PROMPT, *arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--magcache_thresh", "-1"], ["--magcache_speedup", "2", "--magcache_steps", "9"]]
+)
+def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(capsys, arguments):
+    text = flux_complaint(capsys, DEV, "--model", "missing/folder", "--prompt", PROMPT, *arguments)
+    assert "cannot be loaded" not in text and "magcache_" in text
+
+
+def test_a_picture_of_somebody_else_stays(capsys):
+    Path("mine.png").write_text("not ours")
+    for _ in range(2):
+        run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 5, "--output", "mine.png")
+        run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 5, "--output", "ours.png")
+    assert Path("mine.png").read_text() == "not ours"
+    assert sorted(path.name for path in Path().glob("*.png")) == ["mine.png", "mine_2.png", "mine_3.png", "ours.png"]
+
+
 def test_a_checkpoint_without_a_table_names_the_calibration(capsys, dev_like):
     text = flux_complaint(capsys, DEV, "--model", dev_like, "--prompt", PROMPT)
     assert "--magcache_calibration" in text and "--no-magcache" in text
