@@ -260,6 +260,21 @@ def rising_noise_computes():
         assert "its noise levels rise (unsampling)" in said[0], said
 
 
+def runs_without_a_step_pass():
+    """Sigmas split at their end leave one for the second sampler, which returns what it was given."""
+    patcher = build("flux")
+    sigmas = torch.tensor([*sampler_levels(patcher), 0.0])[STEPS:]
+    start, euler, device = torch.ones_like(latent("flux")), comfy.samplers.sampler_object("euler"), torch.device("cpu")
+
+    def sampled(model):
+        return comfy.samplers.sample(
+            model, start * 0, prompt(0), prompt(1), 3.0, device, euler, sigmas, latent_image=start
+        )
+
+    for model in (cached_patcher(patcher)[0], cached_patcher(patcher, thresholds={}, mag_ratios="", speedup=2.0)[0]):
+        assert torch.equal(sampled(model), sampled(patcher))
+
+
 def short_runs_compute():
     """Four steps have nothing to gain, and the node says so; five have."""
     patcher = build("flux")

@@ -242,6 +242,7 @@ def test_first_run(worker, check):
         ("control_nets_rest_on_reused_steps", 0.2, 0.6),
         ("rising_noise_computes",),
         ("short_runs_compute",),
+        ("runs_without_a_step_pass",),
         ("bypass_loras_have_calibrations_of_their_own",),
         ("a_name_with_dashes_is_shown",),
         ("a_calibration_that_is_not_used_is_named",),
