@@ -29,7 +29,7 @@ STEPS_AN_INTERVAL = (
 
 def calibrations_folder() -> Path:
     """Where `magcache_calibration` keeps what it measured: $MAGCACHE_HOME, else ~/.magcache."""
-    return Path(os.environ.get("MAGCACHE_HOME", Path.home() / ".magcache"))
+    return Path(os.environ.get("MAGCACHE_HOME") or Path.home() / ".magcache")  # "": not set, rather than this folder
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def load(name_or_path: str | Path) -> RatioTable:
     preset = PRESETS / f"{name_or_path}.json"
     if preset.is_file():
         return read(preset)
-    if str(name_or_path).endswith(".json") or {"/", os.sep} & {*str(name_or_path)}:
+    if str(name_or_path).endswith(".json") or {"/", os.sep} & {*str(name_or_path)} or Path(name_or_path).is_file():
         return read(name_or_path)
     raise MagCacheError(
         f"There is no preset '{name_or_path}'; the presets are {', '.join(preset_names())}, "

@@ -338,6 +338,8 @@ def test_calibrations_lie_in_the_home_folder_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     write(tmp_path / ".magcache" / "mine-0123456789ab.json", ratios_of("mine"))
     assert find("/anywhere/mine", "0123456789ab").name == "mine"
+    monkeypatch.setenv("MAGCACHE_HOME", "")  # as if it were not set, and not the working folder
+    assert find("/anywhere/mine", "0123456789ab").name == "mine"
 
 
 def test_numbers_share_a_line_and_words_stay_as_they_are(tmp_path):
