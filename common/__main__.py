@@ -164,11 +164,13 @@ def describe(arguments: list[str]) -> None:
     import torch
 
     from .discover import discover, first_call, host_line
+    from .scripts.pipelines import check_folder
 
     parser = parser_of("describe")
     parser.add_argument("model", metavar="MODEL", help="hub id or folder")
     parser.add_argument("--prompt", default="a photo of a cat")
     args = parser.parse_args(arguments)
+    check_folder(args.model)
     try:
         pipe = needs("diffusers", "diffusers").DiffusionPipeline.from_pretrained(args.model)
         model, positional, named = first_call(pipe, prompt=args.prompt)

@@ -13,6 +13,7 @@ from ..errors import MagCacheError, needs
 def load_pipeline(source: str | Path, dtype: torch.dtype, lora: str | None = None):
     """A pipeline, of the class that its own files name, with a LoRA. Raises MagCacheError if one of them cannot be
     loaded."""
+    check_folder(source)
     diffusers, asked = needs("diffusers", "diffusers"), source
     try:
         with warnings.catch_warnings():
@@ -25,6 +26,12 @@ def load_pipeline(source: str | Path, dtype: torch.dtype, lora: str | None = Non
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise MagCacheError(f"{asked} cannot be loaded ({reason}).") from None
     return pipe
+
+
+def check_folder(source: str | Path) -> None:
+    """Raises MagCacheError for a path, which no hub id looks like, where there is no folder."""
+    if (Path(source).is_absolute() or str(source).startswith((".", "~"))) and not Path(source).is_dir():
+        raise MagCacheError(f"{source} cannot be loaded: there is no such folder.")
 
 
 def prompts_in(path: Path) -> list[str]:

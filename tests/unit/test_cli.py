@@ -116,6 +116,8 @@ def test_presets_lists_every_table_with_its_bound(capsys):
         (("plan", "flux-dev", "--magcache_thresh", -1), "must be 0 (off) or more"),
         (("plan", "flux-dev", "--plot", "no/folder/x.png"), "cannot be written"),
         (("compare", "a.png", "b.png"), "There is no file a.png"),
+        (("describe", "/no/where"), "/no/where cannot be loaded: there is no such folder"),
+        (("describe", "./no where"), "there is no such folder"),
         (("install", "MagCache4FLUX", "nowhere"), "There is no folder nowhere"),
         (("install", "MagCache4Nothing", "."), "the folders are"),
     ],
@@ -285,6 +287,13 @@ def test_install_into_a_broken_place(tmp_path):
     (tmp_path / MANIFEST).write_text("no json")
     with pytest.raises(MagCacheError, match="cannot be read; remove it"):
         install("MagCache4FLUX", tmp_path)
+
+
+def test_what_was_imported_is_found_under_its_name_whatever_it_ends_in(capsys, tmp_path):
+    (tmp_path / "theirs.json").write_text("[1.0, 0.9, 0.8, 0.9, 0.9, 0.9]")
+    assert "--mag_ratios mine." in say(capsys, "import", "theirs.json", "--steps", 6, "--shift", 3, "--out", "mine")
+    settings = ("--magcache_thresh", 0.1, "--magcache_K", 2, "--retention_ratio", 0.2)
+    assert "6 steps, ratios of theirs" in say(capsys, "plan", "mine", *settings)
 
 
 def test_a_broken_calibration_does_not_hide_the_others(capsys, tmp_path):
