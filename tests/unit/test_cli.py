@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -333,6 +334,16 @@ def test_install_names_the_oldest_torch_that_the_package_allows(tmp_path, capsys
     main(["install", "MagCache4FLUX", str(tmp_path)])
     oldest = re.search(r'"torch>=([\d.]+)"', (REPOSITORY / "pyproject.toml").read_text())[1]
     assert f"(torch {oldest} or newer)" in capsys.readouterr().out
+
+
+def test_a_script_without_common_says_what_it_lacks(tmp_path):
+    scripts = {path.parent for path in REPOSITORY.glob("MagCache4*/install.json")}
+    for folder in sorted(scripts):
+        shutil.copytree(folder, tmp_path / "scripts" / folder.name)
+        for script in (tmp_path / "scripts" / folder.name).glob("magcache_*.py"):
+            if "HERE.parent" in script.read_text():  # the others import one of these, or are imported
+                done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+                assert done.returncode == 1 and done.stderr.startswith(f"{script.name} needs the folder common"), done
 
 
 def test_every_dropin_folder_is_complete():
