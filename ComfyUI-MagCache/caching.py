@@ -76,7 +76,7 @@ class NodeCache(NodePatch):
             Target(magcache_speedup=speedup)
             if self.window != (0, -1):
                 raise MagCacheError(
-                    "start_step and end_step go with the thresholds: leave them at 0 and -1 with speedup."
+                    "start_step and end_step belong to the thresholds: leave them at 0 and -1 with speedup."
                 )
 
     def begin(self, about: Circumstances) -> Pass:
@@ -105,7 +105,7 @@ class NodeCache(NodePatch):
         run = FirstRun(about, schedule, Residuals(self.device), host_of(about.model).noise_tokens, self.limit)
         made = Pass(about, run, "residual")
         run.fall_back = lambda run, told: self.fall_back(made, told)
-        why = f"those of {found.table.name} cover a part of this run" if found.table else "of this model there are none"
+        why = f"those of {found.table.name} cover only part of this run" if found.table else "this model has none"
         notes = [f"{schedule.strip}   # computes", f"The paper's rule needs magnitude ratios; {why}.", *found.notes]
         self.tell(f"MagCache: {MEASURING}.", notes, picture(schedule, about.levels))
         return made
@@ -132,14 +132,14 @@ class NodeCache(NodePatch):
                 self.say(f"MagCache: {path} written; this node takes it from the next queue on.")
         except MagCacheError as error:
             self.unmeasured = str(error)
-            self.say(f"MagCache measured nothing: {error} The next queue is planned for a speed-up of {SPEEDUP:g}.")
+            self.say(f"MagCache measured nothing: {error} The next queue uses a speed-up of {SPEEDUP:g}.")
 
     def end(self, made):
         report = made.run.report
         if report.calls:
             self.say(report.line())
         if report.schedule.why_none == MEASURING and not report.complete:
-            self.say("MagCache: the run broke off, nothing was measured; the next queue measures again.")
+            self.say("MagCache: the run was interrupted, nothing was measured; the next queue measures again.")
 
     def found(self, about: Circumstances) -> FoundTable:
         """The ratios for a run."""
@@ -188,7 +188,7 @@ class NodeCache(NodePatch):
         caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
         target, why = Target(magcache_speedup=self.speedup or SPEEDUP, **caps), ""
         if self.window != (0, -1):
-            why = "start_step and end_step go with ratios, and none are used for this model"
+            why = "start_step and end_step need ratios, and none are used for this model"
         if self.thresholds.get("magcache_thresh") == 0:
             why = "magcache_thresh is 0, which turns MagCache off"
         return replace(compute_all(len(about.levels), why), settings=target) if why else target.plan(None, about.levels)
@@ -213,7 +213,7 @@ def why_no_rule(name: str, host: Host | None, table: RatioTable | None) -> str:
     """Why a speed-up was planned where thresholds or ratios were given."""
     if host is None or not host.blocks:
         why = f", because {host.why_output}" if host else ""
-        return f"Of {name} only the output is predicted{why}: magcache_thresh and ratios have no effect, set speedup."
+        return f"For {name} only the output is predicted{why}: magcache_thresh and ratios have no effect, set speedup."
     if table:
         return f"The ratios of {table.name} are used once magcache_thresh is set."
     return "The paper's rule has no ratios for this model: set measure_first_run to auto, or set speedup."

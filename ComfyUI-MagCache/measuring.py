@@ -47,8 +47,8 @@ class NodeCalibration(NodePatch):
 
     def end(self, made):
         if not made.run.report.complete:
-            self.failure = "the run broke off"
-            self.say("MagCache Calibration: the run broke off, nothing was written.", begin=True)
+            self.failure = "the run was interrupted"
+            self.say("MagCache Calibration: the run was interrupted, nothing was written.", begin=True)
 
     def write(self, made: Pass):
         table, path = save_measured(made.about, made.run.statistics)

@@ -36,7 +36,7 @@ PIXELS_480P, PIXELS_720P, PIXELS_A_LATENT = 832 * 480, 1280 * 720, 8 * 8
 
 # Transformers that keep something from call to call, so that a call left out changes the next.
 NOT_POSSIBLE = {
-    "CausalWanModel": "keeps the keys and values of the frames that it has made, so each of its calls is needed",
+    "CausalWanModel": "keeps the keys and values of earlier frames, so each of its calls is needed",
 }
 
 

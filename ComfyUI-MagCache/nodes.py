@@ -44,8 +44,8 @@ class MagCacheNode(io.ComfyNode):
             display_name="MagCache",
             category=CATEGORY,
             description=(
-                "Renders up to 2-3x faster: the model runs at a part of the steps, and what it would make of the "
-                "others is predicted. Works with every model; say how fast with speedup."
+                "Renders up to 2-3x faster: the model runs at some of the steps, and its output at the others is "
+                "predicted. Works with nearly every model; set speedup to how many times faster."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model or Load LoRA, in any order."),
@@ -54,9 +54,9 @@ class MagCacheNode(io.ComfyNode):
                     options=["auto", *MODEL_TYPES],
                     default="auto",
                     tooltip=(
-                        "Whose published magnitude ratios and settings to use; auto recognises the model. Your own "
-                        "calibration of the model comes first. If the node says that it cannot tell Wan2.1 from "
-                        "Wan2.2, choose here."
+                        "Which published magnitude ratios and settings to use; auto recognises the model. Your own "
+                        "calibration of the model takes precedence. If the node cannot tell Wan2.1 from Wan2.2, "
+                        "choose here."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -67,9 +67,9 @@ class MagCacheNode(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     tooltip=(
-                        "Of the paper's rule, used while speedup is 0: bound on the accumulated error of a reuse. "
-                        "Higher is faster and less exact; 0 turns MagCache off; -1 takes the recommended value: FLUX "
-                        "and Wan 14B 0.24 (at most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1."
+                        "Only while speedup is 0 (the paper's rule): bound on the accumulated error. Higher is faster "
+                        "and less exact; 0 turns MagCache off; -1 is the recommended value: FLUX and Wan 14B 0.24 (at "
+                        "most 3x), Wan 1.3B 0.12 (at most 2.4x), Chroma 0.1."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -80,7 +80,7 @@ class MagCacheNode(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Share of the steps, from the first on, that always compute: they fix the composition. -1: "
+                        "Share of the steps, from the first, that always compute: they fix the composition. -1: "
                         "recommended. 0.2 allows at most 5x."
                     ),
                     extra_dict=ADVANCED,
@@ -91,8 +91,8 @@ class MagCacheNode(io.ComfyNode):
                     min=RECOMMENDED,
                     max=100,
                     tooltip=(
-                        "Most reuses in a row; 0 turns MagCache off; -1: recommended. K allows at most (K + 1)x: 2 "
-                        "for 3x."
+                        "Most skipped steps in a row; 0 turns MagCache off; -1: recommended. K allows at most "
+                        "(K + 1)x: 2 for 3x."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -102,7 +102,7 @@ class MagCacheNode(io.ComfyNode):
                     min=-1000,
                     max=1000,
                     optional=True,
-                    tooltip="First step that may be reused; negative counts from the end.",
+                    tooltip="First step that may be skipped; negative counts from the end.",
                     extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
@@ -111,7 +111,7 @@ class MagCacheNode(io.ComfyNode):
                     min=-1000,
                     max=1000,
                     optional=True,
-                    tooltip="Last step that may be reused; negative counts from the end: -1 is the last step.",
+                    tooltip="Last step that may be skipped; negative counts from the end: -1 is the last step.",
                     extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
@@ -123,7 +123,7 @@ class MagCacheNode(io.ComfyNode):
                     optional=True,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "How many times faster, against quality: 1.5 is close to the plain picture, 2 to 2.5 usual. 0: "
+                        "How many times faster; costs quality. 1.5 is close to the plain image, 2 to 2.5 is usual. 0: "
                         "recommended (the published settings of the model; 2 where there are none)."
                     ),
                 ),
@@ -134,7 +134,7 @@ class MagCacheNode(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         "Where residuals are kept between steps. cpu saves GPU memory (Wan 14B at 720p: about 0.8 GB "
-                        "a branch) and costs their transfer. With speedup there is little to keep."
+                        "per branch) but costs time for the transfer. With speedup there is little to keep."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -142,7 +142,7 @@ class MagCacheNode(io.ComfyNode):
                     "mag_ratios",
                     default="",
                     optional=True,
-                    tooltip="Name of a preset or path of a calibration file to use instead of what model_type finds.",
+                    tooltip="Preset name or calibration file to use instead of what model_type finds.",
                     extra_dict=ADVANCED,
                 ),
                 io.Boolean.Input(
@@ -150,8 +150,8 @@ class MagCacheNode(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip=(
-                        "With the samplers euler and ddim: put skipped steps right when the next one is computed. It "
-                        "costs nothing."
+                        "With the samplers euler and ddim: correct skipped steps when the next one is computed. Costs "
+                        "no model call."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -163,8 +163,8 @@ class MagCacheNode(io.ComfyNode):
                     step=0.5,
                     optional=True,
                     tooltip=(
-                        "GiB that a run may keep between its steps. What does not fit computes, and the node says so: "
-                        "context windows that move keep the most."
+                        "GiB that a run may keep between steps. What does not fit is computed, and the node says so. "
+                        "Context windows that move keep the most."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -174,10 +174,10 @@ class MagCacheNode(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip=(
-                        "Of a model without ratios, while speedup is 0: compute the first run in full and measure it, "
-                        "for the paper's rule from the next queue on. auto: where magcache_thresh, retention_ratio, "
-                        "magcache_K or a window of steps is set, which need ratios. on: always. off: never; a speed-up "
-                        "of 2 is planned."
+                        "For a model without ratios while speedup is 0: compute every step of the first run and "
+                        "measure it, so that the paper's rule can skip from the next queue on. auto: if "
+                        "magcache_thresh, retention_ratio, magcache_K or a window of steps is set, which need ratios. "
+                        "on: always. off: never; a speed-up of 2 is used."
                     ),
                     extra_dict=ADVANCED,
                 ),
@@ -229,21 +229,17 @@ class MagCacheCalibrationNode(io.ComfyNode):
             display_name="MagCache Calibration",
             category=CATEGORY,
             description=(
-                "Measures the magnitude ratios of a model in one ordinary run, which computes everything. MagCache "
-                "nodes find the file by themselves from then on."
+                "Measures the magnitude ratios of a model in one plain run, which computes every step. From then on "
+                "MagCache nodes find the file automatically."
             ),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The model with the LoRAs that you render with, without a MagCache node."
-                ),
+                io.Model.Input("model", tooltip="The model with the LoRAs you render with, without a MagCache node."),
                 io.Combo.Input(
                     "model_type",
                     options=["auto", *RELEASED_CALIBRATIONS],
                     default="auto",
                     optional=True,
-                    tooltip=(
-                        "Of no effect: the model is recognised. The names are those of the released node's workflows."
-                    ),
+                    tooltip=("Has no effect: the model is recognised. Kept for workflows of the released node."),
                 ),
             ],
             outputs=[io.Model.Output(), CALIBRATED.Output(display_name="calibration")],
@@ -263,7 +259,7 @@ class MagCacheCalibrationResultNode(io.ComfyNode):
             node_id="MagCacheCalibrationResult",
             display_name="MagCache Calibration Result",
             category=CATEGORY,
-            description="The ratios that a calibration measured, as text and as a plot, once the sampler is through.",
+            description="The ratios that a calibration measured, as text and as a plot, once the sampler has finished.",
             inputs=[
                 CALIBRATED.Input("calibration", tooltip="From MagCache Calibration."),
                 io.Latent.Input(
@@ -309,13 +305,13 @@ class CompileModelNode(io.ComfyNode):
                     "mode",
                     options=["default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead"],
                     default="default",
-                    tooltip="How long the inductor backend looks for faster kernels.",
+                    tooltip="How long the inductor backend searches for faster kernels.",
                 ),
                 io.Combo.Input("backend", options=["inductor", "cudagraphs", "eager", "aot_eager"], default="inductor"),
                 io.Boolean.Input(
-                    "fullgraph", default=False, tooltip="An error where the model does not compile in one piece."
+                    "fullgraph", default=False, tooltip="Fail if the model does not compile in one piece."
                 ),
-                io.Boolean.Input("dynamic", default=False, tooltip="One graph for all picture sizes; a little slower."),
+                io.Boolean.Input("dynamic", default=False, tooltip="One graph for all image sizes; a little slower."),
             ],
             outputs=[io.Model.Output()],
         )

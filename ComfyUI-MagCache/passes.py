@@ -63,7 +63,7 @@ class Pass:
             name, why = type(model).__name__, self.host.why_output
             if not self.host.blocks:
                 raise MagCacheError(
-                    f"of {name} only the output is predicted, because {why}: set speedup, which needs no calibration."
+                    f"for {name} only the output is predicted, because {why}: set speedup, which needs no calibration."
                 )
             try:
                 self.residuals[id(model)] = Residual(model, self.host)

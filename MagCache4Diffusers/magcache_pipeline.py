@@ -85,45 +85,45 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--model", default="demo", help="hub id or folder; demo and demo-video are small bundled models"
     )
     parser.add_argument("--prompt", nargs="+", help="one or more prompts")
-    parser.add_argument("--prompt_file", type=Path, help="a text file with a prompt a line")
+    parser.add_argument("--prompt_file", type=Path, help="text file, one prompt per line")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output", type=Path, help="picture, video or sound to write; several are numbered")
-    parser.add_argument("--fps", type=float, default=16, help="of a video")
+    parser.add_argument("--output", type=Path, help="image, video or sound to write; several are numbered")
+    parser.add_argument("--fps", type=float, default=16, help="frames per second of a video")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument(
         "--offload", choices=("none", "model", "sequential"), default="none", help="keep weights in main memory"
     )
     parser.add_argument("--lora", help="hub id, folder or file of LoRA weights")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of the transformer")
-    parser.add_argument("--context_parallel", action="store_true", help="with torchrun: one picture over all GPUs")
+    parser.add_argument("--context_parallel", action="store_true", help="with torchrun: split one image over all GPUs")
     group = parser.add_argument_group("MagCache")
     group.add_argument(
         "--magcache_speedup", type=float, metavar="X", help=f"how much faster; default {DEFAULT_SPEEDUP:g}"
     )
-    group.add_argument("--magcache_steps", type=int, metavar="N", help="or: how many steps compute")
+    group.add_argument("--magcache_steps", type=int, metavar="N", help="or: compute exactly N steps")
     group.add_argument(
         "--magcache_max_error",
         type=float,
         metavar="ERROR",
-        help="or: the largest expected error of a skipped step; the first run of a checkpoint measures it",
+        help="or: largest expected error of a skipped step; the first run of a checkpoint calibrates",
     )
     group.add_argument(
         "--magcache_thresh",
         type=float,
         metavar="ERROR",
-        help="or the paper's rule: bound on the accumulated error; the first run measures ratios nobody published",
+        help="or the paper's rule: bound on the accumulated error; without published ratios the first run calibrates",
     )
     group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most skipped steps in a row")
     group.add_argument(
-        "--retention_ratio", type=float, metavar="SHARE", help="share of the steps at the start that compute"
+        "--retention_ratio", type=float, metavar="SHARE", help="share of the steps, from the first, that always compute"
     )
     group.add_argument(
-        "--magcache_calibration", action="store_true", help="compute everything and measure, for the runs after this"
+        "--magcache_calibration", action="store_true", help="compute every step and measure, for later runs"
     )
     add_refine_flag(group)
-    group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the pipeline as it is")
+    group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the plain pipeline")
     group.add_argument(
-        "--compare", action="store_true", help="also un-cached, and the plain sampler with as many steps"
+        "--compare", action="store_true", help="also render un-cached and with as few plain steps as MagCache computes"
     )
     args, rest = parser.parse_known_args(argv)
     args.flags = [action.option_strings[0][2:] for action in parser._actions]
@@ -136,7 +136,7 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def nearest_flag(flag: str, known) -> str:
     """The end of a sentence on a flag that there is not."""
     near = get_close_matches(flag, known, n=1)
-    return f"; {near[0]} is the nearest." if near else "."
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 @one_sentence
@@ -161,10 +161,10 @@ def main() -> None:
 def check_pipeline_flags(args) -> None:
     """What cannot work is found before anything is loaded. Raises MagCacheError."""
     if args.compare and not args.magcache:
-        raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+        raise MagCacheError("--compare compares MagCache with the un-cached model: leave out --no-magcache.")
     check_refining(args, ("compare", "magcache_calibration", "magcache_thresh", "magcache_max_error"))
     if args.magcache_refine and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise MagCacheError("--magcache_refine compares all its pictures in one process: start it without torchrun.")
+        raise MagCacheError("--magcache_refine compares all its images in one process: start it without torchrun.")
     if args.compare and args.magcache_calibration:
         raise MagCacheError("A calibration computes everything: --compare in a run after it.")
     if args.compare:
@@ -371,7 +371,7 @@ def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> No
             if len(frames) > 1:
                 moving = own_place(beside(path, "_compare.webp"), [name for name in ours if name != sheet.name])
                 animation(moving, columns_of(rows, pictures), args.fps)
-                print(f"Moving, with the differences: {moving}")
+                print(f"Animation with the differences: {moving}")
                 about["files"].append(moving.name)
     with bookkeeping("The report", say):
         write_report(report_place(path), cache.reports[-1], **about)

@@ -192,7 +192,7 @@ class FramePackJobs:
     def calibrated(self, job):
         """Use the ratios of the job's complete sections from now on."""
         if job.handle.failure or job.handle.table is None:
-            why = job.handle.failure or "The calibration broke off in its first section."
+            why = job.handle.failure or "The calibration was interrupted in its first section."
             job.lines.append(f"{why} Nothing was saved.")
             return
         self.own.append(job.handle.table)

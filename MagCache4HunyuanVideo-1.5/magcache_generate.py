@@ -131,7 +131,7 @@ def video_size(host_args):
             with Image.open(host_args.image_path) as picture:
                 width, height = picture.size
         except OSError:
-            raise MagCacheError(f"--image_path {host_args.image_path} is no picture that can be read.") from None
+            raise MagCacheError(f"--image_path {host_args.image_path} cannot be read as an image.") from None
     else:
         width, _, height = host_args.aspect_ratio.partition(":")
         if not (width.isdigit() and height.isdigit() and int(width) and int(height)):

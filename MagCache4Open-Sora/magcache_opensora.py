@@ -50,7 +50,7 @@ def inference_script(checkout):
     if (checkout / "opensora/models/stdit/stdit3.py").is_file():
         return checkout / "scripts/inference.py", OpenSora1
     raise MagCacheError(
-        f"{checkout} is no checkout of Open-Sora 2.0, 1.3 or 1.2: python -m common install MagCache4Open-Sora "
+        f"{checkout} is not a checkout of Open-Sora 2.0, 1.3 or 1.2: python -m common install MagCache4Open-Sora "
         "/path/to/Open-Sora puts this script there."
     )
 

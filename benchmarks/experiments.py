@@ -108,7 +108,7 @@ def last_step_computed():
 
 
 def guided(yes):
-    """As if there were guidance, or none: the line is followed once it served, or from the start."""
+    """As if there were guidance, or none: s starts at 0, or at 1."""
     return mock.patch.object(corrector_module, "is_guided", lambda _: yes)
 
 
@@ -119,19 +119,19 @@ def outputs_throughout():
 
 def trials():
     """(name, makes the context in which it runs, whether it is corrected)"""
-    yield "as it is", nullcontext, True
+    yield "as implemented", nullcontext, True
     for share, power in ((0.25, 0.6), (0.5, 0.7), (0.5, 0.8), (0.75, 0.7), (0.75, 1), (1, 1)):
-        name = f"spread in {share:g} of the index, power {power:g}"
+        name = f"spread with index share {share:g}, power {power:g}"
         yield name, lambda share=share, power=power: spread_in((share, power)), True
-    yield "newest output held", lambda: followed(0.0), True
-    yield "line followed to its end", lambda: followed(1.0), True
-    yield "line followed from the start", lambda: guided(False), True
-    yield "line followed once it served", lambda: guided(True), True
+    yield "newest output held (s = 0)", lambda: followed(0.0), True
+    yield "line followed throughout (s = 1)", lambda: followed(1.0), True
+    yield "s starts at 1", lambda: guided(False), True
+    yield "s starts at 0", lambda: guided(True), True
     yield "corrected through two outputs", of_two, True
     yield "each correction made in full", lambda: mock.patch.object(Trajectory, "trust", lambda *_: 1.0), True
-    yield "the model's output in place of x0", outputs_throughout, True
+    yield "model output instead of x0", outputs_throughout, True
     yield "last step not computed", last_step_held, True
-    yield "last step computed, however little it moves", last_step_computed, True
+    yield "last step always computed", last_step_computed, True
     yield "corrector off", nullcontext, False
 
 
@@ -192,7 +192,7 @@ def main():
         reference = references(subject, steps)
         rows = [
             [
-                "plain sampler, as many steps",
+                "plain sampler, same step count",
                 *(text_of(psnr_of(reference, subject.drawn(count, "plain", BATCH)[0])) for count in counts),
             ]
         ]

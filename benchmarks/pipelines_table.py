@@ -43,19 +43,20 @@ PUBLISHED = {  # how the names of a class's tables begin
 }
 HEAD = """# Pipelines
 
-Every pipeline of diffusers {version} that calls a transformer or U-Net step by step, and what
-`magcache.enable(pipe, ...)` does for it. `python benchmarks/pipelines_table.py --diffusers CHECKOUT` makes this page
-with the tiny models of diffusers' own tests, and with the test suite.
+What `magcache.enable(pipe, ...)` can do for every pipeline of diffusers {version} that calls a transformer or U-Net
+step by step. `python benchmarks/pipelines_table.py --diffusers CHECKOUT` writes this page with the tiny models of
+diffusers' own tests and the test suite.
 
-* **A speed-up** (`speedup=`, `steps=`) needs no facts and no calibration, for it predicts the model's output: every row
-  but those that say `none`. A pipeline whose loop does not go by `pipe.scheduler` computes everything.
-* **Paper's rule** (`thresh=`, `K=`, `retention_ratio=`) reuses the residual of the blocks.
-  `proved`: a residual put back on its own inputs made the same output, to rounding. `found`: the same, with facts that
-  MagCache found. `described`: the facts are written down, and no tiny model proves them here. `output`: only the
-  model's output can be reused. MagCache repeats the proof on your model at its first computed call, and goes over to
-  the output, with a sentence, where it fails.
-* **Ratios** are for the paper's rule alone: the tables that come with MagCache for checkpoints of this class; elsewhere
-  the first run, an ordinary one, measures them for those after it.
+* **A speed-up** (`speedup=`, `steps=`) works for every row that does not say `none`. It predicts the model's output, so
+  it needs no calibration and no knowledge of the model. A pipeline whose loop does not follow `pipe.scheduler` computes
+  everything.
+* **Paper's rule** (`thresh=`, `K=`, `retention_ratio=`) reuses the residual of the blocks, so MagCache must know where
+  the blocks begin and end. `proved`: adding a residual back to its own inputs gave the same output, up to rounding.
+  `found`: the same, after MagCache found the blocks. `described`: the blocks are described, but no tiny model proves it
+  here. `output`: only the model's output can be reused. At the first computed call MagCache repeats the proof on your
+  model; if it fails, it predicts the output instead and says so.
+* **Ratios** are needed by the paper's rule only: the published tables that come with MagCache for this class, or
+  `first run`, in which MagCache measures them.
 
 {families}
 ## Every pipeline
@@ -63,12 +64,12 @@ with the tiny models of diffusers' own tests, and with the test suite.
 | pipeline | model | paper's rule | ratios |
 |---|---|---|---|
 """
-FAMILIES_HEAD = """## Families, tried whole
+FAMILIES_HEAD = """## Whole pipelines, tested by family
 
 Real pipelines of diffusers with small random weights, on a CPU, by `tests/hosts/test_pipelines.py`,
-`tests/hosts/test_pipeline_families.py` and `tests/hosts/test_first_run.py`. ✓: tried, and right on every run of the
-suite. Empty: diffusers has no such pipeline (image to image, control nets) or cannot divide the class on a CPU (context
-parallel), or the class has no one stack of blocks to measure.
+`tests/hosts/test_pipeline_families.py` and `tests/hosts/test_first_run.py`. ✓: tested, and passes. Empty: diffusers has
+no such pipeline (image to image, control nets), cannot split the class on a CPU (context parallel), or the class has no
+single stack of blocks to measure.
 
 """
 TRIED = {  # tests: a column of that table
@@ -169,7 +170,7 @@ def state_of(model_name: str, proofs: dict[str, str]) -> str:
     try:
         output_host(model_name, list(forward)[1:])
     except MagCacheError:
-        return "none: the model is told no timestep"
+        return "none: the model gets no timestep"
     return "looked for at the first call, else output"
 
 

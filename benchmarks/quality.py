@@ -359,7 +359,7 @@ def load_subject(args):
         pipe.to(args.device)
     jobs = [(prompt, seed) for seed in range(1, args.seeds + 1) for prompt in prompts[: args.prompts]]
     if len(jobs) < 2:
-        raise MagCacheError("An interval needs two pictures or more: add prompts or --seeds.")
+        raise MagCacheError("An interval needs two images or more: add prompts or --seeds.")
     return Subject(pipe, call, jobs, args.scheduler, calibration[:2]), calibration
 
 
@@ -372,7 +372,7 @@ def page_text(args, subject, by_case):
     days = sorted({one["date"] for one in everything})
     guidances = " and ".join(f"{guidance:g}" for guidance in args.guidance)
     texts.append(
-        f"{len(subject.jobs)} {'pictures' if everything[0]['motion'] is None else 'clips'}, {args.seeds} of each "
+        f"{len(subject.jobs)} {'images' if everything[0]['motion'] is None else 'clips'}, {args.seeds} of each "
         f"prompt, none calibrated on; {args.model}, {SAMPLER_NAMES[args.scheduler]}, guidance {guidances}; "
         f"{machine_text(subject)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}; the rows took "
         f"{sum(one['seconds'] for one in everything) / 60:.0f} minutes."
@@ -397,13 +397,13 @@ def main():
     parser.add_argument("--projects", choices=PROJECTS, nargs="+", default=list(PROJECTS), help="whose rows")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only rows whose names begin so")
     parser.add_argument("--prompts", type=int, default=12, help="how many of the prompts are measured")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a prompt")
+    parser.add_argument("--seeds", type=int, default=2, help="images per prompt")
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--num_frames", type=int)
     parser.add_argument("--max_sequence_length", type=int)
-    parser.add_argument("--short", action="store_true", help="few pictures at half the steps, with the margins of CI")
+    parser.add_argument("--short", action="store_true", help="few images at half the steps, with the margins of CI")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "docs", help="folder of the table and the figure")
     parser.add_argument("--name", default="quality", help="of both: NAME_table.md and NAME.png")
     parser.add_argument(

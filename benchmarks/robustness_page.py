@@ -19,34 +19,36 @@ from outcomes import Outcomes
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "robustness.md"
 FOLDERS = ("unit", "hosts", "page")  # in which the rows of a section follow each other
-HEAD = """# What happens when things go differently
-
-Each row is a test that runs with the suite; those on models run real diffusers code with small random weights. Nothing
-here ran on a GPU. `python benchmarks/robustness_page.py` runs these tests and writes this page from what they say of
-themselves; a row whose test fails or is skipped says so.
+HEAD = """# Edge cases: what was tried, and what happens
 
 One rule holds for all rows: a step is reused only from a residual of the same run, conditioning, trajectory, shape and
-device. In doubt the step computes, and the report counts it with the reason.
+device. When in doubt the step computes, and the report counts it with the reason.
+
+Each row is a test of the suite; those on models run real diffusers code with small random weights, on a CPU.
+`python benchmarks/robustness_page.py` runs these tests and writes this page; a row whose test fails or is skipped says
+so.
 """
 SECTIONS = {  # title: (what stands before its table, and after it)
-    "Who owns a call": ("", "Put the patch on before the threads start: a call already under way does not know of it."),
-    "What a residual belongs to": (
+    "Threads, copies and shared models": (
         "",
-        "Two tiles of one size with one prompt are distinguished by their order, which must stay the same from step to "
+        "Apply the patch before the threads start: it does not affect a call that is already running.",
+    ),
+    "Which residual a call may reuse": (
+        "",
+        "Two tiles of one size with one prompt are told apart by their order, which must stay the same from step to "
         "step.",
     ),
-    "When the patch would do nothing": ("", ""),
+    "When nothing would be cached": ("", ""),
     "Memory and time": (
         "",
         "Above 100 steps a planned run with the linear predictor spreads its computed steps evenly, because comparing "
         "all schedules\ntakes time and memory that grow with the cube of the number of steps.\n\nWhole pipelines were "
-        "also run with offloading, LoRA, compiled blocks, float8 storage, FSDP and context parallelism, stopped at "
-        "each\nstep, saved and loaded: see the first table of [pipelines.md](pipelines.md).",
+        "also tested with offloading, LoRA, compiled blocks, float8 storage, FSDP and context parallelism,\nstopped at "
+        "each step, saved and loaded: see the first table of [pipelines.md](pipelines.md).",
     ),
     "Files": ("", ""),
     "In ComfyUI": (
-        "The same in ComfyUI's own classes with small random weights, in 0.16.3 and 0.30.0 "
-        "(`tests/hosts/test_comfyui.py`).",
+        "In ComfyUI's own classes with small random weights, in 0.16.3 and 0.30.0 (`tests/hosts/test_comfyui.py`).",
         "",
     ),
 }

@@ -1,4 +1,4 @@
-"""What can be known without running a model, and the handling of files around it.
+"""Print plans and ratio tables, compare results, install drop-ins, import tables.
 
 {prog} presets
 {prog} plan flux-dev --steps 28
@@ -75,7 +75,7 @@ def plan(arguments: list[str]) -> None:
     parser.add_argument("--retention_ratio", type=float)
     add_target_flags(parser)
     parser.add_argument("--magcache_interp", choices=("sigma", "nearest"), default="sigma")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw ratios, accumulated error, skipped steps")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot ratios, error and skipped steps")
     args = parser.parse_args(arguments)
 
     table = load(args.preset)
@@ -87,7 +87,7 @@ def plan(arguments: list[str]) -> None:
         from .scripts.plots import plot_schedule
 
         plot_schedule(args.plot, schedule, levels, table.name)
-        print(f"  picture: {args.plot}")
+        print(f"  image: {args.plot}")
 
 
 def thresholds(args: argparse.Namespace, table: RatioTable) -> Settings:
@@ -108,9 +108,9 @@ def compare(arguments: list[str]) -> None:
     from .scripts.quality import quality, quality_text, read_frames, side_by_side
 
     parser = parser_of("compare")
-    parser.add_argument("a", metavar="A", help="un-cached picture or video")
-    parser.add_argument("b", metavar="B", help="cached picture or video")
-    parser.add_argument("--out", type=Path, help="where the side-by-side picture or video goes")
+    parser.add_argument("a", metavar="A", help="un-cached image or video")
+    parser.add_argument("b", metavar="B", help="cached image or video")
+    parser.add_argument("--out", type=Path, help="where the side-by-side image or video goes")
     args = parser.parse_args(arguments)
 
     if args.out and args.out.resolve() in (Path(args.a).resolve(), Path(args.b).resolve()):
@@ -137,30 +137,30 @@ def install_command(arguments: list[str]) -> None:
 
 
 def import_(arguments: list[str]) -> None:
-    """Make a table of magnitude ratios that another program keeps usable here."""
+    """Convert another program's magnitude ratios into a table for MagCache."""
     from .tables import import_table, write
 
     parser = parser_of("import")
     parser.add_argument(
         "file", type=Path, metavar="FILE.json", help="of diffusers, LightX2V, TeleFuser, Kandinsky-5 ..."
     )
-    parser.add_argument("--steps", type=int, help="steps of the run that it was measured in, where FILE does not say")
-    parser.add_argument("--shift", type=float, help="shift of the sampler of that run, where FILE does not say")
-    parser.add_argument("--entry", default="", help="which of several tables, as in 512/25")
+    parser.add_argument("--steps", type=int, help="steps of the run it was measured in, if FILE does not say")
+    parser.add_argument("--shift", type=float, help="shift of that run's sampler, if FILE does not say")
+    parser.add_argument("--entry", default="", help="which of several tables, such as 512/25")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: in this folder, under its name")
     args = parser.parse_args(arguments)
 
     table = import_table(args.file, args.steps, args.shift, args.entry)
     out = args.out or Path(f"{table.name}.magcache.json")
     if out.exists():
-        raise MagCacheError(f"{out} is there already; name another file with --out.")
+        raise MagCacheError(f"{out} already exists; name another file with --out.")
     write(out, table)
     print(f"Ratios of {table.steps} steps; noise levels assumed from shift {table.sampler['shift']:g}. Saved as {out}:")
     print(f"use them with --mag_ratios {out}.")
 
 
 def describe(arguments: list[str]) -> None:
-    """Find the facts of a diffusers pipeline's model and print them."""
+    """Find and print what MagCache needs to know about the model of a diffusers pipeline."""
     import torch
 
     from .discover import discover, first_call, host_line
@@ -203,8 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"MagCache {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own; COMMAND --help lists them")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command; COMMAND --help lists them")
     args = parser.parse_args(arguments)
     escape_unprintable()
     try:

@@ -83,7 +83,7 @@ class BlockStack:
     def __init__(self, model: torch.nn.Module, host: Host) -> None:
         if not host.blocks:
             raise MagCacheError(
-                f"Of {type(model).__name__} only the output can be predicted"
+                f"For {type(model).__name__} only the output can be predicted"
                 f"{', because ' + host.why_output if host.why_output else ''}: ask for the payload output."
             )
         final_layer = (host.final_layer,) if host.final_layer else ()

@@ -111,7 +111,7 @@ class MeasuredFirst(MagCache):
         if not run.measures:
             super().ended(run)
         elif not run.report.complete:
-            self.tell(run, "this run broke off, so nothing is saved and the next one measures again")
+            self.tell(run, "this run was interrupted, so nothing is saved and the next one measures again")
 
     def tell(self, run: Run, text: str) -> None:
         run.report.measuring = text

@@ -63,8 +63,8 @@ def table_grams(table: RatioTable, levels: np.ndarray, payload: str = "residual"
         )
     if not table.fine_enough(levels):
         raise MagCacheError(
-            f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)} by; "
-            "calibrate again in as many steps as you run."
+            f"{table.name} was calibrated in {table.steps} steps, too few to predict a run of {len(levels)}; "
+            "calibrate again with as many steps as you run."
         )
     try:
         grams = [unpacked(rows) for rows in stored.values()]

@@ -116,7 +116,7 @@ def refuse_if_unmeasurable(group: Denoisers, host: Host | None) -> None:
     """Raises MagCacheError if only the model's output can be predicted. host: None if its facts are yet to be found."""
     if host is not None and not host.blocks:
         raise MagCacheError(
-            f"Of {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
+            f"For {type(group.models[0]).__name__} only the output can be predicted, because {host.why_output}: "
             "there is nothing to calibrate, and a speedup needs no calibration."
         )
 

@@ -140,8 +140,8 @@ class Target:
             )
             schedule = replace(schedule, gram=gram_of_outputs(table, levels))
         if target.predictor != self.predictor and table is not None:
-            how = "outputs are predicted without them" if target.predictor == "line" else "the newest is taken as it is"
-            why = f"{table.name} was calibrated with guidance, which multiplies what its weights miss: {how}"
+            how = "outputs are predicted without them" if target.predictor == "line" else "the newest is reused"
+            why = f"{table.name} was calibrated with guidance, which amplifies the errors of its weights: {how}"
             schedule = replace(schedule, why_changed=why)
         return replace(schedule, settings=target, ratios=ratios)
 

@@ -38,11 +38,11 @@ def settings_text(settings: Settings | Target) -> str:
 class PlanLine(NamedTuple):
     """One line of a plan. kind: what it tells, by which a front end chooses; text: the line.
 
-    kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios carried over),
+    kinds: "asked" (steps, table, settings), "strip" (a letter a step), "resampled" (ratios converted),
     "uncovered" (steps beyond the table), "notes" (of a borrowed table; why not planned as asked), "nothing" (why
     nothing will be reused), "gain" (computed steps and speed-up), "out of reach" (the speed-up asked for), "error"
     (expected), "other error" (of the other way to plan as many computed steps), "corrector" (whether skipped steps
-    are made again), "memory".
+    are corrected), "memory".
     """
 
     kind: str
@@ -69,7 +69,7 @@ def plan_lines(
 ) -> list[PlanLine]:
     """The plan of a run. levels: its noise levels; table: the `RatioTable` that it was made from (None: from none);
     bytes_a_branch: what one residual of a branch takes (None: not known); why_uncorrected: why skipped steps are not
-    made again ("": they are; None: not known)."""
+    corrected ("": they are; None: not known)."""
     of_table = "no calibration needed" if table is None else f"ratios of {table.name} ({table.origin})"
     lines = [
         PlanLine(
@@ -80,7 +80,7 @@ def plan_lines(
     ]
     if table is not None and not table.fits(levels):
         lines.append(
-            PlanLine("resampled", f"  ratios of {table.steps} steps carried over to the noise levels of this run")
+            PlanLine("resampled", f"  ratios of {table.steps} steps converted to the noise levels of this run")
         )
     if schedule.predictor != "line" and table is not None and not table.covers(levels):
         count = int((~table.covered(levels)).sum())
@@ -104,13 +104,13 @@ def plan_lines(
     else:
         lines.append(gain_line(schedule))
     if why_uncorrected is not None and not schedule.why_none:
-        by = ", as the calibration tells," if schedule.gram is not None else ""
-        on = f"on: skipped steps are made again{by} when the next one is computed"
+        by = " with the calibration's weights" if schedule.gram is not None else ""
+        on = f"on: skipped steps are corrected{by} when the next one is computed"
         lines.append(
             PlanLine("corrector", f"  corrector {f'off, because {why_uncorrected}' if why_uncorrected else on}")
         )
     if bytes_a_branch is not None and not schedule.why_none:
-        lines.append(PlanLine("memory", f"  extra memory: {memory_text(bytes_a_branch)} a branch"))
+        lines.append(PlanLine("memory", f"  extra memory: {memory_text(bytes_a_branch)} per branch"))
     return lines
 
 
@@ -160,7 +160,7 @@ def target_lines(
             PlanLine(
                 "out of reach",
                 f"  {asked.magcache_speedup:g}x is out of reach: magcache_K, retention_ratio and the time of a reused "
-                "step allow this",
+                "step allow no more",
             )
         )
     error = error_text(expected_error[schedule.reuse])
@@ -170,7 +170,7 @@ def target_lines(
         lines.append(
             PlanLine(
                 "other error",
-                f"    the paper's rule with {rule.computed} computed steps, of a residual: "
+                f"    the paper's rule with {rule.computed} computed steps, for a residual: "
                 f"{error_text(np.asarray(rule.expected_error)[rule.reuse])}",
             )
         )
@@ -238,7 +238,7 @@ class RunReport:
             return f"MagCache measuring: {self.measuring}."
         spent, saved = self.seconds()
         if not self.reused:
-            why = self.schedule.why_none or "; ".join(self.unplanned) or "the run broke off"
+            why = self.schedule.why_none or "; ".join(self.unplanned) or "the run was interrupted"
             return f"MagCache reused nothing in {len(self.calls)} calls: {why}."
         text = (
             f"MagCache: {self.computed} of {len(self.calls)} model calls computed, {self.reused} reused; transformer "

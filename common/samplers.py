@@ -41,7 +41,7 @@ def why_uncorrected(scheduler: Any) -> str:
         return ""
     name, step = type(scheduler).__name__, getattr(scheduler, "step", None)
     if not callable(step) or list(inspect.signature(step).parameters)[:3] != ["model_output", "timestep", "sample"]:
-        return f"{name} has no step that could be made again"
+        return f"{name} has no step that can be repeated"
     if getattr(scheduler, "order", 1) != 1:
         return f"{name} calls the model twice a step"
     config = getattr(scheduler, "config", {})

@@ -10,7 +10,7 @@ from .conditioning import Conditionings
 from .run import Run
 from .steps import Call, Part, StepTracker, close
 
-BETWEEN = "the noise level is none of the sampler's timesteps"
+BETWEEN = "the noise level is not one of the sampler's timesteps"
 
 
 class Sampling:

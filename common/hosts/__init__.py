@@ -37,5 +37,5 @@ def output_host(model_name: str, names: list[str], why: str = "its class is not 
     MagCacheError for a model that is told no time."""
     timestep = next((name for name in names if name in TIMES), None)
     if timestep is None:
-        raise MagCacheError(f"{model_name} is told no timestep, so MagCache cannot follow its sampler.")
+        raise MagCacheError(f"{model_name} gets no timestep, so MagCache cannot follow its sampler.")
     return Host(blocks=(), latent=names[0], timestep=timestep, why_output=why)

@@ -35,11 +35,11 @@ def output_only(why: str) -> Host:
     return Host(blocks=(), why_output=why)
 
 
-U_NET = output_only("a U-Net has no stack of blocks of one shape")
-TWO_STREAMS = output_only("it denoises picture and sound in two streams")
-INSIDE = output_only("its blocks are those of another model inside it")
-HALVES = output_only("it exchanges the halves of a batch")
-PIXELS = output_only("what follows its blocks makes pixels of the latent too")
+U_NET = output_only("a U-Net has no stack of equally shaped blocks")
+TWO_STREAMS = output_only("it denoises image and sound in two streams")
+INSIDE = output_only("its blocks belong to another model nested in it")
+HALVES = output_only("it swaps the halves of a batch")
+PIXELS = output_only("the layers after its blocks also read the latent")
 
 COMFYUI: dict[str, Host] = {
     "comfy.ACEStepTransformer2DModel": Host(blocks=("transformer_blocks",), final_layer="final_layer"),
@@ -60,7 +60,7 @@ COMFYUI: dict[str, Host] = {
     "comfy.CogVideoXTransformer3DModel": Host(blocks=("blocks",), final_layer="norm_final"),
     "comfy.ErnieImageModel": replace(LAYERS, final_layer="final_norm"),
     "comfy.Flux": FLUX,
-    "comfy.GeneralDIT": output_only("its blocks are no list"),
+    "comfy.GeneralDIT": output_only("its blocks are not in a list"),
     "comfy.HiDreamImageTransformer2DModel": Host(
         blocks=("double_stream_blocks", "single_stream_blocks"), final_layer="final_layer", image_tokens="image_tokens"
     ),

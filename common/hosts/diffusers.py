@@ -75,8 +75,8 @@ def fills_a_cache(forward):
     return getattr(forward.get("kv_caches"), "mode", None) == "write"
 
 
-U_NET = Host(blocks=(), latent="sample", why_output="a U-Net has no stack of blocks of one shape")
-TWO_STREAMS = Host(blocks=(), why_output="it denoises picture and sound in two streams")
+U_NET = Host(blocks=(), latent="sample", why_output="a U-Net has no stack of equally shaped blocks")
+TWO_STREAMS = Host(blocks=(), why_output="it denoises image and sound in two streams")
 
 DIFFUSERS: dict[str, Host] = {
     "diffusers.AceStepTransformer1DModel": replace(LAYERS, timestep_scale=1.0, reads_blocks=True),
@@ -89,7 +89,7 @@ DIFFUSERS: dict[str, Host] = {
         blocks=("joint_transformer_blocks", "single_transformer_blocks"), final_layer="norm_out", timestep_scale=1.0
     ),
     "diffusers.BriaFibo2Transformer2DModel": Host(
-        blocks=(), timestep_scale=1.0, why_output="its samples hold their picture at different places"
+        blocks=(), timestep_scale=1.0, why_output="its samples hold their image at different places"
     ),
     "diffusers.BriaFiboTransformer2DModel": JOINT,
     "diffusers.BriaTransformer2DModel": JOINT,

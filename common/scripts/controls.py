@@ -50,7 +50,7 @@ def page_plan(schedule, levels, table) -> PagePlan:
     """The plan of a run in the words of a page."""
     gain = f"{schedule.computed} of {schedule.steps} steps compute, at most {schedule.bound:.2f}x faster"
     if schedule.settings.magcache_speedup:
-        gain = f"{schedule.settings.magcache_speedup:g}x: {gain}, the nearest to it"
+        gain = f"{schedule.settings.magcache_speedup:g}x: {gain}, the nearest possible"
     if schedule.why_none:
         gain = "every step computes"
     lines = [f"Ratios: {table.name} ({table.origin})"] if table else []
@@ -69,7 +69,7 @@ class Controls:
     def __init__(self, gr, start: Choice):
         self.gr = gr
         self.use = gr.Checkbox(
-            label="Use MagCache", value=start.use_magcache, info="Skips the steps that the plan shows: faster."
+            label="Use MagCache", value=start.use_magcache, info="Skip the steps that the plan shows."
         )
         with gr.Accordion("MagCache", open=False) as self.details:
             self.plan = gr.HTML()
@@ -77,7 +77,7 @@ class Controls:
                 label="MagCache target speed-up",
                 choices=list(SPEEDUPS),
                 value=start.speedup,
-                info="Plans the steps for this speed-up, in place of the settings below; needs no Calibrate.",
+                info="Replaces the three settings below; needs no calibration.",
             )
             self.thresh = gr.Slider(
                 label="MagCache threshold",
@@ -85,7 +85,7 @@ class Controls:
                 maximum=1,
                 step=0.005,
                 value=start.magcache_thresh,
-                info="Bound on the accumulated error. Larger is faster and less exact; 0 turns it off.",
+                info="Bound on the accumulated error. Higher is faster and less exact; 0 is off.",
             )
             self.most = gr.Slider(
                 label="MagCache K",
@@ -93,7 +93,7 @@ class Controls:
                 maximum=6,
                 step=1,
                 value=start.magcache_K,
-                info="Most skipped steps in a row; 0 turns it off.",
+                info="Most skipped steps in a row; 0 is off.",
             )
             self.retention = gr.Slider(
                 label="MagCache retention ratio",
@@ -101,12 +101,12 @@ class Controls:
                 maximum=1,
                 step=0.01,
                 value=start.retention_ratio,
-                info="Share of the steps, from the first, that always computes.",
+                info="Share of the steps, from the first, that always compute.",
             )
             self.calibrate = gr.Checkbox(
                 label="Calibrate",
                 value=start.calibrate,
-                info="The next job computes every step, measures this checkpoint, and later jobs use what it found.",
+                info="The next job computes every step and measures this checkpoint; later jobs use the result.",
             )
         self.inputs = [self.use, self.calibrate, self.thresh, self.most, self.retention, self.speedup]
 

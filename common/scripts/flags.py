@@ -27,23 +27,23 @@ def add_magcache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         "--magcache_thresh",
         type=float,
         metavar="ERROR",
-        help="bound on the accumulated error of a reuse; larger is faster and less exact; 0 turns it off",
+        help="bound on the accumulated error; higher is faster and less exact; 0 turns MagCache off",
     )
-    group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most reuses in a row; 0 turns it off")
+    group.add_argument("--magcache_K", type=int, metavar="STEPS", help="most skipped steps in a row; 0 is off")
     group.add_argument(
         "--retention_ratio",
         type=float,
         metavar="SHARE",
-        help="share of the steps, from the first on, that always compute",
+        help="share of the steps, from the first, that always compute",
     )
     add_target_flags(group)
     group.add_argument(
         "--magcache_guard",
         type=float,
         metavar="X",
-        help="stop skipping in a planned run once a computed step is predicted X times worse than in the calibration",
+        help="needs a calibration: stop skipping once a computed step is predicted X times worse than in it",
     )
-    group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the model as it is")
+    group.add_argument("--no-magcache", dest="magcache", action="store_false", help="run the plain model")
     group.add_argument(
         "--magcache_calibration",
         nargs="?",
@@ -59,18 +59,19 @@ def add_magcache_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         "--magcache_interp",
         choices=("sigma", "nearest"),
         default="sigma",
-        help="ratios at other step counts: kept along the noise level, or repeated by index as the released scripts do",
+        help="ratios for other step counts: interpolated over the noise level, or repeated by index as the released "
+        "scripts do",
     )
-    group.add_argument("--magcache_cache_device", metavar="DEVICE", help="keep residuals there (cpu saves GPU memory)")
-    group.add_argument("--magcache_cache_dtype", choices=DTYPES, help="keep residuals in this type")
     group.add_argument(
-        "--magcache_plot", action="store_true", help="also draw ratios, error and skipped steps as a PNG"
+        "--magcache_cache_device", metavar="DEVICE", help="where to keep residuals (cpu saves GPU memory)"
     )
+    group.add_argument("--magcache_cache_dtype", choices=DTYPES, help="type to keep residuals in")
+    group.add_argument("--magcache_plot", action="store_true", help="also plot ratios, error and skipped steps (PNG)")
     group.add_argument(
         "--compare",
         action="store_true",
-        help="also render un-cached, and with the plain sampler at as many "
-        "steps as MagCache computes, at the same seed; write them side by side with the figures",
+        help="also render un-cached and with as few plain steps as MagCache computes, at the same seed; write all "
+        "three side by side and print PSNR, SSIM and MS-SSIM",
     )
     return group
 
@@ -80,8 +81,8 @@ def add_refine_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--magcache_refine",
         action="store_true",
-        help="with --magcache_speedup or --magcache_steps: calibrate on the prompts, draw each again in a few ways to "
-        "spread the computed steps, and keep the closest for later runs of this checkpoint; saves no pictures",
+        help="with --magcache_speedup or --magcache_steps: calibrate on the prompts, render each with five spreads of "
+        "the computed steps, and use the closest in later runs of this checkpoint; saves no images",
     )
 
 
@@ -90,7 +91,8 @@ def add_opt_in_flags(parser: argparse.ArgumentParser) -> None:
     add_magcache_flags(parser).add_argument(
         "--use_magcache",
         action="store_true",
-        help="render with MagCache, by the settings of the task; any other flag of this group implies it",
+        help="render with MagCache at the settings of the task; any other flag of this group but "
+        "--magcache_calibration implies it",
     )
 
 
@@ -122,7 +124,7 @@ def flags_and_rest(
     for flag in (flag.split("=")[0] for flag in rest if flag.startswith("--")):
         near = get_close_matches(flag.replace("-", "_"), ours, n=1, cutoff=0.8)
         if near or "magcache" in flag:
-            raise MagCacheError(f"There is no flag {flag}" + (f"; {ours[near[0]]} is the nearest." if near else "."))
+            raise MagCacheError(f"There is no flag {flag}" + (f"; did you mean {ours[near[0]]}?" if near else "."))
     if {"-h", "--help"} & set(rest):
         print(parser.format_help())
     return args, rest
@@ -139,35 +141,35 @@ def add_target_flags(group: Any) -> None:
         "--magcache_speedup",
         type=float,
         metavar="X",
-        help="make the run X times faster; no calibration is needed",
+        help="run X times faster; needs no calibration",
     )
-    group.add_argument("--magcache_steps", type=int, metavar="N", help="the same, with exactly N computed steps")
+    group.add_argument("--magcache_steps", type=int, metavar="N", help="compute exactly N steps; needs no calibration")
     group.add_argument(
         "--magcache_max_error",
         type=float,
         metavar="ERROR",
-        help="plan from a calibration, with the fewest computed steps for which no skipped one's expected relative "
-        "error exceeds this",
+        help="needs a calibration: compute the fewest steps that keep every skipped step's expected relative error "
+        "within this",
     )
     group.add_argument(
         "--magcache_predictor",
         choices=("line", *PREDICTORS),
-        help="how a planned run predicts: along the line through the two newest outputs (line, the default), or with a "
-        "calibration (linear: the same, corrected as the calibration tells, or the two newest residuals weighed; "
-        "reuse: the newest as it is)",
+        help="how skipped steps are predicted: along the line through the two newest computed outputs (line, the "
+        "default); with a calibration, linear: the same, corrected with its weights (of residuals: a weighted sum of "
+        "the two newest), or reuse: the newest, unchanged",
     )
     group.add_argument(
         "--magcache_payload",
         choices=GRAMS,
-        help="what a run planned from a calibration keeps and predicts: the model's output (the default for linear; "
-        "least memory, and skipped steps cost nothing), or the residual of the blocks (that for "
-        "--magcache_max_error and --magcache_guard)",
+        help="with a calibration, what is kept and predicted: the model's output (default of linear; takes least "
+        "memory, and skipped steps cost nothing) or the residual of the blocks (default of --magcache_max_error and "
+        "--magcache_guard)",
     )
     group.add_argument(
         "--magcache_corrector",
         choices=("on", "off"),
         default="on",
-        help="whether skipped steps are made again when the next one is computed, which costs no call of the model",
+        help="whether skipped steps are corrected when the next one is computed (costs no model call)",
     )
 
 
@@ -183,7 +185,7 @@ def target_of(args: argparse.Namespace) -> Target | None:
             )
         return None
     if args.magcache_thresh is not None:
-        raise MagCacheError("--magcache_thresh is the paper's: leave it out of a planned run.")
+        raise MagCacheError("--magcache_thresh belongs to the paper's rule: leave it out of a planned run.")
     return Target(
         **asked,
         predictor=args.magcache_predictor,
@@ -202,7 +204,7 @@ def check_flags(
     import torch
 
     if args.compare and not args.magcache:
-        raise MagCacheError("--compare sets MagCache against the un-cached model: leave out --no-magcache.")
+        raise MagCacheError("--compare compares MagCache with the un-cached model: leave out --no-magcache.")
     if args.compare:
         for package in compared_with:
             needs(package, package)
@@ -212,7 +214,7 @@ def check_flags(
         torch.empty(0, device=args.magcache_cache_device)
     except (RuntimeError, AssertionError):
         raise MagCacheError(
-            f"--magcache_cache_device {args.magcache_cache_device} is no device of this machine."
+            f"--magcache_cache_device {args.magcache_cache_device} is not a device of this machine."
         ) from None
 
 
@@ -265,8 +267,8 @@ def check_calibration_file(args: argparse.Namespace) -> None:
     path = named_calibration(args)
     if path is not None and path.suffix != ".json":
         raise MagCacheError(
-            f"--magcache_calibration {path} is no calibration file: end it in .json, or leave it out and put the flag "
-            "last."
+            f"--magcache_calibration {path} is not a calibration file: end it in .json, or leave it out and put the "
+            "flag last."
         )
     if path is not None:
         check_writable("The calibration file", path)

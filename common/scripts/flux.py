@@ -78,11 +78,11 @@ def parse(script, description):
     )
     parser.add_argument("--model", help=f"hub id or folder, or 'demo' for the bundled model; default {script.model}")
     parser.add_argument("--prompt", nargs="+", help="one or more prompts")
-    parser.add_argument("--prompt_file", type=Path, help="a text file with a prompt a line")
-    parser.add_argument("--negative_prompt", help="with --true_cfg_scale: two calls of the model a step")
+    parser.add_argument("--prompt_file", type=Path, help="text file, one prompt per line")
+    parser.add_argument("--negative_prompt", help="with --true_cfg_scale: two model calls per step")
     parser.add_argument("--true_cfg_scale", type=float, default=4.0, help="guidance with a negative prompt")
     parser.add_argument("--guidance_scale", type=float, default=script.guidance_scale, help="embedded guidance")
-    parser.add_argument("--image", type=Path, help="reference picture, for FLUX.1-Kontext")
+    parser.add_argument("--image", type=Path, help="reference image, for FLUX.1-Kontext")
     parser.add_argument("--steps", type=int, default=script.steps)
     parser.add_argument("--seed", type=int, default=script.seed)
     parser.add_argument("--height", type=int)
@@ -95,9 +95,7 @@ def parse(script, description):
         help="keep weights in main memory: 'model' moves whole models, 'group' one block at a time",
     )
     parser.add_argument("--lora", help="hub id, folder or file of LoRA weights")
-    parser.add_argument(
-        "--output", type=Path, default=Path(script.output), help="picture to write; several are numbered"
-    )
+    parser.add_argument("--output", type=Path, default=Path(script.output), help="image to write; several are numbered")
     return parser.parse_args()
 
 
@@ -110,7 +108,7 @@ def check_flux_flags(args, ours, script):
     check_calibration(ours, args.steps)
     check_refining(ours, ("compare", "magcache_calibration", "magcache_thresh", "magcache_predictor", "mag_ratios"))
     if args.output.suffix.lower() not in PICTURES:
-        raise MagCacheError(f"--output {args.output} is no picture format; end it in .png, .jpg or .webp.")
+        raise MagCacheError(f"--output {args.output} is no image format; end it in .png, .jpg or .webp.")
     check_writable("--output", args.output)
     check_seed(args.seed)
 
@@ -171,7 +169,7 @@ def run(args, ours, script):
             if session.comparison:
                 compared.append((prompt, session.frames_rendered, session.comparison))
     if compared:
-        with session.bookkeeping("The side-by-side picture"):
+        with session.bookkeeping("The side-by-side image"):
             show_comparison(compared, sheet)
 
 
@@ -226,7 +224,7 @@ def say_what_a_lora_changes(args, session, checkpoint):
     if args.lora and session.table and session.table.provenance.get("fingerprint") != checkpoint:
         session.say(
             f"The LoRA changes the model; {session.table.name} was measured without it. --magcache_calibration "
-            "measures anew."
+            "measures again."
         )
 
 

@@ -22,7 +22,7 @@ def bookkeeping(what: str, say: Callable[[str], object]) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         why = str(error).strip() if isinstance(error, MagCacheError) else f"{type(error).__name__}: {error}"
-        say(f"{what} broke off ({why.rstrip('.: ')}); what was rendered is kept.")
+        say(f"{what} failed ({why.rstrip('.: ')}); the rendering is kept.")
 
 
 def beside(target: Path, ending: str) -> Path:

@@ -49,8 +49,8 @@ def plot_schedule(path, schedule, levels, title):
 
 def save_figure(path, figure):
     if Path(path).suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        raise MagCacheError(f"{path} is no picture format; end it in .png.")
+        raise MagCacheError(f"{path} is no image format; end it in .png.")
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
-        raise MagCacheError(f"{path} cannot be written as a picture ({error}).") from None
+        raise MagCacheError(f"{path} cannot be written as an image ({error}).") from None

@@ -37,7 +37,7 @@ def read_frames(path: str | Path) -> tuple[np.ndarray, float | None]:
         return frames_of_picture(path)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise MagCacheError(f"{path} cannot be read as a picture or video ({reason}).") from None
+        raise MagCacheError(f"{path} cannot be read as an image or video ({reason}).") from None
 
 
 def frames_of_picture(path: Path) -> tuple[np.ndarray, float | None]:
@@ -68,7 +68,9 @@ def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None
     import torch
 
     if reference.shape != result.shape:
-        raise MagCacheError(f"Only equals can be compared: {frames_text(reference)} against {frames_text(result)}.")
+        raise MagCacheError(
+            f"Only equal sizes and lengths can be compared, not {frames_text(reference)} and {frames_text(result)}."
+        )
     if min(reference.shape[1:3]) < SSIM_LEAST:
         raise MagCacheError(f"SSIM needs {SSIM_LEAST} pixels a side, and these are {frames_text(reference)}.")
     rows = []

@@ -35,7 +35,7 @@ def refine(pipe: Any, draw: Callable[[str | None, str], np.ndarray | None], prom
     with enable(pipe, calibrate=True) as cache:
         uncached = [draw(prompt, "un-cached") for prompt in prompts]
     if any(frames is None for frames in uncached):
-        raise MagCacheError("Only pictures and videos can be compared: this pipeline makes neither.")
+        raise MagCacheError("Only images and videos can be compared: this pipeline makes neither.")
     schedules = []
 
     def psnr_of(measure):

@@ -130,9 +130,9 @@ class Session:
 
     def no_table(self) -> str:
         return (
-            f"No magnitude ratios are known for {self.task} with this checkpoint, and the paper's rule needs them: "
-            "name a speed-up, as --magcache_speedup 2, which needs none; or measure them once by the same command with "
-            "--magcache_calibration; or name a table with --mag_ratios PRESET|FILE; or run with --no-magcache."
+            f"No magnitude ratios are known for {self.task} with this checkpoint, and the paper's rule needs them. "
+            "Ask for a speed-up, which needs none (--magcache_speedup 2), or measure them once (the same command with "
+            "--magcache_calibration), or name a table (--mag_ratios PRESET|FILE), or run with --no-magcache."
         )
 
     # Which ratios, and the patch
@@ -158,7 +158,7 @@ class Session:
         target = target_of(self.args)
         if target and target.needs_table and not table.fine_enough(table.levels(self.steps)):
             raise MagCacheError(
-                f"{name} was measured at {table.steps} steps, too few to predict the skipped ones of {self.steps}: "
+                f"{name} was measured at {table.steps} steps, too few to predict a run of {self.steps}: "
                 f"measure again with {self.measure}."
             )
         return table
@@ -174,7 +174,7 @@ class Session:
         fine = [table for table in own if table.fine_enough(table.levels(self.steps))]
         for table in own:
             if table not in fine:
-                self.say_once(f"Passed over: {table.name} has {table.steps} steps, too few for a run of {self.steps}.")
+                self.say_once(f"Ignored: {table.name} has {table.steps} steps, too few for a run of {self.steps}.")
         if fine:
             away = [abs(volume(table.sampler) - volume(vars(self))) for table in fine]
             return best(table for table, distance in zip(fine, away) if distance == min(away))
@@ -218,8 +218,8 @@ class Session:
         elif self.calibrating or self.steps >= LEAST_STEPS:
             if not self.calibrating:
                 self.say(
-                    f"No magnitude ratios are known for {self.task} with this checkpoint: this rendering is computed "
-                    "in full to measure them."
+                    f"No magnitude ratios are known for {self.task} with this checkpoint: this rendering computes "
+                    "every step to measure them."
                 )
             self.handle = self.calibration(models, host, timesteps, checkpoint, boundary)
         else:
@@ -384,7 +384,7 @@ class Session:
                 plot_schedule(path, self.report.schedule, self.report.levels, self.table_name)
                 files.append(path.name)
         if self.frames_rendered and sheet:
-            with self.bookkeeping("The side-by-side video" if fps else "The side-by-side picture"):
+            with self.bookkeeping("The side-by-side video" if fps else "The side-by-side image"):
                 path = own_place(beside(target, f"_compare{target.suffix}"), files)
                 side_by_side(path, [videos[number] for videos in self.frames_rendered.values()], fps)
                 files.append(path.name)
@@ -426,7 +426,7 @@ class Session:
             frames = f", {sampler['frames']} frames" if "frames" in sampler else ""
             self.say_once(
                 f"These ratios were measured at {sampler['size']}{frames}; this run is {self.size}, {self.frames} "
-                f"frames. {self.measure} measures anew."
+                f"frames. {self.measure} measures again."
             )
 
     def say_once(self, text: str) -> None:

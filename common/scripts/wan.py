@@ -124,7 +124,7 @@ def checkpoint_config(folder):
                 return dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
                 if is_writer():
-                    print(f"Passed over: {path} cannot be read ({error}), so no published ratios are looked for.")
+                    print(f"Ignored: {path} cannot be read ({error}), so no published ratios are looked for.")
     return {}
 
 

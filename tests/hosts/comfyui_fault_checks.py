@@ -110,7 +110,7 @@ def a_partial_run_replaces_no_calibration():
     assert part.path != full.path and full.path.exists() and str(part.path) in said[-1], said
     patched, said = cached_patcher(patcher, mag_ratios="")
     sample(patched)
-    assert f"ratios of {full.path.stem} (measured)" in said[0] and "carried over" not in said[0], said
+    assert f"ratios of {full.path.stem} (measured)" in said[0] and "converted" not in said[0], said
     for calibration in (full, part):
         calibration.path.unlink()
 

@@ -124,7 +124,7 @@ def interrupted_first_run_writes_nothing():
         raise AssertionError("was to be interrupted")
     except comfy.model_management.InterruptProcessingException:
         hook.remove()
-    assert written() == before and "the run broke off, nothing was measured" in said[-1], said
+    assert written() == before and "the run was interrupted, nothing was measured" in said[-1], said
     said.clear()
     sample(patched)
     assert said[0].startswith(MEASURING) and len(written() - before) == 1, said
@@ -146,7 +146,7 @@ def a_partial_first_run_stands_for_no_fuller_one():
     (part,) = written() - before
     assert f"ratios of {part.stem} (measured)" in begun(denoise=0.4)
     told = begun()
-    assert told.startswith(MEASURING) and f"those of {part.stem} cover a part of this run" in told, told
+    assert told.startswith(MEASURING) and f"those of {part.stem} cover only part of this run" in told, told
     (full,) = written() - before  # which has taken the place of what it covers
     assert tables.read(full).sigmas[0] == 1.0
     assert f"ratios of {full.stem} (measured)" in begun() and f"ratios of {full.stem} (measured)" in begun(denoise=0.4)
@@ -204,7 +204,7 @@ def both_of_two_samplers_are_measured():
     assert not torch.equal(both(patched), both(patcher))
     ranges = [tables.read(path).sigmas for path in written() - before]
     assert sorted(len(one) for one in ranges) == [6, 6] and min(ranges[0]) != min(ranges[1])
-    assert all("(measured)" in text and "carried over" not in text for text in said[::2]), said
+    assert all("(measured)" in text and "converted" not in text for text in said[::2]), said
     unlinked(before)
 
 

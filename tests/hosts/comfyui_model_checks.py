@@ -109,8 +109,8 @@ def thresholds_without_blocks_or_ratios_are_answered():
     """A model of whose class only the output is known, one without ratios, one without a threshold: planned for a
     speed-up, with the reason."""
     for family, options, why in (
-        ("sd15", {}, "Of UNetModel only the output is predicted, because a U-Net has no stack of blocks"),
-        ("ltxav", {}, "Of LTXAVModel only the output is predicted, because it denoises picture and sound in two"),
+        ("sd15", {}, "For UNetModel only the output is predicted, because a U-Net has no stack of equally"),
+        ("ltxav", {}, "For LTXAVModel only the output is predicted, because it denoises image and sound in two"),
         ("zimage", {"mag_ratios": "", "measure": "off"}, "The paper's rule has no ratios for this model"),
         ("zimage", {"thresholds": {}}, "The ratios of tiny are used once magcache_thresh is set"),
     ):
@@ -224,18 +224,19 @@ PUBLISHED = {
 }
 HEADING = """# ComfyUI's models and MagCache
 
-Every model of `comfy/supported_models.py` in ComfyUI 0.30.0. `tests/hosts/test_comfyui.py::test_models` makes this
-table: it plans and samples each of them with a smooth function in the place of its transformer, through ComfyUI's own
-classes for it. `test_residual` and `test_family` try every transformer that has thresholds with small random weights.
+What MagCache can do for every model of `comfy/supported_models.py` in ComfyUI 0.30.0.
 
-* **speedup**: works in the first run, from the model's output, with every sampler.
-* **thresholds**: the paper's rule, which needs to know the model's blocks. "published": settings and ratios were
-  published for these model types, and the node recommends them while `speedup` is 0. "after calibration": the first
-  run of the node with a threshold measures the ratios, or MagCache Calibration does. "no": only `speedup`, with the
-  reason.
+* **speedup**: works in the first run with every sampler, by predicting the model's output.
+* **thresholds**: the paper's rule, which needs the structure of the model's blocks. "published": settings and ratios
+  were published for these model types; the node uses them while `speedup` is 0. "after calibration": the first run of
+  the node with a threshold measures the ratios, or MagCache Calibration does. "no": only `speedup`, with the reason.
 
-What is known of a class is also proved on the model itself at the first computed call of each run. Where it does not
-hold, the node says so and predicts the output instead.
+At the first computed call of each run the node checks the structure of the blocks on the model itself. If the check
+fails, it says so and predicts the output instead.
+
+`tests/hosts/test_comfyui.py::test_models` writes this table: it plans and samples each model through ComfyUI's own
+classes, with a smooth function instead of the transformer. `test_residual` and `test_family` test every transformer
+that has thresholds, with small random weights.
 
 | model | transformer | speedup | thresholds |
 |---|---|---|---|
@@ -326,9 +327,9 @@ def summary_of(rows):
         kinds.setdefault(kind.partition(":")[0], []).append(name)
     says = {
         "thresholds published": "`speedup`; thresholds with published settings",
-        "thresholds after calibration": "`speedup`; thresholds after a first run that measures",
+        "thresholds after calibration": "`speedup`; thresholds after a measured first run",
         "thresholds no": "`speedup` alone",
-        "no": "not possible: each call builds on those before",
+        "no": "not possible: each call depends on the earlier ones",
         "no sampler runs it": "no sampler runs it",
     }
     assert kinds.keys() == says.keys(), kinds.keys()

@@ -57,7 +57,7 @@ def what_cannot_be_cached_renders_plain():
         hosts.HOSTS[name] = facts
     uncached("model_type wan2.1_t2v_14B is for a WanModel", model_type="wan2.1_t2v_14B")
     model.__class__ = type("CausalWanModel", (known,), {})
-    uncached("CausalWanModel keeps the keys and values of the frames that it has made")
+    uncached("CausalWanModel keeps the keys and values of earlier frames")
     model.__class__ = known
 
 
@@ -93,7 +93,7 @@ def mistakes_are_refused_by_the_node():
         ({"mag_ratios": "/no/such.json"}, "there is no calibration file"),
         ({"retention_ratio": 2.0}, "retention_ratio is a share"),
         ({"speedup": 0.5}, "magcache_speedup must be a number of 1 or more"),
-        ({"speedup": 2.0, "end_step": -2}, "start_step and end_step go with the thresholds"),
+        ({"speedup": 2.0, "end_step": -2}, "start_step and end_step belong to the thresholds"),
     ):
         try:
             node.execute(**{**defaults, **mistake})

@@ -39,7 +39,7 @@ def test_hunyuans_reused_steps_equal_the_oracle(subject, run):
     assert (
         report.complete
         and not report.unplanned
-        and f"extra memory: {memory_text(report.peak_bytes)} a branch" in plans[0]
+        and f"extra memory: {memory_text(report.peak_bytes)} per branch" in plans[0]
     )
     HunyuanOracle(reference, report.schedule.reuse)
     theirs = list(reference.iterate(**run))

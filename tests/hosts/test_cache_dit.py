@@ -65,7 +65,7 @@ def both_orders(package, family, home):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "cache-dit on the same model, before or after",
     "refused: call `cache_dit.disable_cache(pipe)` first; then either works",
 )

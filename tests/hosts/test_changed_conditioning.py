@@ -125,7 +125,7 @@ CHANGES = {  # family, what is put on before, what the callback does, the reason
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "a callback of FLUX, SDXL or SD3 changes the prompt, the scale of an image adapter, the guidance; loads, "
     "scales, fuses, turns off or takes away a LoRA",
     "the next call computes, with the reason; the change has the effect that it has un-cached",
@@ -163,7 +163,7 @@ def test_a_callback_changes_the_conditioning(what):
     assert (cached_effect - effect).norm() < 0.5 * effect.norm()
 
 
-@pytest.mark.robustness("What a residual belongs to", "a control net ends (at 0.42 of a run)")
+@pytest.mark.robustness("Which residual a call may reuse", "a control net ends (at 0.42 of a run)")
 def test_a_control_nets_time_is_over():
     """At 0.42 of the run, in the middle of a gap: on both sides of it the picture follows the un-cached one."""
     pipe, arguments = with_control_net("flux")

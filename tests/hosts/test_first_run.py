@@ -98,9 +98,9 @@ def test_a_new_process_finds_what_was_measured():
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
-    "a first run that is measured breaks off, at any step",
-    "nothing is saved; the next one measures again",
+    "When nothing would be cached",
+    "a first run that calibrates is interrupted, at any step",
+    "nothing is saved; the next run calibrates again",
 )
 @pytest.mark.parametrize("way", ["exception", "interrupt"])
 @pytest.mark.parametrize("family", ["flux", "wan22"])
@@ -125,7 +125,7 @@ def test_a_run_that_breaks_off_saves_nothing(family, way, home):
                 assert len(files(home)) == 1 and cache.report.startswith(SAID)
                 break
             assert files(home) == [] and said[-1] == cache.report
-            assert cache.report.endswith("this run broke off, so nothing is saved and the next one measures again.")
+            assert cache.report.endswith("interrupted, so nothing is saved and the next one measures again.")
             if at == 3:
                 assert torch.equal(run_pipeline(pipe, arguments(1), STEPS), plain) and len(files(home)) == 1
                 run_pipeline(pipe, arguments(1), STEPS)
@@ -140,7 +140,7 @@ def image_to_image_pipeline(pipe, arguments, strength):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a first run of few steps, or one that begins late (image to image)",
     "not measured under five steps; else its noise levels are, and a run that has many others is measured too",
 )
@@ -179,7 +179,7 @@ def test_a_first_run_that_begins_late(home):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a first run of few steps, or one that begins late (image to image)",
 )
 @pytest.mark.parametrize(
@@ -202,9 +202,9 @@ def test_what_could_skip_nothing_is_not_measured(wish, steps, why, home):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
-    "a measurement fails, or cannot be saved",
-    "the result is kept; the next run measures again, or uses it in this process",
+    "When nothing would be cached",
+    "a first run's calibration fails, or cannot be saved",
+    "the image is kept; the next run calibrates again, or uses the calibration in this process",
 )
 def test_what_goes_wrong_loses_nothing(home, monkeypatch):
     pipe, arguments = FAMILIES["flux"]()
@@ -247,12 +247,12 @@ def test_a_lora_put_on_since_is_not_saved_under_the_name_of_the_weights(home):
     assert not cache.reports[0].reused and len(files(home)) == 2 and with_lora in files(home)
 
 
-@pytest.mark.parametrize("family, why", [("sdxl", "a U-Net has no stack"), ("ltx2", "it denoises picture and sound")])
+@pytest.mark.parametrize("family, why", [("sdxl", "a U-Net has no stack"), ("ltx2", "it denoises image and sound")])
 def test_a_model_without_one_stack_has_nothing_to_measure(family, why):
     pipe, _ = FAMILIES[family]()
     model = denoiser(pipe)
     for wish in (RULE, ERROR, {**RULE, "calibrate": False}):
-        with pytest.raises(MagCacheError, match=f"Of {type(model).__name__} only the output .* because {why}"):
+        with pytest.raises(MagCacheError, match=f"For {type(model).__name__} only the output .* because {why}"):
             enable(pipe, **wish)
         assert "forward" not in model.__dict__ and "progress_bar" not in vars(pipe)
 

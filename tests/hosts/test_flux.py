@@ -107,7 +107,7 @@ def test_calibration_is_found_again_by_itself(capsys, tmp_path):
     assert table.origin == "measured" and table.steps == 12 and table.provenance["prompts"] == [PROMPT]
     assert table.sampler["shift"] == pytest.approx(3.0, abs=0.01) and table.sampler["size"] == "64x64"
     text = run_flux(capsys, DEV, "--prompt", PROMPT, "--steps", 28)
-    assert "ratios of 12 steps carried over to the noise levels of this run" in text
+    assert "ratios of 12 steps converted to the noise levels of this run" in text
     text = run_flux(capsys, DEV, "--prompt", PROMPT, "--mag_ratios", "flux-dev")
     assert "ratios of flux-dev (published)" in text
 
@@ -390,8 +390,8 @@ def test_kontext_measures_the_tokens_of_the_picture_only(capsys, dev_like, tmp_p
         (["--prompt_file", "missing.txt"], "cannot be read"),
         (["--image", "missing.png"], "--image needs FLUX.1-Kontext"),
         (["--output", "/proc/nowhere/x.png"], "cannot be written"),
-        (["--output", "x.txt"], "is no picture format"),
-        (["--magcache_cache_device", "nonsense"], "is no device of this machine"),
+        (["--output", "x.txt"], "is no image format"),
+        (["--magcache_cache_device", "nonsense"], "is not a device of this machine"),
         (["--seed", "99999999999999999999999"], "--seed must be between"),
         (["--height", "0"], "must be multiples of 8"),
         (["--width", "-8"], "must be multiples of 8"),

@@ -229,7 +229,7 @@ def test_the_plan_follows_the_controls(demo_package):
     off = job_plan(jobs, 25, 5, 9, (True, False, 0.1, 0, 0.2, "off"))
     assert off.summary == "every step computes" and any("magcache_K is 0" in line for line in off.lines)
     twice = job_plan(jobs, 25, 5, 9, AT_TWICE)
-    assert twice.summary == "2x: 13 of 25 steps compute, at most 1.92x faster, the nearest to it"
+    assert twice.summary == "2x: 13 of 25 steps compute, at most 1.92x faster, the nearest possible"
     assert twice.lines == ("4 sections: 52 of 100 steps of the job compute",)
     assert twice.strip[0] == twice.strip[-1] == "#" and twice.strip.count("#") == 13
     assert job_plan(jobs, 25, 5, 9, OFF).summary == "off, every step computes"

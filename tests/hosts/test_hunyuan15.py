@@ -157,7 +157,7 @@ def test_the_step_distilled_model_runs_as_it_is_until_asked(generate15, tmp_path
     [
         (("--enable_cache", "--cache_type", "teacache"), "--enable_cache (teacache) and MagCache both skip blocks"),
         (("--compare", "--rewrite"), "add --rewrite false"),
-        (("--image_path", "dog.png"), "--image_path dog.png is no picture"),
+        (("--image_path", "dog.png"), "--image_path dog.png cannot be read as an image"),
         (("--aspect_ratio", "wide"), "--aspect_ratio wide is not like 16:9"),
         (("--output_path", "cat.txt"), "no ending that can be written"),
     ],

@@ -91,7 +91,7 @@ def test_a_copy_of_a_pipeline_runs_un_cached(tiny_pipe, make, described, monkeyp
             assert again.reports[0].reused
 
 
-@pytest.mark.robustness("Memory and time", "diffusers' Wan in bfloat16", "residuals in bfloat16")
+@pytest.mark.robustness("Memory and time", "diffusers' Wan in bfloat16", "residuals are bfloat16")
 def test_a_residual_has_the_type_of_the_blocks():
     """diffusers' Wan casts to float32 for its final layer alone."""
     pipe, arguments = FAMILIES["wan"]()

@@ -126,8 +126,8 @@ def test_each_rank_draws_its_share_and_files_of_others_stay(tmp_path, script):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (("--num_inference_step", "4"), "FluxPipeline has no keyword num_inference_step; num_inference_steps is"),
-        (("--no-magcache", "--compare"), "--compare sets MagCache against the un-cached model"),
+        (("--num_inference_step", "4"), "no keyword num_inference_step; did you mean num_inference_steps?"),
+        (("--no-magcache", "--compare"), "--compare compares MagCache with the un-cached model"),
         (("--magcache_speedup", "2", "--magcache_steps", "3", *SMALL), "only one of magcache_steps"),
         (("--magcache_speedup", "2", "--magcache_thresh", "0.1", *SMALL), "or for the paper's rule"),
         (("--model", "nowhere/nothing"), "nowhere/nothing cannot be loaded"),
@@ -135,7 +135,7 @@ def test_each_rank_draws_its_share_and_files_of_others_stay(tmp_path, script):
         (("--num_inference_steps", "0"), "must be at least 1, not 0"),
         (("--height", "tall"), "--height takes a number, not 'tall'"),
         (("--guidance_scale",), "--guidance_scale takes a number"),
-        (("--sead", "3"), "has no keyword sead; seed is the nearest"),
+        (("--sead", "3"), "has no keyword sead; did you mean seed?"),
         (("--output_type", "latent"), "is set by this script"),
         (("--max_sequence_length", "9999", *SMALL), "does not take this call"),
     ],
@@ -149,7 +149,7 @@ def test_mistakes_get_one_sentence(tmp_path, script, arguments, sentence):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (("--magcache_sped", "4"), "There is no flag --magcache_sped; magcache_speedup is the nearest"),
+        (("--magcache_sped", "4"), "There is no flag --magcache_sped; did you mean magcache_speedup?"),
         (("--magcache_speedup", "2", "--magcache_steps", "3"), "only one of magcache_steps"),
         (("--magcache_speedup", "2", "--magcache_thresh", "0.1"), "or for the paper's rule"),
         (("--magcache_speedup", "nan"), "a number of 1 or more"),
@@ -194,7 +194,7 @@ def test_a_report_that_cannot_be_written_stops_no_prompt(tmp_path, script):
         raise MagCacheError("The disk is full.")
 
     ended, said = script(*SMALL, "--prompt", "a", "b", "--output", "x.png", instead={"write_report": full})
-    assert ended is None and said.count("The report broke off (The disk is full)") == 2
+    assert ended is None and said.count("The report failed (The disk is full)") == 2
     assert (tmp_path / "x_1.png").is_file() and (tmp_path / "x_2.png").is_file()
 
 

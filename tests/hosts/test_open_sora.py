@@ -148,7 +148,7 @@ def test_announced_memory_is_what_is_kept(kind):
         sampler.model, kind[1], RATIOS, REUSING, lambda: sampler.timesteps, announce=said.append
     ) as handle:
         sampler.run(dtype=torch.bfloat16)
-    assert f"{handle.reports[0].peak_bytes / 1024:.1f} KiB a branch" in said[0]
+    assert f"{handle.reports[0].peak_bytes / 1024:.1f} KiB per branch" in said[0]
 
 
 def test_calibration_changes_nothing_and_measures(kind, tmp_path):

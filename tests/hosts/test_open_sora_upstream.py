@@ -269,7 +269,7 @@ def test_help_and_mistyped_flags(opensora_checkouts, folder, variable):
     assert shown.code == 0 and "--use_magcache" in shown.output and "config" in shown.output
     mistyped = runs.run(runs.folder / "magcache_inference.py", "config.py", "--magcache_tresh", "1", cwd=folder)
     assert (
-        mistyped.code == 1 and "There is no flag --magcache_tresh; --magcache_thresh is the nearest." in mistyped.output
+        mistyped.code == 1 and "There is no flag --magcache_tresh; did you mean --magcache_thresh?" in mistyped.output
     )
 
 

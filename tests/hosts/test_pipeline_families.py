@@ -208,9 +208,9 @@ def test_layerwise_casting(family):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "two pipelines with one transformer, in two threads, one of them enabled or both",
-    "each draws what it would alone; one that is not enabled runs as it is",
+    "each renders what it would alone; one that is not enabled runs un-cached",
 )
 @ALL
 def test_two_pipelines_and_two_threads(family):
@@ -267,14 +267,14 @@ IMAGE_TO_IMAGE = {
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a run that starts inside its schedule (image to image, video to video)",
-    "planned for the steps that it has",
+    "planned for the steps it has",
 )
 @pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
 @pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
 def test_image_to_image(family, strength):
-    """A run begins in the middle, where its strength says, and is planned for the steps that it has."""
+    """A run begins in the middle, where its strength says, and is planned for the steps it has."""
     pipe, arguments = FAMILIES[family]()
     pipe, picture = of_the_parts_of(pipe, IMAGE_TO_IMAGE[family]), picture_for(arguments(1))
     frames = [picture[0].permute(1, 2, 0).numpy()] * arguments(1).get("num_frames", 0)
@@ -425,9 +425,9 @@ def test_context_parallel_over_two_ranks(family, divided_runs):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "text to image and image to image with one transformer and one scheduler (`from_pipe`), each with its own settings",
-    "each draws what it would alone, and is turned off alone",
+    "each renders what it would alone, and is disabled separately",
 )
 def test_image_to_image_after_text_to_image_with_one_transformer():
     """As a user has it from `from_pipe`: one scheduler for both. Each has its own wish, and is turned off alone."""
@@ -458,9 +458,9 @@ def test_image_to_image_after_text_to_image_with_one_transformer():
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
-    "a loop of one's own calls a transformer with two enabled pipelines",
-    "it runs as it is, for nobody can say whose call it is",
+    "Threads, copies and shared models",
+    "your own loop calls a transformer with two enabled pipelines",
+    "it runs un-cached, because the call belongs to neither",
 )
 def test_a_loop_of_ones_own_beside_two_pipelines_is_neithers():
     """With one pipeline enabled a call of no pipeline is its; with two nobody could say whose."""

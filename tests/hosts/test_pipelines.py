@@ -175,9 +175,9 @@ def test_another_scheduler_put_in_while_enabled(scheduler):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a scheduler that does not count its steps, in a pipeline that passes its step to `cache_context`",
-    "cached by that step",
+    "cached by that step number",
 )
 @pytest.mark.parametrize("tells", ["step_index", "sigma", "the last steps"])
 def test_a_pipeline_tells_its_step(tells, monkeypatch):

@@ -93,8 +93,8 @@ def test_a_finished_result_is_saved_whatever_breaks_afterwards(
     said, _ = session_command(toy_session(*table_of_ratios, *flags))
     session_command(toy_session(*table_of_ratios), "again.png")
     assert Path("out.png").read_bytes() == Path("again.png").read_bytes()
-    (sentence,) = [line for line in said.splitlines() if "broke off" in line]
-    assert re.search(r"isk full\); what was rendered is kept\.$", sentence)
+    (sentence,) = [line for line in said.splitlines() if " failed (" in line]
+    assert re.search(r"isk full\); the rendering is kept\.$", sentence)
     assert Path("out.magcache.json").exists() == (broken != "write_report")
 
 
@@ -104,7 +104,7 @@ def test_a_comparison_that_is_interrupted(session_command, table_of_ratios, monk
 
     monkeypatch.setattr(Session, "compare", interrupted)
     said, _ = session_command(toy_session(*table_of_ratios, "--compare"))
-    assert "The comparison broke off (KeyboardInterrupt" in said and Path("out.magcache.json").exists()
+    assert "The comparison failed (KeyboardInterrupt" in said and Path("out.magcache.json").exists()
 
 
 def test_a_measurement_that_cannot_be_saved(session_command, monkeypatch):
@@ -116,7 +116,7 @@ def test_a_measurement_that_cannot_be_saved(session_command, monkeypatch):
 
     monkeypatch.setattr("common.patch.save_calibration", fail)
     said, _ = session_command(one)
-    assert "The measurement broke off (mine.json cannot be written" in said and Path("out.png").is_file()
+    assert "The measurement failed (mine.json cannot be written" in said and Path("out.png").is_file()
 
 
 def test_levels_a_little_above_1_are_measured(session_command, monkeypatch):
@@ -197,7 +197,7 @@ def test_a_short_run_does_not_poison_later_ones(session_command, model):
     said, _ = session_command(
         toy_session("--magcache_steps", "20", "--magcache_predictor", "linear", steps=50, measures=True)
     )
-    assert "has 6 steps, too few for a run of 50" in said and "computed in full to measure them" in said
+    assert "has 6 steps, too few for a run of 50" in said and "every step to measure them" in said
     said, _ = session_command(
         toy_session("--magcache_steps", "20", "--magcache_predictor", "linear", steps=50, measures=True)
     )
@@ -210,7 +210,7 @@ def test_a_short_run_does_not_poison_later_ones(session_command, model):
     )
     assert "measure them" not in said
     coarse = str(next(path for path in calibrations_folder().iterdir() if read(path).steps == 6))
-    with pytest.raises(MagCacheError, match="was measured at 6 steps, too few to predict the skipped ones of 50"):
+    with pytest.raises(MagCacheError, match="was measured at 6 steps, too few to predict a run of 50"):
         toy_session("--mag_ratios", coarse, "--magcache_steps", "20", "--magcache_predictor", "linear", steps=50).check(
             "out.png"
         )

@@ -309,7 +309,7 @@ def test_a_table_of_another_checkpoint_is_not_borrowed(wan22_command, wan22_runs
 @pytest.mark.parametrize(
     "flags, part",
     [
-        (("--use_magcache",), "for t2v-A14B with this checkpoint, and the paper's rule needs them: name a speed-up"),
+        (("--use_magcache",), "for t2v-A14B with this checkpoint, and the paper's rule needs them. Ask for a speed-up"),
         (("--compare", "--no-magcache"), "leave out --no-magcache"),
         (("--compare", "--magcache_calibration"), "one at a time"),
         (("--use_magcache", "--mag_ratios", "nonesuch"), "There is no preset 'nonesuch'"),
@@ -331,7 +331,7 @@ def test_a_table_of_another_checkpoint_is_not_borrowed(wan22_command, wan22_runs
             "magcache_K must be 0 (off) or more",
         ),
         (("--use_magcache", "--task", "s2v-14B"), "No magnitude ratios are known for s2v-14B"),
-        (("--use_magcache", "--magcache_cache_device", "nonesuch"), "is no device of this machine"),
+        (("--use_magcache", "--magcache_cache_device", "nonesuch"), "is not a device of this machine"),
         (
             ("--use_magcache", "--mag_ratios", "wan2.2-t2v-a14b", "--save_file", "/dev/null/cat.mp4"),
             "cannot be written",

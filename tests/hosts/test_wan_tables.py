@@ -118,7 +118,7 @@ def test_a_mistyped_checkpoint_is_told_as_such(tmp_path, capsys):
         checkpoint_config(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
     assert checkpoint_config(tmp_path) == {}
-    assert "Passed over" in capsys.readouterr().out
+    assert "Ignored: " in capsys.readouterr().out
 
 
 def test_one_frame_may_be_a_video_and_a_picture_may_not(tmp_path):

@@ -319,7 +319,7 @@ def click_through_framepack(page, address, tmp_path, expect):
     number("Total Video Length (Seconds)", 2.4)
     shows("2 sections: 24 of 50 steps")
     page.get_by_label("2x", exact=True).check()
-    shows("2x: 13 of 25 steps compute, at most 1.92x faster, the nearest to it")
+    shows("2x: 13 of 25 steps compute, at most 1.92x faster, the nearest possible")
     expect(page.get_by_label("number input for MagCache K")).to_be_disabled(timeout=20_000)
     page.get_by_label("off", exact=True).check()
     shows("12 of 25 steps compute")

@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_short_goes_on_and_only_what_changed_is_measured_agai
         run(breaks_after=3)
     table = run()
     rows = [line for line in table.splitlines() if line.startswith("| ") and "PSNR" not in line]
-    assert len(done) == len(rows) - 3 and "2 pictures" in table and "guidance 1 and 3" in table
+    assert len(done) == len(rows) - 3 and "2 images" in table and "guidance 1 and 3" in table
     for family, count in (("plain sampler", 4), ("no calibration", 4), ("FirstBlockCache", 2), ("TaylorSeer", 6)):
         assert sum(family in row for row in rows) >= count, family
     with monkeypatch.context() as searched_once:
@@ -151,13 +151,16 @@ def test_experiments_run(loaded_demo, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
     experiments.main()
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:22]}
-    assert len(rows) == 20 and rows["as it is"] != rows["newest output held"] != rows["line followed to its end"]
-    assert rows["as it is"] not in (rows["corrector off"], rows["corrected through two outputs"])
-    under_euler = rows["the model's output in place of x0"]
-    assert rows["as it is"] == under_euler != rows["last step not computed"]
-    assert rows["as it is"] == rows["line followed from the start"] != rows["line followed once it served"]
-    assert rows["as it is"] == rows["last step computed, however little it moves"]  # FLUX tells Euler its levels
-    assert rows["as it is"] != rows["corrected by a calibration"]
+    assert (
+        len(rows) == 20
+        and rows["as implemented"] != rows["newest output held (s = 0)"] != rows["line followed throughout (s = 1)"]
+    )
+    assert rows["as implemented"] not in (rows["corrector off"], rows["corrected through two outputs"])
+    under_euler = rows["model output instead of x0"]
+    assert rows["as implemented"] == under_euler != rows["last step not computed"]
+    assert rows["as implemented"] == rows["s starts at 1"] != rows["s starts at 0"]
+    assert rows["as implemented"] == rows["last step always computed"]  # FLUX tells Euler its levels
+    assert rows["as implemented"] != rows["corrected by a calibration"]
     assert all(" in 0." in cell for cell in rows["spread that --magcache_refine chooses"])
 
 

@@ -77,7 +77,7 @@ def test_plan_states_the_memory_of_the_payload(model, euler, planned_run, host):
         sampler = euler(copy.deepcopy(model))
         with planned_run(sampler, Target(5, predictor="linear", payload=payload), plans.append):
             sampler.run()
-        assert f"extra memory: {64 * width * 4 / 1024:.1f} KiB a branch" in plans[-1]
+        assert f"extra memory: {64 * width * 4 / 1024:.1f} KiB per branch" in plans[-1]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_output_without_tensors_gets_a_sentence():
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "guidance that calls the model with two rows, then with one (LTX-2, SD3's skip-layer guidance)",
     "each call uses its own output",
 )

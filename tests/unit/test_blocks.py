@@ -162,8 +162,8 @@ class ReferencesStay(Model):
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
-    "reference images come or go, and no argument says so",
+    "Which residual a call may reuse",
+    "reference images come or go without an argument that says so",
     "the call computes",
 )
 @pytest.mark.parametrize("references", [3, 1])

@@ -289,8 +289,8 @@ def test_a_run_that_broke_off_explains_itself(model, euler, cached):
             sampler.run()
         hook.remove()
     stopped, broken = handle.reports
-    assert stopped.line() == "MagCache reused nothing in 2 calls: the run broke off."
-    assert broken.line() == "MagCache reused nothing in 0 calls: the run broke off."
+    assert stopped.line() == "MagCache reused nothing in 2 calls: the run was interrupted."
+    assert broken.line() == "MagCache reused nothing in 0 calls: the run was interrupted."
     for report in (stopped, broken):
         entries = json.loads(json.dumps(report.to_dict()))
         assert not entries["complete"] and entries["reused"] == 0 and entries["transformer_speedup"] == 1.0
@@ -343,7 +343,7 @@ def test_ratios_of_another_step_count_are_announced(model, euler, cached):
     with cached(sampler, announce=plans.append):
         sampler.run()
         sampler.run(steps=28)
-    assert "ratios of 28 steps carried over" in plans[0] and "carried over" not in plans[1]
+    assert "ratios of 28 steps converted" in plans[0] and "converted" not in plans[1]
 
 
 def test_a_table_of_another_model_is_announced(model, euler, cached, ratios):

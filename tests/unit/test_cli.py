@@ -51,7 +51,7 @@ def test_plan_of_flux_dev(capsys, tmp_path):
         capsys, "plan", "flux-dev", "--steps", 4
     )
     assert "nothing will be reused: magcache_K is 0" in say(capsys, "plan", "flux-dev", "--magcache_K", 0)
-    assert "carried over" in say(capsys, "plan", "flux-dev", "--steps", 50, "--shift", 2)
+    assert "converted to the noise levels" in say(capsys, "plan", "flux-dev", "--steps", 50, "--shift", 2)
     assert "these are the numbers of wan2.1-t2v-14b" in say(capsys, "plan", "wan2.1-vace-14b")
 
 
@@ -113,7 +113,7 @@ def test_presets_lists_every_table_with_its_bound(capsys):
         (("plan", "demo", "--magcache_steps", 3, "--magcache_speedup", 2), "Ask for only one of"),
         (("plan", "demo", "--magcache_steps", 3, "--magcache_K", -1), "magcache_K must be 0"),
         (("plan", "demo", "--magcache_speedup", "inf"), "must be a number of 1 or more"),
-        (("plan", "flux-dev", "--plot", "folder"), "is no picture format"),
+        (("plan", "flux-dev", "--plot", "folder"), "is no image format"),
         (("plan", "flux-dev", "--magcache_thresh", -1), "must be 0 (off) or more"),
         (("plan", "flux-dev", "--plot", "no/folder/x.png"), "cannot be written"),
         (("compare", "a.png", "b.png"), "There is no file a.png"),
@@ -144,7 +144,7 @@ def test_quality_against_the_definition():
     large = noise_picture(0, (176, 176))
     assert quality(large, large)["ms_ssim"] == pytest.approx(1)
     assert quality(large, noise_picture(1, (176, 176)))["ms_ssim"] < 0.5
-    with pytest.raises(MagCacheError, match="1 frame of 64x48 against 1 frame of 176x176"):
+    with pytest.raises(MagCacheError, match="1 frame of 64x48 and 1 frame of 176x176"):
         quality(reference, large)
 
 
@@ -156,7 +156,7 @@ def test_compare_pictures(capsys, tmp_path):
     joined = np.asarray(Image.open("compare_b.png"))
     assert joined.shape == (48, 2 * 68, 3) and np.array_equal(joined[:, :64], noise_picture(0)[0])
     (tmp_path / "broken.png").write_text("no picture")
-    assert "cannot be read as a picture or video" in cli_complaint("compare", "a.png", "broken.png")
+    assert "cannot be read as an image or video" in cli_complaint("compare", "a.png", "broken.png")
 
 
 def test_compare_videos(capsys, tmp_path):

@@ -75,10 +75,10 @@ class ByCall(Oracle):
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
-    "a third call at each step, one that joins later, an order that changes, two latents (FlowEdit), tiles, tiles"
+    "Which residual a call may reuse",
+    "a third call at each step, one that joins later, a changing order, two latents (FlowEdit), tiles, tiles"
     " with guidance",
-    "each call uses its own residual; equal to an oracle that is told which call is which",
+    "each call uses its own residual, as with an oracle that knows which call is which",
 )
 @pytest.mark.parametrize(
     "calls",
@@ -114,9 +114,9 @@ CHANGES = {
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "a callback changes the prompt, the pooled embedding, the prompt's length, or writes into the prompt",
-    "the next call computes, with the name of the input as the reason",
+    "the next call computes, with the input's name as the reason",
 )
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("payload", ["residual", "output"])
@@ -147,8 +147,8 @@ def test_a_changed_conditioning_ends_the_gap(model, calibrating, what, payload):
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
-    "a host creates its inputs anew at each step, with the same values",
+    "Which residual a call may reuse",
+    "a host creates new inputs at each step, with the same values",
     "reuse as planned",
 )
 def test_new_tensors_with_the_same_numbers_are_the_same_conditioning(model, euler, cached):
@@ -169,9 +169,9 @@ def test_new_tensors_with_the_same_numbers_are_the_same_conditioning(model, eule
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "an input that differs at every step",
-    "at most one more call computes",
+    "at most one extra call computes",
 )
 def test_an_input_that_each_step_has_anew_tells_nothing(model, euler, cached):
     """A keyword with the number of the step: two steps show that it changes always."""
@@ -187,7 +187,9 @@ def test_an_input_that_each_step_has_anew_tells_nothing(model, euler, cached):
     assert report.reused >= 5 and sum(report.unplanned.values()) <= 1
 
 
-@pytest.mark.robustness("What a residual belongs to", "a control net ends (at 0.42 of a run)", "the next call computes")
+@pytest.mark.robustness(
+    "Which residual a call may reuse", "a control net ends (at 0.42 of a run)", "the next call computes"
+)
 def test_a_control_net_that_ends(model, euler, cached):
     """Its samples are new at each step; they turn to zeros when its time is over, or are gone."""
     made = torch.Generator().manual_seed(0)
@@ -265,7 +267,7 @@ def test_the_scale_of_an_adapter_changes(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "timesteps of another sampler",
     "refused in the first steps; a call between two known timesteps computes",
 )
@@ -283,13 +285,13 @@ def test_timesteps_of_another_sampler(model, euler, cached):
         sampler.run(steps=20)
     kinds = [call[2] for call in handle.reports[-1].calls]
     assert kinds[1::2] == ["computed"] * 10
-    assert "the noise level is none of the sampler's timesteps" in handle.reports[-1].unplanned
+    assert "the noise level is not one of the sampler's timesteps" in handle.reports[-1].unplanned
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
-    "a model that is given 1 - noise level",
-    "refused, and it says what to tell MagCache",
+    "When nothing would be cached",
+    "a model that gets 1 - noise level",
+    "refused; the message says what to tell MagCache",
 )
 def test_levels_that_rise(model, euler, cached):
     """A model that is given 1 - noise level."""
@@ -306,7 +308,7 @@ def test_levels_that_rise(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a cache of diffusers on the same model, before or after",
     "refused: call `disable_cache()` first",
 )
@@ -333,9 +335,9 @@ def test_diffusers_own_cache_is_refused(model, euler, cached, theirs):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
-    "a run that reuses nothing although it was planned, or that broke off before",
-    "says so, with the reasons",
+    "When nothing would be cached",
+    "a run that reuses nothing although reuse was planned, or that was interrupted first",
+    "it says so, with the reasons",
 )
 def test_a_run_that_reuses_nothing_says_so(model, euler, cached):
     said = []
@@ -358,8 +360,8 @@ def test_a_run_that_reuses_nothing_says_so(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
-    "a run that reuses nothing although it was planned, or that broke off before",
+    "When nothing would be cached",
+    "a run that reuses nothing although reuse was planned, or that was interrupted first",
 )
 @pytest.mark.parametrize("end", ["the next run", "an exception", "the end of the block"])
 def test_a_run_that_broke_off_says_so(model, euler, cached, end):
@@ -374,11 +376,11 @@ def test_a_run_that_broke_off_says_so(model, euler, cached, end):
             *_, _ = itertools.islice(sampler.iterate(), 2)
         if end == "the next run":
             sampler.run()
-    assert said[1] == "MagCache reused nothing in 2 calls: the run broke off."
+    assert said[1] == "MagCache reused nothing in 2 calls: the run was interrupted."
     assert not handle.reports[0].complete and len(said) == (3 if end == "the next run" else 2)
 
 
-@pytest.mark.robustness("Memory and time", "many runs with one handle", "the newest 128 reports are kept")
+@pytest.mark.robustness("Memory and time", "many runs with one handle", "only the newest 128 reports are kept")
 def test_the_newest_reports_are_kept(model, euler, cached, monkeypatch):
     monkeypatch.setattr("common.handle.KEPT_REPORTS", 3)
     sampler = euler(model)

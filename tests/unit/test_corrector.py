@@ -1,4 +1,4 @@
-"""Skipped steps are made again as they would be by hand, whatever the sampler, and nothing else changes."""
+"""Skipped steps are corrected as they would be by hand, whatever the sampler, and nothing else changes."""
 
 import copy
 import inspect
@@ -253,8 +253,8 @@ def test_what_the_solver_integrates_is_held(name):
         (lambda: diffusers.UnCLIPScheduler(), "adds noise"),
         (lambda: diffusers.SCMScheduler(), "adds noise"),
         (lambda: diffusers.CMStochasticIterativeScheduler(), "adds noise"),
-        (lambda: diffusers.CogVideoXDPMScheduler(), "no step that could be made again"),
-        (lambda: SimpleNamespace(step=0), "no step that could be made again"),
+        (lambda: diffusers.CogVideoXDPMScheduler(), "no step that can be repeated"),
+        (lambda: SimpleNamespace(step=0), "no step that can be repeated"),
     ],
 )
 def test_off_with_a_reason(make, part):

@@ -96,9 +96,9 @@ def test_context_manager_restores_after_an_exception(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a second MagCache on the same model",
-    "refused, unless each is of a pipeline of its own",
+    "refused, unless each belongs to a different pipeline",
 )
 def test_a_second_patch_is_refused(model, euler, cached, calibrating):
     sampler = euler(model)
@@ -304,6 +304,6 @@ def test_announced_memory_is_the_peak(model, euler, cached):
         sampler, plans = euler(model), []
         with cached(sampler, dtype=dtype, announce=plans.append) as handle:
             sampler.run(**run)
-        number, unit = re.search(r"extra memory: ([\d.]+) (\w+) a branch", plans[0]).groups()
+        number, unit = re.search(r"extra memory: ([\d.]+) (\w+) per branch", plans[0]).groups()
         branches = 2 if run.get("cfg") else 1
         assert float(number) * units[unit] * branches == handle.reports[0].peak_bytes > 0

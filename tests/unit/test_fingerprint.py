@@ -57,7 +57,7 @@ def test_it_is_that_of_every_calibration_so_far():
 @pytest.mark.robustness(
     "Files",
     "weights that are quantised (torchao), scaled float8 or on meta",
-    "their fingerprint is made of a few packed values, or of names and shapes; it never stops a run",
+    "their fingerprint uses a few packed values, or names and shapes; it never stops a run",
 )
 def test_quantised_weights_are_told_apart_by_their_storage():
     with pytest.raises(NotImplementedError):

@@ -110,7 +110,7 @@ def prefetched(model):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "group offload with streams, whose hook that watches the first call then takes itself off, put on before or after",
     "every step is cached as planned; a patch that is removed in that call stays off",
 )

@@ -62,7 +62,7 @@ class Samplers:
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "several threads use one model, each with its own sampler",
     "their calls take turns; each thread has its own run; each result equals that run alone, bit for bit",
 )
@@ -79,9 +79,9 @@ def test_each_thread_has_a_run_of_its_own(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
-    "several pipelines on one model, and the patch knows the scheduler of one of them",
-    "as above, where the samplers have the same steps",
+    "Threads, copies and shared models",
+    "several pipelines on one model, and the patch knows only one pipeline's scheduler",
+    "as above, if the samplers have the same steps",
 )
 def test_threads_that_share_one_samplers_timesteps(model, euler, cached):
     """The patch was told of one pipeline's scheduler; another pipeline on the same model has its own, alike."""
@@ -96,9 +96,9 @@ def test_threads_that_share_one_samplers_timesteps(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "several threads during a calibration",
-    "one is measured, the others run un-cached",
+    "one is calibrated, the others run un-cached",
 )
 def test_one_thread_measures_and_the_others_run_as_they_are(model, euler, calibrating):
     plain = [euler(model).run(**run) for run in RUNS]
@@ -138,7 +138,7 @@ def test_one_thread_measures_its_first_run_and_all_are_cached_after_it(model, eu
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "`remove()`, `paused()` or `end_run()` from another thread",
     "takes effect between two calls; the run goes on",
 )
@@ -179,9 +179,9 @@ def test_a_server_cancels_from_another_thread(model, euler, cached, what):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
-    "a thread that ends in the middle of a run",
-    "the next run frees what it kept",
+    "Threads, copies and shared models",
+    "a thread ends in the middle of a run",
+    "the next run frees its residuals",
 )
 def test_a_thread_that_ended_keeps_nothing(model, euler, cached):
     sampler = euler(model)
@@ -213,7 +213,7 @@ def saved(model):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "`copy.deepcopy`, `pickle`, `torch.save` of a patched model",
     "the copy has no patch and runs its own weights",
 )
@@ -247,7 +247,7 @@ def test_a_copy_runs_its_own_weights_un_cached(model, euler, cached, executed, m
     assert again.reports[0].reused == 5
 
 
-@pytest.mark.robustness("Who owns a call", "`quantize_dynamic` of a patched model", "as above")
+@pytest.mark.robustness("Threads, copies and shared models", "`quantize_dynamic` of a patched model", "as above")
 def test_quantized_copies_run_their_own_weights(model, euler, cached, executed):
     sampler = euler(model)
     with cached(sampler):
@@ -279,7 +279,7 @@ def with_dtype(model):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "`with handle:` a second time, or nested",
     "cached again; the outermost block ends it",
 )
@@ -293,7 +293,7 @@ def test_a_handle_entered_again_caches_again(model, euler, cached):
         assert class_forward(model) and torch.equal(sampler.run(**SHORT), plain)
 
 
-@pytest.mark.robustness("When the patch would do nothing", "`with handle:` a second time, or nested")
+@pytest.mark.robustness("When nothing would be cached", "`with handle:` a second time, or nested")
 def test_nested_blocks_end_with_the_outermost(model, euler, cached):
     result = alone(model, euler, cached, **SHORT)
     sampler = euler(model)
@@ -305,7 +305,7 @@ def test_nested_blocks_end_with_the_outermost(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "offload enabled before the patch, hooks renewed after each image",
     "every image is cached",
 )

@@ -124,7 +124,7 @@ def test_a_run_after_another_equals_the_run_alone(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "an exception in the model, at any call",
     "nothing stays on the model; the next run equals the run alone",
 )
@@ -270,7 +270,7 @@ def test_guidance_that_pauses(model, euler, cached, executed):
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "the batch grows in the middle of a run",
     "the next call computes",
 )

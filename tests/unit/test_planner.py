@@ -138,8 +138,8 @@ def test_planned_outputs_are_those_without_a_calibration_but_for_the_corrector()
         missed.append(np.linalg.norm(rows[step] - predicted) / np.linalg.norm(rows[step]))
     np.testing.assert_allclose(schedule.expected_error[schedule.reuse], missed, rtol=1e-4)
     text = plan_text(schedule, levels, synthetic, why_uncorrected="")
-    assert "corrector on: skipped steps are made again, as the calibration tells, when the next one" in text
-    assert "as the calibration tells" not in plan_text(free, levels, synthetic, why_uncorrected="")
+    assert "corrector on: skipped steps are corrected with the calibration's weights when the next one" in text
+    assert "with the calibration's weights" not in plan_text(free, levels, synthetic, why_uncorrected="")
     guided = table(levels, cond=residuals(28, seed=1), uncond=residuals(28, seed=2))
     assert Target(11, predictor="linear").plan(guided, levels).gram is None
 
@@ -157,7 +157,7 @@ def test_a_calibration_with_guidance_plans_as_none_does():
     for more in ({"magcache_max_error": 0.3}, {"magcache_steps": 11, "magcache_guard": 2}):
         schedule = Target(**more).plan(guided, levels)
         assert schedule.weights is None and schedule.predictor == "reuse" and (schedule.expected_error[1:] > 0).any()
-        assert "the newest is taken as it is" in plan_text(schedule, levels, guided)
+        assert "the newest is reused" in plan_text(schedule, levels, guided)
     rule = magcache_schedule(guided.at(levels), Settings(0.1, 3, 0.2))
     assert "expected relative error of a reused residual" in plan_text(rule, levels, guided)
 

@@ -180,7 +180,7 @@ def test_an_earlier_level_is_a_new_run(step):
     ids=["fewer steps", "other shift", "from the middle"],
 )
 def test_a_run_at_other_levels_is_a_new_run(other):
-    """After a whole run, and after one that broke off."""
+    """After a whole run, and after one that was interrupted."""
     levels = flow_sigmas(28, 3)
     assert tracker_at(27, levels).observe(other[0], fresh(), EXACT) is None
     assert tracker_at(14, levels).observe(other[0], fresh(), EXACT) is None

@@ -74,7 +74,7 @@ def test_a_level_rounded_by_its_sampler_is_covered():
 @pytest.mark.robustness(
     "Files",
     "a run beyond the calibrated noise levels",
-    "the steps beyond them compute, and no error is foretold for them",
+    "the steps beyond them compute, and no error is predicted for them",
 )
 def test_the_rule_reuses_nothing_beyond_the_calibrated_levels():
     levels, settings = flow_sigmas(28, 3.0), Settings(0.5, 3, 0.1)
@@ -148,8 +148,8 @@ def test_coarse_at_one_end_is_coarse():
 
 @pytest.mark.robustness(
     "Files",
-    "a calibration of an older or a newer format",
-    "the older loads; the newer is refused, with the version that wrote it",
+    "a calibration in an older or a newer format",
+    "the older one loads; the newer one is refused, with the version that wrote it",
 )
 def test_a_file_says_its_format_and_who_wrote_it(tmp_path):
     write(tmp_path / "mine.json", table_of(flow_sigmas(5, 3.0)))
@@ -163,7 +163,7 @@ def test_a_file_says_its_format_and_who_wrote_it(tmp_path):
     assert f"format {FORMAT + 1}, written by MagCache 9.1" in text and f"this is {__version__}" in text
 
 
-@pytest.mark.robustness("Files", "a table with arrays and numbers of numpy", "written, and read back equal")
+@pytest.mark.robustness("Files", "a table with numpy arrays and numbers", "written, and read back unchanged")
 def test_numbers_of_numpy_are_written(tmp_path):
     sigmas = np.array([1.0, 0.5])
     numbers = {"runs": np.int64(3), "gram": {"cond": [np.array([1.0, 0.5]), np.array([1.0])]}}
@@ -181,7 +181,7 @@ OURS = {"provenance": {"fingerprint": "abc", "date": "2026-11-25"}}
 @pytest.mark.robustness(
     "Files",
     "a calibration that covers a part of the noise levels, or is coarser, where there is a better one",
-    "kept beside it; the better one stays, and serves the runs that the other does not cover",
+    "kept beside it; the better one stays in use for runs that the new one does not cover",
 )
 @pytest.mark.parametrize("levels", [FULL[10:], FULL[:10], flow_sigmas(2, 3.0), flow_sigmas(20, 3.0)])
 def test_a_partial_or_coarser_table_goes_beside_a_better_one(home, levels):
@@ -203,8 +203,8 @@ def test_a_table_as_good_replaces_the_old(home):
 
 @pytest.mark.robustness(
     "Files",
-    "a file that is no table, where a calibration is to be saved",
-    "it stays; the calibration goes beside it",
+    "a calibration is to be saved where a file that is not a table exists",
+    "the file stays; the calibration goes beside it",
 )
 def test_a_file_that_is_no_table_is_not_written_over(home):
     home.mkdir()
@@ -213,7 +213,7 @@ def test_a_file_that_is_no_table_is_not_written_over(home):
     assert (home / "mine.json").read_text() == '{"somebody": "else"}' and read(path).steps == 25
 
 
-@pytest.mark.robustness("Files", "a broken file among the calibrations", "passed over with a line; the others serve")
+@pytest.mark.robustness("Files", "a broken file among the calibrations", "ignored with a line; the others are used")
 def test_a_broken_calibration_is_passed_over_with_a_line(home):
     write(home / "a-abc.json", table_of(FULL, "good"))
     (home / "b-abc.json").write_text("{")
@@ -293,8 +293,8 @@ def test_a_peers_table_is_imported(tmp_path, peer):
 
 @pytest.mark.robustness(
     "Files",
-    "such a table without steps or shift, or one that is none",
-    "one sentence says what is missing, and the command",
+    "such a table without steps or shift, or a file that is not a table",
+    "one sentence says what is missing and gives the command",
 )
 @pytest.mark.parametrize(
     "content, flags, says",
@@ -314,7 +314,7 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path, content, flags, says)
     assert says in refusal(lambda: import_table(tmp_path / "theirs.json", **flags))
 
 
-@pytest.mark.robustness("Files", "such a table without steps or shift, or one that is none")
+@pytest.mark.robustness("Files", "such a table without steps or shift, or a file that is not a table")
 def test_a_peers_table_named_as_ratios_says_how_to_import_it(tmp_path):
     (tmp_path / "theirs.json").write_text(json.dumps(DIFFUSERS | {"mag_ratios": FLUX}))
     assert "`magcache import theirs.json --shift 3`" in refusal(load, tmp_path / "theirs.json")
@@ -330,7 +330,7 @@ def test_the_command_imports_one_of_framepack_studios(home, capsys):
     assert "--mag_ratios studio.json" in capsys.readouterr().out
     theirs = json.loads(STUDIO.read_text())["mag_ratios"]["512"]["25"]
     assert read("studio.json").mag_ratios == {"cond": theirs}
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         main([*command, "--steps", "25"])
     main(["plan", "studio.json", "--magcache_steps", "10"])
     assert "computes 10 of 25" in capsys.readouterr().out
