@@ -31,7 +31,8 @@ MEASURING = "measuring; next queue is faster"
 
 
 class FoundTable(NamedTuple):
-    """The ratios for a run. table: those to take, or None; published: those of the model type; notes: what to say."""
+    """The ratios for a run. table: those to use, or None; published: those of the model type, or None; notes: what to
+    tell the user of the choice."""
 
     table: RatioTable | None
     published: RatioTable | None
@@ -39,7 +40,7 @@ class FoundTable(NamedTuple):
 
 
 class NodeCache(NodePatch):
-    """Caching with the settings of one node."""
+    """The wrappers of a MagCache node: they cache with its settings."""
 
     def __init__(
         self,
@@ -55,16 +56,18 @@ class NodeCache(NodePatch):
         limit: float = LIMIT,
         measure: str = "auto",
     ):
-        """thresholds: {name: value} of the settings that were given; the others are the recommended ones.
-        start_step, end_step: first and last step that may be reused, counted from the end where negative.
-        speedup: plan for it (`planner.Target`; 0: what is recommended), within magcache_K and retention_ratio where
-        given.
+        """Raises MagCacheError for settings that cannot be, before anything is rendered.
+
+        thresholds: {name: value} of the settings that were given; the others are the recommended ones.
+        start_step, end_step: first and last step that may be reused; negative ones count from the end.
+        speedup: plan for it, within magcache_K and retention_ratio if given (0: what is recommended).
         device: where residuals are kept (None: the model's).
-        mag_ratios: preset or file (empty: found for the model).
-        corrector: put skipped steps of Euler's method right when the next one is computed.
-        limit: GiB that a run may keep; what would exceed them is computed.
-        measure: whether a model without ratios is measured in its first run: "on", "off", or "auto", where settings of
-        the paper's rule are given."""
+        mag_ratios: preset or file (empty: those found for the model).
+        corrector: correct skipped steps of Euler's method when the next one is computed.
+        limit: GiB that a run may keep; a step whose residual would exceed it computes.
+        measure: whether the first run of a model without ratios is measured: "on", "off", or "auto", which means if
+            settings of the paper's rule are given.
+        """
         super().__init__(say)
         self.measure, self.unmeasured = measure, ""  # why the model cannot be measured
         self.limit = int(limit * 2**30)
@@ -100,7 +103,7 @@ class NodeCache(NodePatch):
         return made
 
     def first_run(self, about: Circumstances, found: FoundTable) -> Pass:
-        """Everything computes and is measured, as by a MagCache Calibration node."""
+        """A run that computes everything and is measured, as with a MagCache Calibration node."""
         schedule = compute_all(len(about.levels), MEASURING)
         run = FirstRun(about, schedule, Residuals(self.device), host_of(about.model).noise_tokens, self.limit)
         made = Pass(about, run, "residual")
@@ -111,7 +114,7 @@ class NodeCache(NodePatch):
         return made
 
     def fall_back(self, made: Pass, told: str):
-        """The facts of the class are wrong on this model: go on with its output."""
+        """Continue with the model's output, because the facts of its class do not hold."""
         about, run = made.about, made.run
         made.payload = "output"
         run.schedule = run.report.schedule = self.planned(about)
@@ -152,7 +155,7 @@ class NodeCache(NodePatch):
         return FoundTable(table, published, [text for text in (note if table is published else "", said) if text])
 
     def to_be_measured(self, about: Circumstances, found: FoundTable) -> bool:
-        """Whether ratios of this model are wanted that nobody has measured."""
+        """Whether this run needs ratios of its model that nobody has measured."""
         host = HOSTS.get(class_name(about.model))
         if self.measure == "off" or self.unmeasured or self.speedup or found.published or not (host and host.blocks):
             return False
@@ -170,7 +173,7 @@ class NodeCache(NodePatch):
         return bool(self.thresholds) or self.window != (0, -1) or self.measure == "on"
 
     def plan(self, about: Circumstances, found: FoundTable) -> tuple[Schedule, RatioTable | None, list[str]]:
-        """(the schedule of a run, the table that it was made from, what to say of the choice)."""
+        """(the schedule of a run, the table that it was made from, what to tell the user of the choice)."""
         table, published, notes = found
         name, host = type(about.model).__name__, HOSTS.get(class_name(about.model))
         if self.speedup:
@@ -184,7 +187,7 @@ class NodeCache(NodePatch):
         return self.by_the_rule(about, table, published), table, notes
 
     def planned(self, about) -> Schedule:
-        """For a speed-up, by the model's outputs alone."""
+        """The schedule for a speed-up, which needs nothing but the model's outputs."""
         caps = {name: self.thresholds.get(name) for name in ("magcache_K", "retention_ratio")}
         target, why = Target(magcache_speedup=self.speedup or SPEEDUP, **caps), ""
         if self.window != (0, -1):
@@ -203,7 +206,7 @@ class NodeCache(NodePatch):
         return settings.plan(table, about.levels, rule=self.windowed(rule, steps))
 
     def windowed(self, rule, steps):
-        """The rule, with the steps outside of start_step .. end_step computed."""
+        """The rule, with every step outside start_step .. end_step computed."""
         first, last = (step if step >= 0 else steps + step for step in self.window)
         outside = tuple((step, steps) for step in range(steps) if not first <= step <= last)
         return replace(rule, never_reuse=(*rule.never_reuse, *outside))
@@ -220,12 +223,12 @@ def why_no_rule(name: str, host: Host | None, table: RatioTable | None) -> str:
 
 
 def euler_follower(about: Circumstances, schedule: Schedule, corrector: bool) -> Folded | None:
-    """What predicts along the line where that was planned, and corrects Euler's steps."""
+    """What predicts along the line, if that was planned, and corrects steps of Euler's method; None for neither."""
     if len(set(about.sigmas)) < len(about.sigmas):  # two steps at one noise level
         return None
     predicts = schedule.predictor == "line"
     corrects, (*sigmas, last) = corrector and about.euler, about.sigmas
-    # Levels are between 0 and 1 also where sigmas are not: what lies on a line or a parabola there does not in sigma.
+    # Outputs lie on lines and parabolas in the noise level, which is in 0..1 even where sigma is not.
     return Folded(sigmas, predicts, corrects, last, places=list(about.levels)) if predicts or corrects else None
 
 

@@ -1,4 +1,4 @@
-"""What is known of a sampler's run before it begins."""
+"""What is known of a sampler's run before its first step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .models import Signs, recognise
 class Circumstances:
     """One run.
 
-    sigmas: of the sampler, one a step and the last one's end; levels: the noise levels of its steps, high to low, in
-    0..1. latent: its shape. cfg: scale of the guidance. euler: the sampler is Euler's method, and what it
-    follows is smooth enough to be corrected. deterministic: no noise is added between its steps.
+    patcher: ComfyUI's ModelPatcher; model: the transformer in it; sigmas: of the sampler, one per step and the last
+    step's end; levels: noise levels of its steps, high to low, in 0..1; latent: its shape; cfg: scale of the guidance;
+    euler: whether the sampler is Euler's method on a trajectory smooth enough to be corrected; deterministic: whether
+    no noise is added between its steps.
     """
 
     patcher: object
@@ -63,12 +64,12 @@ class Circumstances:
 
     @property
     def rises(self) -> bool:
-        """Whether the sampler adds noise (unsampling) in place of taking it away."""
+        """Whether the sampler adds noise (unsampling) instead of removing it."""
         return bool((np.diff(self.sigmas) > 0).any())
 
     def step(self, sigma: float) -> int:
-        """The step that a noise level belongs to: a solver's evaluation inside a step counts to the step it started
-        from."""
+        """The step that a noise level belongs to. A solver's evaluation inside a step belongs to the step in which it
+        started."""
         return max(0, int((self.sigmas[:-1] >= sigma * (1 - SIGMA_TOLERANCE)).sum()) - 1)
 
 
@@ -90,14 +91,14 @@ def is_euler(sampler) -> bool:
 
 
 def corrects(sampling) -> bool:
-    """Whether the direction (x - denoised) / sigma of a model changes smoothly: that of flows and of models that
-    predict noise does. Of those that predict velocities at large sigmas, or pictures, it does not."""
+    """Whether the direction (x - denoised) / sigma of a model changes smoothly from step to step: it does for flows and
+    for models that predict noise, but not for those that predict velocities at large sigmas, or pictures."""
     kinds = [getattr(comfy.model_sampling, name, ()) for name in UNEVEN]
     return not isinstance(sampling, tuple(kind for kind in kinds if kind))
 
 
 def is_deterministic(sampler) -> bool:
-    """Whether no noise is added between the steps, as far as the sampler's name says it."""
+    """Whether no noise is added between the steps, as far as the sampler's name tells."""
     name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
     churn = getattr(sampler, "extra_options", {}).get("s_churn", 0)
     return not churn and not any(part in name for part in STOCHASTIC)

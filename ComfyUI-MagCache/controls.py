@@ -1,10 +1,10 @@
-"""Control nets that run only where a step computes: on a reused one nothing takes what they make."""
+"""Run control nets only where a step computes: on a reused step nothing uses what they make."""
 
 from __future__ import annotations
 
 
 class Deferred:
-    """Stands in for a control net while a run is cached: what it is asked for is made when somebody looks at it."""
+    """Stands in for a control net while a run is cached: it returns `Hints`, which run it only when they are read."""
 
     def __init__(self, control):
         self.control = control
@@ -17,7 +17,7 @@ class Deferred:
 
 
 class Hints(dict):
-    """What a control net and those before it make of one call, {"input": [...], ...}, made at the first look."""
+    """What a control net and those before it make for one call, {"input": [...], ...}; made when it is first read."""
 
     def __init__(self, control, args):
         super().__init__()
@@ -32,8 +32,8 @@ class Hints(dict):
         return self if self.present else None
 
     def state(self, sigma: float) -> tuple:
-        """Which control nets act at this noise level, and how strongly: a residual made in another state is another
-        one."""
+        """Which control nets act at this noise level, and how strongly. Residuals made in different states are not
+        interchangeable."""
         acting, control = [], self.control
         while control is not None:
             first, last = control.timestep_range or (float("inf"), 0.0)
@@ -72,8 +72,8 @@ class Hints(dict):
 
 
 def deferred(conds: list, controls: dict) -> list:
-    """The conditionings of each branch with their control nets deferred. controls: {id: Deferred} of this run, since
-    ComfyUI joins in one call what has one and the same control net."""
+    """The conditionings of each branch with their control nets deferred. controls: {id: Deferred} of this run; the same
+    control net keeps the same stand-in, because ComfyUI batches conditionings that share one."""
     return [branch and [with_deferred(cond, controls) for cond in branch] for branch in conds]
 
 

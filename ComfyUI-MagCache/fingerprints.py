@@ -1,4 +1,4 @@
-"""Which weights a model has, its LoRAs included, and the calibrations that are measured of them."""
+"""Which weights a model has, including its LoRAs, and the calibrations measured of them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PLAIN = WeakKeyDictionary()  # model: fingerprint of the weights as they were lo
 
 
 def own_table(patcher, model: torch.nn.Module, levels: np.ndarray) -> tuple[RatioTable | None, str]:
-    """(the calibration of this model on this machine that serves a run at these noise levels best: with its LoRAs, else
-    without them, else None; what to say of it)."""
+    """(this machine's calibration of a model that suits a run at these noise levels best: one with its LoRAs, otherwise
+    one without them, otherwise None; what to tell the user of it)."""
     if not any(calibrations_folder().glob("*.json")):
         return None, ""
     try:
@@ -61,8 +61,8 @@ def save_measured(about: Circumstances, statistics: Statistics) -> tuple[RatioTa
 
 
 def fingerprints(patcher, model: torch.nn.Module) -> tuple[str, str]:
-    """Fingerprints of the weights as they were loaded from the file, without and with the LoRAs on them. Raises
-    MagCacheError where an adapter keeps its tensors in a way that cannot be read."""
+    """Fingerprints of the weights as loaded from the file: without and with the LoRAs on them. Raises MagCacheError if
+    an adapter's tensors cannot be read."""
     if model not in PLAIN:
         PLAIN[model] = fingerprint_of(loaded_weights(patcher, model))
     added = [*weight_patches(patcher), *injected(patcher)]
@@ -105,7 +105,7 @@ def injected(patcher):
 
 
 def tensors_in(patch):
-    """The tensors of one weight patch, in whatever adapter it comes."""
+    """The tensors of one weight patch, whatever the kind of adapter."""
     if torch.is_tensor(patch):
         return [patch]
     parts = getattr(patch, "weights", patch)

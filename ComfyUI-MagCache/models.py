@@ -63,11 +63,11 @@ WAN_2_1, WAN_2_2 = (
 
 @dataclass(frozen=True)
 class Signs:
-    """What tells models of one build apart.
+    """What tells apart models that are built alike.
 
-    file_name: path of the file, where ComfyUI remembers it. references: reference pictures are given
-    (Kontext, Qwen-Image-Edit). start_image: a first frame is given, in the latent or beside it. latent: (height, width)
-    of the latent. midway: the run begins or ends at a noise level between, with another sampler before or after it.
+    file_name: path of the file, if ComfyUI remembers it; references: whether reference pictures are given (Kontext,
+    Qwen-Image-Edit); start_image: whether a first frame is given, in the latent or beside it; latent: its (height,
+    width); midway: whether the run begins or ends half denoised, with another sampler before or after it.
     """
 
     file_name: str = ""
@@ -78,8 +78,8 @@ class Signs:
 
 
 def recognise(model, signs: Signs = Signs()) -> tuple[str | None, str]:
-    """(model type of a transformer by its sizes, None if no ratios were published for such a one; a sentence where the
-    signs leave it open)."""
+    """(the model type of a transformer by its sizes, None if no ratios were published for it; a sentence if the signs
+    do not settle it, otherwise "")."""
     known = {
         "Flux": flux_type,
         "Chroma": chroma_type,
@@ -113,7 +113,7 @@ def qwen_type(model, signs):
 
 
 def hunyuan_type(model, signs):
-    """Tables were published for text to video alone; image to video and super-resolution share the class."""
+    """Only for text to video were tables published; image to video and super-resolution share the class."""
     params = model.params
     if signs.start_image:
         return None
@@ -148,8 +148,8 @@ def wan_version(file_name):
 
 
 def wan_t2v_14b(signs):
-    """Wan2.1 and the experts of Wan2.2 are built alike: told by the file's name, else by a sampler that leaves or finds
-    the latent half denoised, as Wan2.2's two do."""
+    """Wan2.1 and the experts of Wan2.2 are built alike. They are told apart by the file's name, otherwise by whether
+    the sampler leaves or finds the latent half denoised, as Wan2.2's two samplers do."""
     named = wan_version(signs.file_name)
     if named:
         return f"wan{named}_t2v_14B"
@@ -163,7 +163,7 @@ def wan_t2v_14b(signs):
 
 
 def vace_type(model, signs):
-    """Of Wan2.2's VACE-Fun no table was published."""
+    """No table was published for Wan2.2's VACE-Fun."""
     if signs.midway or wan_version(signs.file_name) == "2.2":
         return None
     return {1536: "wan2.1_vace_1.3B", 5120: "wan2.1_vace_14B"}.get(model.dim)

@@ -1,4 +1,4 @@
-"""One pass of a sampler, call by call: ComfyUI's arguments in, `common.run`'s parts out."""
+"""One pass of a sampler, call by call: ComfyUI's arguments become the parts that `common.run` works with."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .controls import Hints
 
 
 class Prediction:
-    """The payload that needs no facts of a model: what it makes of a latent x at noise level sigma. A reused step runs
-    nothing of the model.
+    """The payload that needs no facts of a model: what the model makes of a latent x at noise level sigma. A reused
+    step runs nothing of the model.
 
-    direct: kept as the direction (x - denoised) / sigma in which samplers go; else as the denoised latent itself, for
-    samplers that add noise at each step, which no earlier direction knows of.
+    direct: whether to keep the direction (x - denoised) / sigma in which samplers go. Otherwise the denoised latent is
+    kept, for samplers that add noise at each step, of which no earlier direction could know.
     """
 
     def __init__(self, x, sigma: float, direct: bool = True):
@@ -46,7 +46,7 @@ class Prediction:
 
 
 class Pass:
-    """What ComfyUI calls during one run. payload: "residual" or "output"."""
+    """One run, as ComfyUI's wrappers call it. payload: "residual" or "output"."""
 
     def __init__(self, about: Circumstances, run: Run, payload: str):
         self.about, self.run, self.payload = about, run, payload
@@ -58,7 +58,7 @@ class Pass:
             self.residual_of(about.model)  # raises if this version of the class is not known
 
     def residual_of(self, model) -> Residual:
-        """The payload of a model; with several GPUs each has a model of its own."""
+        """The payload of a model; with several GPUs each has its own model."""
         if id(model) not in self.residuals:
             name, why = type(model).__name__, self.host.why_output
             if not self.host.blocks:
@@ -109,11 +109,12 @@ class Pass:
                 raise
 
     def parts(self, forward, acting, options) -> tuple[list[Part], bool]:
-        """(a Part for each conditioning of a call's batch; whether something of one has changed since its call before).
+        """(a Part for each conditioning of a call's batch; whether one of them changed since it was called last).
 
-        What tells one residual from another: the conditioning, how often the guider has called it in this evaluation
-        (some guide by a third call at another latent, or go tile by tile), the context window, which blocks are
-        replaced (skip-layer guidance), which control nets and hooks act, how strongly, and the prompt itself."""
+        Residuals are told apart by the conditioning, how often the guider has called it in this evaluation (some guide
+        by a third call at another latent, or go tile by tile), the context window, which blocks are replaced
+        (skip-layer guidance), which control nets and hooks act and how strongly, and the prompt itself.
+        """
         window = getattr(options.get("context_window"), "index_list", None)
         replaced = sorted(
             str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches
@@ -136,8 +137,8 @@ class Pass:
         return self.seen[place]
 
     def version(self, name, inputs) -> int:
-        """The number of a conditioning's tensors among those that were met under its name: another one whenever they
-        are others."""
+        """A number for a conditioning's tensors: the same whenever they are the same as before under this name, and a
+        new one otherwise."""
         met = self.given.setdefault(name, [])
         for number, known in met:
             if all(one.device == other.device and same(one, other) for one, other in zip(known, inputs)):
@@ -159,9 +160,10 @@ def hooks_of(model) -> tuple:
 
 
 class BoundedRun(CachedRun):
-    """A cached run that keeps at most `limit` bytes, and nothing of a window or a control net's state that is past.
+    """A cached run that keeps at most `limit` bytes, and nothing of context windows or control-net states that are
+    past.
 
-    follower: None, or the `corrector.Folded` that predicts along a line and puts right what was predicted.
+    follower: the `corrector.Folded` that predicts along a line and corrects skipped steps, or None.
     """
 
     def __init__(self, about, schedule, residuals, follower: Folded | None, limit: int):
@@ -174,7 +176,7 @@ class BoundedRun(CachedRun):
         return residual, why and next((self.refused[part.key] for part in parts if part.key in self.refused), why)
 
     def drop_stale(self, step):
-        """Residuals that were not made again at the newest planned step serve no later one."""
+        """Drop the residuals that were not renewed at the newest computed step of the plan: no later step uses them."""
         for newest in self.schedule.anchors(step)[:1]:
             kept = self.residuals.kept
             for key in [key for key, residuals in kept.items() if not residuals or residuals[0].step < newest]:
@@ -211,7 +213,7 @@ class BoundedRun(CachedRun):
         return made[0] if len(made) == 1 else torch.cat(made)
 
     def forget_past(self, key, step):
-        """Before a computed step: an evaluation at the same step makes room, as do windows that are past."""
+        """Before a computed step: forget an earlier evaluation at the same step, and windows that are past."""
         newest = min(self.schedule.anchors(step), default=0)
         for other, (trajectory, _) in list(self.follower.branches.items()):
             last = trajectory.anchors[0][0] if trajectory.anchors else -1
@@ -229,15 +231,15 @@ class BoundedRun(CachedRun):
         return NOTHING_RECORDED
 
     def forget(self, parts, why):
-        """The residuals of these parts do not fit."""
+        """Forget the residuals of these parts, which do not fit. why: the reason."""
         for part in parts:
             self.residuals.kept.pop(part.key, None)
             self.refused[part.key] = why
 
 
 class MeasuringRun(MeasuredRun):
-    """A measured run of ComfyUI's outputs, which are denoised latents. wrong: why there is nothing to measure; the run
-    goes on all the same, and `complete` raises it."""
+    """A measured run whose outputs are denoised latents, as ComfyUI's are. wrong: why there is nothing to measure; the
+    run goes on all the same, and `complete` raises it."""
 
     wrong = ""
 
@@ -263,8 +265,8 @@ class MeasuringRun(MeasuredRun):
 
 
 class FirstRun(BoundedRun):
-    """A node's run that computes every step to measure it, for the runs after it. Where the facts of the class are
-    wrong on this model there is nothing to measure, and it goes on as a cached run with what `fall_back` plans."""
+    """A node's first run, which computes every step and is measured for the runs after it. If the facts of the class do
+    not hold for the model there is nothing to measure, and it goes on as a cached run with what `fall_back` plans."""
 
     def __init__(self, about, schedule, residuals, noise_tokens, limit: int):
         super().__init__(about, schedule, residuals, None, limit)

@@ -1,8 +1,8 @@
 """MagCache on ComfyUI's wrapper interface.
 
-Around `outer_sample` a run is planned and, whatever happens, forgotten. Around `apply_model`, which surrounds
-everything that runs the transformer (a module that torch.compile made included), each call is told its step by the
-sampler's sigma and computes or reuses. Nothing stays on the model, and no forward is copied.
+The wrapper of `outer_sample` plans a run and, whatever happens, forgets it afterwards. That of `apply_model`, which
+surrounds everything that runs the transformer (also a compiled one), tells each call's step by the sampler's sigma, and
+computes or reuses. Nothing stays on the model, and no forward is copied.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ KEY = "magcache"
 
 
 class NodePatch:
-    """Wrappers of one node, put on a clone of a model. A second MagCache node in the same chain takes the first one's
-    place."""
+    """The wrappers of one node, put on a clone of a model. A second MagCache node in the same chain replaces those of
+    the first."""
 
     def __init__(self, say: Callable):
         """say: (text, picture="", begin=False) shows a text on the node and on the console."""
@@ -63,7 +63,7 @@ class NodePatch:
             self.end(made)
 
     def begin(self, about: Circumstances) -> Pass:
-        """What a run is to be. Raises MagCacheError if it cannot be cached or measured."""
+        """The Pass of a run that begins. Raises MagCacheError if it cannot be cached or measured."""
         raise NotImplementedError
 
     def complete(self, made: Pass):
@@ -91,8 +91,9 @@ def predict_noise(executor, x, timestep, model_options=None, *args, **kwargs):
 
 
 def calc_cond_batch(executor, model, conds, x, timestep, model_options, *args, **kwargs):
-    """A prompt without an area is copied for each area of the other branch, with its id: make the ids differ. And let
-    control nets wait until it is known whether the call computes."""
+    """Wrapper around the calls of one evaluation. ComfyUI copies a prompt without an area, and its id, for each area of
+    the
+    other branch: make the ids differ. And defer control nets until it is known whether the call computes."""
     made = model_options.get("transformer_options", {}).get(KEY)
     conds = [branch and [identified(cond) for cond in branch] for branch in conds]
     if made is not None:

@@ -1,4 +1,4 @@
-"""Ways of reaching into an upstream checkout: its own script, its schedulers, its loaders."""
+"""Reach into an upstream checkout: its own script, its schedulers, its loaders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from ..ranks import is_writer
 
 
 def one_sentence(main):
-    """A decorator: a mistake of the user, and a package that is missing, end `main` with one sentence, told by one
+    """A decorator for `main`: a user's mistake or a missing package ends the program with one sentence, printed by one
     process."""
 
     @functools.wraps(main)
@@ -26,7 +27,7 @@ def one_sentence(main):
         try:
             main(*args, **kwargs)
         except (MagCacheError, ModuleNotFoundError) as error:
-            # Until the processes are a group they make the same mistake, each for itself.
+            # Before the processes form a group, each of them makes the same mistake.
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             if isinstance(error, ModuleNotFoundError):
                 error = f"{error}: install it, or run this in the environment of the program that it belongs to."
@@ -35,8 +36,9 @@ def one_sentence(main):
     return told
 
 
-def checkouts_script(name, upstream, folder):
-    """The module of the checkout's own script `name`. Raises MagCacheError where there is none."""
+def checkouts_script(name: str, upstream: str, folder: str) -> Any:
+    """The module of the checkout's own script `name`. Raises MagCacheError if there is none. upstream, folder: names of
+    the checkout and of the drop-in's folder, for that sentence."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -48,9 +50,9 @@ def checkouts_script(name, upstream, folder):
         ) from None
 
 
-def script_at(path):
-    """The module of a script that lies in no package, by its path."""
-    spec = importlib.util.spec_from_file_location(f"{Path(path).parent.name}_{Path(path).stem}", path)
+def script_at(path: Path) -> Any:
+    """The module of the script at this path."""
+    spec: Any = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -58,8 +60,8 @@ def script_at(path):
 
 @contextmanager
 def timesteps_noted(scheduler_classes):
-    """A function that returns the timesteps last set on a scheduler of these classes, for samplers that keep theirs
-    local; its `scheduler()` returns that scheduler."""
+    """For its duration: a function that returns the timesteps last set on a scheduler of these classes, for samplers
+    that keep theirs in a local variable. Its `scheduler()` returns that scheduler."""
     noted = [None, None]
 
     def noting(set_timesteps):
@@ -85,8 +87,8 @@ def timesteps_noted(scheduler_classes):
 
 @contextmanager
 def checkpoints_noted(loader_class):
-    """A dict {id of model: fingerprint} of all that `loader_class.from_pretrained` loads meanwhile: taken at once,
-    since sharding and other types change what the weights look like."""
+    """For its duration: {id of model: fingerprint} of all that `loader_class.from_pretrained` loads. Fingerprints are
+    taken at once, because sharding and casting change the weights."""
     noted, plain = {}, loader_class.__dict__["from_pretrained"]
 
     def from_pretrained(cls, *args, **kwargs):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,12 +56,13 @@ class Script:
     min_steps: int
 
     @property
-    def settings(self):
+    def settings(self) -> dict[str, float]:
+        """The three settings of the paper's rule, by name."""
         return {name: getattr(self, name) for name in SETTING_NAMES}
 
 
 @one_sentence
-def main(*, description: str, **lines):
+def main(*, description: str | None, **lines: Any) -> None:
     """Run a script. description: shown by --help; lines: the fields of `Script`."""
     script = Script(**lines)
     ours = flags_taken(add_flux_flags)
@@ -68,11 +72,12 @@ def main(*, description: str, **lines):
     run(args, ours, script)
 
 
-def add_flux_flags(parser):
+def add_flux_flags(parser: argparse.ArgumentParser) -> None:
     add_refine_flag(add_magcache_flags(parser))
 
 
-def parse(script, description):
+def parse(script: Script, description: str | None) -> argparse.Namespace:
+    """The script's own flags."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -99,8 +104,8 @@ def parse(script, description):
     return parser.parse_args()
 
 
-def check_flux_flags(args, ours, script):
-    """Find what cannot work before anything is loaded or rendered."""
+def check_flux_flags(args: argparse.Namespace, ours: argparse.Namespace, script: Script) -> None:
+    """Raises MagCacheError for what cannot work, before anything is loaded or rendered."""
     if args.steps < 1:
         raise MagCacheError(f"--steps must be at least 1, not {args.steps}.")
     check_flags(ours, ("torchmetrics", "tabulate", "matplotlib"))
@@ -113,25 +118,26 @@ def check_flux_flags(args, ours, script):
     check_seed(args.seed)
 
 
-def run(args, ours, script):
-    """Draw the prompts; beside a picture that MagCache drew lie a report and what was asked for."""
+def run(args: argparse.Namespace, ours: argparse.Namespace, script: Script) -> None:
+    """Draw the prompts, with what the flags ask for beside each picture. args: the script's flags; ours: MagCache's."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("float32" if device == "cpu" else "bfloat16"))
     pipe = load_flux(args, dtype)
     checkpoint = fingerprint(pipe.transformer)
     height, width = picture_size(args, script, pipe)
-    call = pipeline_arguments(args, pipe, height, width)
+    draw = partial(draw_flux, pipe, args.seed, pipeline_arguments(args, pipe, height, width))
     if ours.magcache_refine:
         place_flux(pipe, args, device)
-        refine_flux(pipe, args, ours, call)
+        asked = {"speedup": ours.magcache_speedup, "steps": ours.magcache_steps}
+        draw_refining = partial(draw, args.steps)
+        refine(pipe, draw_refining, args.prompts, **asked, K=ours.magcache_K, retention_ratio=ours.retention_ratio)
         return
     session = None
     if ours.magcache or ours.magcache_calibration is not None:
         about = {"model": args.model, "lora": args.lora or "", "seed": args.seed, "device": device}
         about["dtype"] = str(dtype).removeprefix("torch.")
-        session = flux_session(
-            args, ours, script, pipe, checkpoint, f"{width}x{height}", {**about, "prompts": args.prompts}
-        )
+        every_prompt = {**about, "prompts": args.prompts}
+        session = flux_session(args, ours, script, pipe, checkpoint, f"{width}x{height}", every_prompt)
         session.check(args.output)
         session.patch(
             pipe.transformer,
@@ -141,11 +147,32 @@ def run(args, ours, script):
             min_steps=script.min_steps,
             scheduler=lambda: pipe.scheduler,
         )
+        session.about = about  # a calibration names every prompt, a report its own
         say_what_a_lora_changes(args, session, checkpoint)
-    # Offload hooks are taken off and put on again after every picture: the patch has to lie below them.
+    # Offload hooks go off and on again after every picture: the patch has to lie below them.
     place_flux(pipe, args, device)
+    draw_prompts(args, ours, script, session, draw)
 
+
+def draw_flux(pipe: Any, seed: int, call: dict[str, Any], steps: int, prompt: str, title: str) -> np.ndarray:
+    """A picture, uint8 (1, height, width, 3). call: what every call of the pipeline gets; title: of the progress
+    bar."""
+    pipe.set_progress_bar_config(desc=title)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    image = pipe(prompt=prompt, num_inference_steps=steps, output_type="np", generator=generator, **call)
+    return (image.images * 255).round().astype(np.uint8)
+
+
+def draw_prompts(
+    args: argparse.Namespace,
+    ours: argparse.Namespace,
+    script: Script,
+    session: Session | None,
+    draw: Callable[..., np.ndarray],
+) -> None:
+    """Draw and save every prompt, through a session or (None) as it is. draw: (steps, prompt, title) -> picture."""
     compared, outputs = [], numbered(args.output, len(args.prompts))
+    about = session.about if session else {}
     if args.output != Path(script.output):  # a name of the user's
         outputs = [own_place(path, [path.name] if report_at(beside(path, REPORT)) else []) for path in outputs]
     if session and ours.compare:
@@ -153,41 +180,25 @@ def run(args, ours, script):
         session.files = [sheet.name]
     for prompt, output in zip(args.prompts, outputs):
 
-        def draw(steps, prompt=prompt):
-            pipe.set_progress_bar_config(desc=f"{steps} steps")
-            generator = torch.Generator("cpu").manual_seed(args.seed)
-            image = pipe(prompt=prompt, num_inference_steps=steps, output_type="np", generator=generator, **call)
-            return (image.images * 255).round().astype(np.uint8)
+        def draw_prompt(steps: int, prompt: str = prompt) -> np.ndarray:
+            return draw(steps, prompt, f"{steps} steps")
 
         if session:
             session.about = {**about, "prompt": prompt}
-        picture = session.render(draw, args.steps) if session else draw(args.steps)
+        picture = session.render(draw_prompt, args.steps) if session else draw_prompt(args.steps)
         output = save_frames(output, picture)
         print(f"{output}  ({prompt})")
         if session:
             session.saved(output, sheet=False)
             if session.comparison:
                 compared.append((prompt, session.frames_rendered, session.comparison))
-    if compared:
+    if session and compared:
         with session.bookkeeping("The side-by-side image"):
             show_comparison(compared, sheet)
 
 
-def refine_flux(pipe, args, ours, call):
-    """--magcache_refine, on the prompts."""
-
-    def draw(prompt, title):
-        pipe.set_progress_bar_config(desc=title)
-        generator = torch.Generator("cpu").manual_seed(args.seed)
-        image = pipe(prompt=prompt, num_inference_steps=args.steps, output_type="np", generator=generator, **call)
-        return (image.images * 255).round().astype(np.uint8)
-
-    asked = {"speedup": ours.magcache_speedup, "steps": ours.magcache_steps}
-    refine(pipe, draw, args.prompts, **asked, K=ours.magcache_K, retention_ratio=ours.retention_ratio)
-
-
-def picture_size(args, script, pipe):
-    """(height, width): asked for, else the script's for its own model, else the model's."""
+def picture_size(args: argparse.Namespace, script: Script, pipe: Any) -> tuple[int, int]:
+    """(height, width): what is asked for, otherwise the script's for its own model, or the model's own."""
     own = pipe.vae.config.sample_size
     height, width = (script.height, script.width) if args.model == script.model else (own, own)
     height = args.height if args.height is not None else height
@@ -198,7 +209,15 @@ def picture_size(args, script, pipe):
     return height, width
 
 
-def flux_session(args, ours, script, pipe, checkpoint, size, about):
+def flux_session(
+    args: argparse.Namespace,
+    ours: argparse.Namespace,
+    script: Script,
+    pipe: Any,
+    checkpoint: str,
+    size: str,
+    about: dict[str, Any],
+) -> Session:
     table = published(args.model, checkpoint)
     sampler = {"scheduler": type(pipe.scheduler).__name__, "guidance_scale": args.guidance_scale}
     if args.negative_prompt is not None:
@@ -220,7 +239,7 @@ def flux_session(args, ours, script, pipe, checkpoint, size, about):
     )
 
 
-def say_what_a_lora_changes(args, session, checkpoint):
+def say_what_a_lora_changes(args: argparse.Namespace, session: Session, checkpoint: str) -> None:
     if args.lora and session.table and session.table.provenance.get("fingerprint") != checkpoint:
         session.say(
             f"The LoRA changes the model; {session.table.name} was measured without it. --magcache_calibration "
@@ -228,8 +247,8 @@ def say_what_a_lora_changes(args, session, checkpoint):
         )
 
 
-def choose_model(args, script):
-    """Fill in the model and the prompts; without a GPU and without --model the bundled demo model runs."""
+def choose_model(args: argparse.Namespace, script: Script) -> None:
+    """Fill in the model and the prompts; without a GPU and without --model, those of the bundled demo."""
     has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if args.model is None and not has_gpu:
         if not (DEMO / "model").is_dir():
@@ -255,14 +274,15 @@ def choose_model(args, script):
         )
 
 
-def load_flux(args, dtype):
+def load_flux(args: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """The pipeline. Raises MagCacheError if it cannot be loaded, or takes no reference picture where one is given."""
     pipe = load_pipeline(DEMO / "model" if args.model == "demo" else args.model, dtype, args.lora)
     if args.image and "Kontext" not in type(pipe).__name__:
         raise MagCacheError(f"--image needs FLUX.1-Kontext; {args.model} is a {type(pipe).__name__}.")
     return pipe
 
 
-def pipeline_arguments(args, pipe, height, width):
+def pipeline_arguments(args: argparse.Namespace, pipe: Any, height: int, width: int) -> dict[str, Any]:
     """What every call of the pipeline gets."""
     call = {
         "height": height,
@@ -282,14 +302,14 @@ def pipeline_arguments(args, pipe, height, width):
     return call
 
 
-def place_flux(pipe, args, device):
+def place_flux(pipe: Any, args: argparse.Namespace, device: str) -> None:
     """Put the pipeline where it runs, with the offloading that was asked for."""
     if args.offload == "model":
         if device == "cpu":
             raise MagCacheError("--offload model moves models to a GPU, and there is none here; leave it out.")
         pipe.enable_model_cpu_offload(device=device)
     elif args.offload == "group":
-        groups = {"onload_device": torch.device(device), "offload_device": torch.device("cpu")}
+        groups: dict[str, Any] = {"onload_device": torch.device(device), "offload_device": torch.device("cpu")}
         pipe.transformer.enable_group_offload(**groups, offload_type="block_level", num_blocks_per_group=1)
         from diffusers.hooks import apply_group_offloading
 
@@ -300,7 +320,7 @@ def place_flux(pipe, args, device):
         pipe.to(device)
 
 
-def show_comparison(compared, sheet):
+def show_comparison(compared: list[tuple[str, dict, dict]], sheet: Path) -> None:
     """The figures of all pictures on average, and the pictures with their differences on one sheet.
 
     compared: (prompt, {title: [uint8 (1, height, width, 3)]}, {title: figures}) of each picture.
@@ -322,14 +342,14 @@ def show_comparison(compared, sheet):
     print(f"Side by side: {sheet}")
 
 
-def mean_figures(rows):
+def mean_figures(rows: list[dict]) -> dict:
     return {
         key: None if value is None else float(np.mean([row[key] for row in rows])) for key, value in rows[0].items()
     }
 
 
-def numbered(output, count):
-    """One file a prompt: name.png, or name_1.png, name_2.png, ..."""
+def numbered(output: Path, count: int) -> list[Path]:
+    """A file for each prompt: name.png, or name_1.png, name_2.png, ..."""
     return (
         [output]
         if count == 1

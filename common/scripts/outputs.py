@@ -17,7 +17,8 @@ NAME_BYTES = 255  # of a file's name, in every common file system
 
 @contextmanager
 def bookkeeping(what: str, say: Callable[[str], object]) -> Iterator[None]:
-    """What goes wrong in here is told in one sentence: hours may lie in what is rendered already."""
+    """For its duration, errors are told in one sentence and do not end the program: what is already rendered may have
+    taken hours."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:

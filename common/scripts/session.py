@@ -1,4 +1,4 @@
-"""One command of a drop-in: rendered with MagCache, calibrated or compared, its output saved whole."""
+"""One command of a drop-in: render with MagCache, calibrate or compare, and save the output whole."""
 
 from __future__ import annotations
 
@@ -42,22 +42,21 @@ LEAST_STEPS = 5  # that a host measures unasked; shorter runs have nothing to sk
 
 
 class Session:
-    """One command of a drop-in: what its models' forward is replaced by, and what came of it.
+    """One command of a drop-in: the patch on its models, and what came of each rendering.
 
-    args: the flags of MagCache, parsed. script_settings: the script's magcache_thresh, magcache_K and retention_ratio
-    for this task.
-    task: what files and sentences call it ("t2v-14B"), and what ratios hold for besides the checkpoint.
-    size: "832x480"; frames: their number; steps: of the sampler.
+    args: the flags of MagCache, parsed.
+    script_settings: the script's magcache_thresh, magcache_K and retention_ratio for this task, by name.
+    task: its name in files and sentences ("t2v-14B"). Ratios hold for one checkpoint and one task.
+    size: "832x480"; frames: how many; steps: of the sampler.
     preset: name of the published table, or None; about: further entries of reports and calibration files.
-    videos: what the host's pipeline returns -> its videos, tensors (3, frames, height, width) in -1..1, or uint8 arrays
-    (frames, height, width, 3).
-    measures: where no ratios are known, the first rendering is computed in full and measured, and the next ones use
-    what was found.
-    one_task: the checkpoint serves one task, so its calibration is found whatever the task was called.
-    published_settings: the settings of the table, where it has some, win over the script's.
+    videos: (what the host's pipeline returns) -> its videos: tensors (3, frames, height, width) in -1..1, or uint8
+        arrays (frames, height, width, 3).
+    measures: whether, without known ratios, the first rendering is computed in full and measured for the next ones.
+    one_task: whether the checkpoint serves only one task, so that any calibration of it fits.
+    published_settings: whether the settings of the table, if it has some, win over the script's.
     sampler, models: of `RatioTable`, for a calibration.
-    family: what the names of this model's presets begin with; weights: the checkpoint as the user named it, "" where he
-    named none.
+    family: what the names of this model's presets begin with.
+    weights: the checkpoint as the user named it, "" if unnamed.
     """
 
     measure = "--magcache_calibration"  # what a sentence calls the way to measure
@@ -104,8 +103,8 @@ class Session:
     # Before anything is loaded
 
     def check(self, output: str | Path, endings: tuple = ()) -> None:
-        """Find what cannot work. output: the file to write, or one beside those that the host names; endings: those
-        that the host can write, () for whatever it names itself. Raises MagCacheError."""
+        """Raises MagCacheError for what cannot work. output: the file to write, or any file in the folder to which the
+        host writes; endings: those that the host can write (empty if it names its files itself)."""
         if not is_writer():
             return
         output = Path(output)
@@ -138,7 +137,7 @@ class Session:
     # Which ratios, and the patch
 
     def own_tables(self, checkpoint: str | None = None) -> list[RatioTable]:
-        """The calibrations of this machine that are for this task, and for this checkpoint where it is named."""
+        """The calibrations of this machine for this task, and for this checkpoint (a fingerprint) if it is given."""
         found = calibrations(f"*-{checkpoint}*.json" if checkpoint else "*.json", self.say_once).values()
         return [
             table
@@ -164,8 +163,10 @@ class Session:
         return table
 
     def find_table(self, checkpoint: str) -> RatioTable | None:
-        """The ratios to use: those named, else this checkpoint's own for this task and the nearest size, else the
-        published ones; None where there are none and they are to be measured. A run that needs none: those refined."""
+        """The table to use: the one named by a flag; otherwise this checkpoint's own for this task and the nearest
+        size; otherwise the published one. None if there is none and this run is to measure it. A run that needs no
+        table gets its own refined one (`spread.refined_measure`), or None. Raises MagCacheError if a table is
+        missing."""
         if self.args.mag_ratios:
             return self.named_table()
         own = self.own_tables(checkpoint)
@@ -192,9 +193,12 @@ class Session:
         min_steps: int | None = None,
         scheduler=None,
     ):
-        """Put MagCache, or the calibration, on the pipeline's transformer or its experts, in the place of an earlier
-        patch: beneath whatever takes hold of their forward afterwards. checkpoint: fingerprint of the weights;
-        min_steps: runs with fewer compute every step; scheduler: of `magcache_forward`."""
+        """Put MagCache, or a calibration, on the pipeline's transformer or experts, in the place of an earlier patch.
+        Call it before anything else takes hold of their forward.
+
+        checkpoint: fingerprint of the weights; min_steps: shorter runs compute every step (None: as the table says);
+        models, host, timesteps, boundary, scheduler: as in `magcache_forward`.
+        """
         self.unpatch()
         self.table = None if self.calibrating else broadcast_from_writer(lambda: self.find_table(checkpoint))
         self.measuring = self.table is None and (self.calibrating or self.settings().needs_table)
@@ -237,12 +241,12 @@ class Session:
         return self.table.name if self.table else "no ratios"
 
     def settings(self) -> Settings | Target:
-        """Of a run with `self.table`."""
+        """What a run with `self.table` is planned for."""
         published = self.table.settings if self.table and self.published_settings else {}
         return settings_of(self.args, {**self.script_settings, **published})
 
     def calibration(self, models, host, timesteps, checkpoint, boundary):
-        """A patch that renders un-cached and saves the magnitude ratios, from the writing rank alone."""
+        """A patch that renders un-cached and measures the magnitude ratios; only the writing rank saves them."""
         size = f"{self.size}x{self.frames}" if self.frames > 1 else self.size
         name = f"{self.task}-{size}"
         self.calibration_path = named_calibration(self.args) or calibrations_folder() / f"{name}-{checkpoint}.json"
@@ -271,8 +275,8 @@ class Session:
     # Rendering
 
     def render(self, draw: Callable, steps: int) -> Any:
-        """Render as asked for. draw: steps -> what the host's pipeline returns, in one run of the sampler or, where a
-        video is made in segments, in several. Returns that for the host to save."""
+        """Render as asked for; returns what the host's pipeline returns, for the host to save. draw: (steps) -> that,
+        in one run of the sampler, or in several if a video is made in segments."""
         if self.files_saved:  # of an earlier rendering
             self.reports, self.comparison, self.frames_rendered, self.files_saved = [], None, {}, 0
         if self.handle is None:
@@ -317,11 +321,11 @@ class Session:
 
     @property
     def report(self) -> RunReport | None:
-        """Of the last rendering; None where there is nothing to report."""
+        """That of the last rendering; None if there is nothing to report."""
         return self.reports[-1] if self.reports else None
 
     def compare(self, draw, steps, result):
-        """Render un-cached and by the plain sampler with as many steps as were computed, at the same seed."""
+        """Render un-cached, and by the plain sampler with as many steps as were computed, at the same seed."""
         computed = self.report.schedule.computed
         rows = {
             f"un-cached, {steps} steps": timed(draw, steps),
@@ -348,8 +352,8 @@ class Session:
     # Saving
 
     def saving(self, write: Callable, rename: Callable[[str], str] | None = None) -> Callable:
-        """The host's `write(tensor=..., save_file=..., ...)`, made whole: under a temporary name, renamed, with a
-        report. rename: name of the host's file -> name to give it."""
+        """The host's `write(tensor=..., save_file=..., ...)`, but writing whole files or nothing, with a report beside
+        them. rename: (the host's file name) -> the name to give the file."""
 
         @functools.wraps(write)
         def save(tensor, save_file, **kwargs):
@@ -372,7 +376,8 @@ class Session:
         return save
 
     def saved(self, target: Path, fps: float | None = None, sheet: bool = True) -> None:
-        """What lies beside the output: on request a plot and a comparison (sheet: side by side), and a report."""
+        """Write what goes beside the output: the report, and on request a plot and the comparison side by side. sheet:
+        whether that is written here."""
         self.say(f"Saved {target}")
         number, self.files_saved = self.files_saved, self.files_saved + 1
         if not self.report:
@@ -406,7 +411,7 @@ class Session:
             )
 
     def bookkeeping(self, what: str):
-        """What goes wrong in here is told in one sentence."""
+        """`outputs.bookkeeping`, told as this session tells things."""
         return bookkeeping(what, self.say)
 
     # Speaking
@@ -430,7 +435,7 @@ class Session:
             )
 
     def say_once(self, text: str) -> None:
-        """What would be the same for every video of a session."""
+        """Say something only the first time, because it would be the same for each video of a session."""
         if text not in self.said:
             self.said.add(text)
             self.say(text)
@@ -440,8 +445,8 @@ class Session:
             tqdm.write(text)
 
 
-def volume(sampler):
-    """Pixels of all frames: how alike two sizes are."""
+def volume(sampler: dict[str, Any]) -> int:
+    """Pixels of all frames, by which sizes are compared; 0 if there is no size. sampler: with "size" and "frames"."""
     if not sampler.get("size"):
         return 0
     width, height = map(int, sampler["size"].split("x"))
@@ -454,8 +459,8 @@ def timed(draw, steps):
 
 
 def as_frames(video):
-    """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3); such an array as it
-    is."""
+    """A tensor (3, frames, height, width) in -1..1 as uint8 array (frames, height, width, 3). An array is returned as
+    it is."""
     if isinstance(video, np.ndarray):
         return video
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
