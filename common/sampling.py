@@ -1,4 +1,4 @@
-"""One sampler on its way through its noise levels."""
+"""One sampler's run, and which call of it is under way."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def pickled_pipe(pipe):
 
 
 @pytest.mark.robustness(
-    "Who owns a call",
+    "Threads, copies and shared models",
     "`copy.deepcopy`, `pickle` of a pipeline that is enabled, before its first run, in one or after it",
     "the copy has no patch and runs its own weights",
 )

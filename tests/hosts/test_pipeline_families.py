@@ -291,9 +291,9 @@ def test_image_to_image(family, strength):
 
 
 @pytest.mark.robustness(
-    "When the patch would do nothing",
+    "When nothing would be cached",
     "a run that ends early and leaves the rest to a refiner (SDXL's `denoising_end`)",
-    "planned for the steps that it has",
+    "planned for the steps it has",
 )
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler"])
 def test_a_run_that_leaves_the_rest_to_a_refiner(scheduler):
@@ -317,7 +317,7 @@ def test_a_run_that_leaves_the_rest_to_a_refiner(scheduler):
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "guidance that calls the model with two rows, then with one (LTX-2, SD3's skip-layer guidance)",
 )
 def test_guidance_with_a_third_call():

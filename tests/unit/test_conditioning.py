@@ -209,7 +209,7 @@ def test_a_control_net_that_ends(model, euler, cached):
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "a gradient with respect to the latent or the prompt is asked for at some of the steps",
     "these steps compute, and the gradient is the un-cached one",
 )
@@ -245,7 +245,7 @@ def test_a_gradient_goes_through_the_model(model, euler, cached, scheduler, of_p
 
 
 @pytest.mark.robustness(
-    "What a residual belongs to",
+    "Which residual a call may reuse",
     "the scale of a LoRA changes, in a hand-written loop",
     "the next call computes",
 )
