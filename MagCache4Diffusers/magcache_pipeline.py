@@ -32,6 +32,7 @@ import torch  # noqa: E402
 
 from common.denoisers import denoisers  # noqa: E402
 from common.errors import MagCacheError, needs  # noqa: E402
+from common.files import part_of  # noqa: E402
 from common.pipeline import DEFAULT_SPEEDUP, enable  # noqa: E402
 from common.planner import Target  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
@@ -499,7 +500,7 @@ def save_sound(path: Path, sound: np.ndarray, rate: int) -> None:
 def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
     """Into a video. Where that fails the sound lies beside it."""
     beside_it = own_place(beside(path, ".wav"), files_of(path))
-    whole = beside(path, f".{os.getpid()}{path.suffix}")
+    whole = part_of(path)
     save_sound(beside_it, sound, rate)
     ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
     inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from .errors import MagCacheError
 
@@ -24,7 +23,7 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing. Raises MagCacheError if it cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{crc32(path.name.encode()):08x}.{os.getpid()}.part")  # the name may fill all 255 bytes
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
@@ -34,6 +33,12 @@ def write_text(path: str | Path, text: str) -> None:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes its place: a name that no other process or container uses, and short,
+    because the file's own name may fill all 255 bytes."""
+    return path.parent / f".{uuid.uuid4().hex}.part{path.suffix}"
 
 
 def plain(value: Any) -> Any:

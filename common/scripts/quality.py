@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from textwrap import fill, shorten
 import numpy as np
 
 from ..errors import MagCacheError, needs
+from ..files import part_of
 from .outputs import put_in_place
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -160,7 +160,7 @@ def padded(frames: np.ndarray, height: int, length: int) -> np.ndarray:
 def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) -> Path:
     """Write uint8 frames as a picture or video, under a temporary name, then renamed; returns where they are."""
     path = Path(path)
-    part = path.parent / f".{os.getpid()}.part{path.suffix}"
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if fps is None:
@@ -247,7 +247,7 @@ def animation(path: str | Path, columns: dict[str, np.ndarray], fps: float) -> N
             sheet.paste(picture.resize((width, height), way), (index * (width + 4), head))
             ImageDraw.Draw(sheet).text((index * (width + 4), 2), title, fill="black", font=font)
         moving.append(sheet)
-    part = Path(path).with_name(f".{os.getpid()}.part{Path(path).suffix}")
+    part = part_of(Path(path))
     try:
         moving[0].save(part, save_all=True, append_images=moving[1:], duration=1000 / fps, loop=0, quality=85)
         part.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from ..calibration import Statistics
 from ..errors import MagCacheError
+from ..files import part_of
 from ..patch import Calibration, MagCache, magcache_calibration, magcache_forward
 from ..planner import Target
 from ..ranks import broadcast_from_writer, is_writer
@@ -361,7 +361,7 @@ class Session:
             if rename and self.report:
                 target = target.with_name(rename(target.name))
             target = target.with_name(fitting(target.stem, target.suffix))
-            part = target.with_name(f".{os.getpid()}.part{target.suffix}")
+            part = part_of(target)
             try:
                 write(tensor=tensor, save_file=str(part), **kwargs)
                 if not part.is_file():
