@@ -6,11 +6,12 @@ Lies beside demo_gradio.py in a FramePack checkout, with `common/`.
 """
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
-if not Path(sys.path[1], "common").is_dir():
+if find_spec("common") is None:
     sys.exit(f"{Path(__file__).name} needs the folder common of its repository beside it: copy that as well.")
 
 from magcache_framepack_page import main  # noqa: E402

@@ -10,6 +10,7 @@ import functools
 import random
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 with suppress(ImportError):  # `main` says what is missing
@@ -17,7 +18,7 @@ with suppress(ImportError):  # `main` says what is missing
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
-if not Path(sys.path[1], "common").is_dir():
+if find_spec("common") is None:
     sys.exit(f"{Path(__file__).name} needs the folder common of its repository beside it: copy that as well.")
 
 from common.calibration import fingerprint  # noqa: E402
