@@ -105,6 +105,7 @@ def thresholds(args: argparse.Namespace, table: RatioTable) -> Settings:
 
 def compare(arguments: list[str]) -> None:
     """PSNR, SSIM and MS-SSIM of B against A, and both side by side."""
+    from .scripts.outputs import own_place
     from .scripts.quality import quality, quality_text, read_frames, side_by_side
 
     parser = parser_of("compare")
@@ -117,7 +118,7 @@ def compare(arguments: list[str]) -> None:
         raise MagCacheError(f"--out {args.out} is one of the two files that are compared; name another.")
     (reference, fps), (result, _) = read_frames(args.a), read_frames(args.b)
     print(quality_text(quality(reference, result)))
-    out = args.out or Path(f"compare_{Path(args.b).stem}").with_suffix(".png" if fps is None else ".mp4")
+    out = args.out or own_place(Path(f"compare_{Path(args.b).stem}{'.png' if fps is None else '.mp4'}"), ())
     side_by_side(out, [reference, result], fps)
     print(f"Side by side: {out}")
 

@@ -205,6 +205,15 @@ def test_compare_leaves_what_it_compares(tmp_path):
     assert ". cannot be written" in cli_complaint("compare", "a.png", "a.png", "--out", ".")
 
 
+def test_compare_leaves_a_file_of_its_default_name(capsys):
+    """Which may be one of the two."""
+    for seed, name in enumerate(("compare_b.png", "b.png")):
+        save_frames(name, noise_picture(seed))
+    before = Path("compare_b.png").read_bytes()
+    assert "compare_b_2.png" in say(capsys, "compare", "compare_b.png", "b.png")
+    assert Path("compare_b.png").read_bytes() == before and Path("compare_b_2.png").is_file()
+
+
 @pytest.mark.parametrize("ending", ["mp4", "webm", "mkv", "mov", "gif", "webp"])
 def test_videos_of_every_kind(tmp_path, ending):
     frames = np.repeat(np.stack([np.full((48, 64, 3), 40 * index, np.uint8) for index in range(5)]), 2, axis=0)
