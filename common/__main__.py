@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -160,6 +161,9 @@ def import_(arguments: list[str]) -> None:
     print(f"use them with --mag_ratios {out}.")
 
 
+PROOF_SIZE = {"height": 256, "width": 256, "num_frames": 9}  # facts hold at any size, and a large one takes long
+
+
 def describe(arguments: list[str]) -> None:
     """Find and print what MagCache needs to know about the model of a diffusers pipeline."""
     import torch
@@ -174,7 +178,9 @@ def describe(arguments: list[str]) -> None:
     check_folder(args.model)
     try:
         pipe = needs("diffusers", "diffusers").DiffusionPipeline.from_pretrained(args.model)
-        model, positional, named = first_call(pipe, prompt=args.prompt)
+        known = inspect.signature(type(pipe).__call__).parameters
+        small = {name: size for name, size in PROOF_SIZE.items() if name in known}
+        model, positional, named = first_call(pipe, prompt=args.prompt, **small)
     except (OSError, ValueError, TypeError) as error:  # what loading and calling an unknown pipeline bring
         raise MagCacheError(f"{args.model} cannot be loaded and run ({str(error).splitlines()[0]}).") from None
     with torch.no_grad():
