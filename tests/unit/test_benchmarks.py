@@ -148,6 +148,7 @@ def test_a_sampler_has_the_noise_levels_of_the_models_own(loaded_demo, scheduler
 def test_experiments_run(loaded_demo, monkeypatch, capsys):
     monkeypatch.setitem(experiments.PROMPTS, "demo", experiments.PROMPTS["demo"][:2])
     monkeypatch.setattr(quality_benchmark, "load_demo", lambda: loaded_demo)
+    monkeypatch.setattr(experiments, "SHARES", (0.5,))
     monkeypatch.setattr(sys, "argv", ["experiments.py", "--steps", "12"])
     experiments.main()
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[2:22]}
