@@ -13,8 +13,8 @@ from .common.blocks import Host
 from .common.corrector import Folded
 from .common.errors import MagCacheError
 from .common.hosts import HOSTS, class_name, host_of
+from .common.plan_text import plan_text
 from .common.planner import Target
-from .common.report import plan_text
 from .common.residuals import Residuals
 from .common.schedule import Rule, Schedule, Settings, compute_all, rule_of
 from .common.tables import RatioTable, load

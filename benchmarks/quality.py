@@ -47,8 +47,8 @@ from subject import BATCH, SAMPLER_NAMES, Row, Subject  # noqa: E402
 from common.calibration import fingerprint  # noqa: E402
 from common.errors import MagCacheError, needs  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
+from common.plan_text import memory_text  # noqa: E402
 from common.planner import Target, nearest_by_the_rule  # noqa: E402
-from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings, rule_of  # noqa: E402
 from common.scripts.plots import save_figure  # noqa: E402
 from common.scripts.quality import quality  # noqa: E402

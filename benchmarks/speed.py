@@ -33,9 +33,9 @@ from common.errors import needs  # noqa: E402
 from common.gram import packed  # noqa: E402
 from common.hosts import host_of  # noqa: E402
 from common.patch import magcache_forward  # noqa: E402
+from common.plan_text import memory_text  # noqa: E402
 from common.planner import Target  # noqa: E402
 from common.ratios import flow_sigmas  # noqa: E402
-from common.report import memory_text  # noqa: E402
 from common.schedule import Rule, Settings  # noqa: E402
 from common.tables import RatioTable  # noqa: E402
 

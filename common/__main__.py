@@ -63,7 +63,7 @@ def presets(arguments: list[str]) -> None:
 
 def plan(arguments: list[str]) -> None:
     """Print which steps a run would skip."""
-    from .report import plan_text
+    from .plan_text import plan_text
     from .scripts.flags import add_target_flags, target_of
     from .tables import load
 

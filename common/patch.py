@@ -17,9 +17,9 @@ from .errors import MagCacheError
 from .guard import Guard
 from .handle import Patch
 from .payloads import PAYLOADS, Residual
+from .plan_text import plan_text
 from .planner import Target
 from .ranks import is_writer
-from .report import plan_text
 from .residuals import Residuals
 from .run import CachedRun, MeasuredRun, Run
 from .schedule import Rule, Schedule, Settings

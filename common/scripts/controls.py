@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..errors import MagCacheError
+from ..plan_text import plan_lines
 from ..planner import Target
-from ..report import plan_lines
 from ..schedule import Settings
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}

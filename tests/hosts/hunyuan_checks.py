@@ -10,8 +10,8 @@ from hunyuan_helpers import RATIOS, SHORT, CallStrip, Flow, HunyuanOracle, cache
 
 from common.blocks import BlockStack
 from common.patch import magcache_calibration
+from common.plan_text import memory_text
 from common.planner import Target
-from common.report import memory_text
 from common.schedule import Settings, magcache_schedule
 from common.tables import read
 

@@ -21,10 +21,10 @@ from common.gram import (
     unpacked,
     unpredicted,
 )
+from common.plan_text import plan_text
 from common.planner import Target, nearest_by_the_rule, speedup
 from common.ratios import flow_sigmas
 from common.refine import MEASURES, closeness_of, refined
-from common.report import plan_text
 from common.schedule import Rule, Settings, magcache_schedule
 from common.shortest_path import plan_steps
 from common.spread import MEASURE, spread_steps

@@ -10,9 +10,9 @@ from tiny_tables import refusal
 from common import __version__
 from common.__main__ import main
 from common.gram import packed
+from common.plan_text import plan_text
 from common.planner import Target
 from common.ratios import flow_sigmas
-from common.report import plan_text
 from common.schedule import Settings
 from common.tables import (
     FORMAT,
