@@ -55,7 +55,7 @@ class MeasuredFirst(MagCache):
         self.name, self.path, self.description = name, path, description
         self.measured: RatioTable | None = None  # in this process
         self.refuse_other_weights: Callable[[], None] = lambda: None  # as in `Calibration`
-        payload = PAYLOADS[settings.payload or "residual"]
+        payload = PAYLOADS[settings.payload]
         super().__init__(
             models, host, timesteps, self.plan_run, Residuals, announce, None, payload, None, scheduler, owner=owner
         )

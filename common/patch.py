@@ -81,7 +81,7 @@ def magcache_forward(
         residuals,
         announce,
         table,
-        PAYLOADS[payload or "residual"],
+        PAYLOADS[payload],
         guard,
         scheduler,
         corrector,

@@ -81,7 +81,7 @@ def caching_patch(
         handle.guidance = clock.guidance
         return handle
 
-    return described(pipe, group, "residual" if measures else settings.payload or "residual", patch)
+    return described(pipe, group, "residual" if measures else settings.payload, patch)
 
 
 def unknown(name: str, rule: bool) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -57,11 +57,11 @@ class Target:
 
     magcache_steps: int | None = None
     magcache_speedup: float | None = None
-    predictor: str | None = None
+    predictor: str = cast(str, None)  # chosen by __post_init__
     magcache_K: int | None = None
     retention_ratio: float | None = None
     magcache_max_error: float | None = None
-    payload: str | None = None
+    payload: str = cast(str, None)  # chosen by __post_init__
     magcache_guard: float | None = None
     measure: tuple[float, float] | None = None
 
@@ -181,14 +181,14 @@ class Target:
         """The Schedule whose computed steps are spread evenly, with the weights and errors of the others from a
         calibration. computed: how many steps compute (None: as many as are asked for)."""
         steps, must_compute = len(levels), unpredicted(table, levels)
-        retained, grams = self.retained_steps(steps), table_grams(table, levels, self.payload or "residual")
+        retained, grams = self.retained_steps(steps), table_grams(table, levels, self.payload)
         if computed is None:
             computed = self.computed_steps(steps, reused_share(table, self.payload), switch_step, must_compute) or steps
         reuse = np.ones(steps, dtype=bool)
         limits = self.magcache_K, retained, switch_step, must_compute, self.measure
         reuse[spread_steps(levels, computed, *limits)] = False
         line = self.predictor == "linear" and self.payload == "output" and not self.bounds_error
-        predictor = "line" if line else self.predictor or "linear"
+        predictor = "line" if line else self.predictor
         error, weights = errors_and_weights(grams, reuse, predictor, switch_step, ~table.covered(levels), levels)
         return planned_schedule(reuse, computed, retained, error, weights)
 
@@ -199,8 +199,7 @@ class Target:
         max_error. In runs of more than EXACT_STEPS steps, the fewest that are spread evenly."""
         steps, retained = len(levels), self.retained_steps(len(levels))
         if steps <= EXACT_STEPS:
-            predictor, payload = self.predictor or "linear", self.payload or "residual"
-            forecast = Forecast.of_table(table, levels, predictor, payload, switch_step)
+            forecast = Forecast.of_table(table, levels, self.predictor, self.payload, switch_step)
             return plan_steps(forecast, max_error, self.magcache_K, retained)
         computed = steps
         least = fewest_computed(steps, self.magcache_K, retained, switch_step, unpredicted(table, levels))
@@ -246,7 +245,7 @@ def speedup(steps: int, computed: Any, share: float) -> Any:
     return steps / (computed + share * (steps - computed))
 
 
-def reused_share(table: RatioTable, payload: str | None = "residual") -> float:
+def reused_share(table: RatioTable, payload: str = "residual") -> float:
     """Time of a reused step over that of a computed one, as the calibration measured it; 0 for the payload "output", of
     which nothing runs, and where nothing was measured."""
     seconds = table.statistics.get("seconds")

@@ -137,7 +137,7 @@ class Schedule:
     @property
     def predictor(self) -> str:
         """How a skipped step is predicted: "reuse", "linear" or "line" (`planner.Target`)."""
-        return self.settings.predictor or "reuse"
+        return self.settings.predictor
 
     @property
     def follows_line(self) -> bool:
