@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from glyphs import SIZE
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from word_tokenizer import T5_CONFIG, save_tokenizer, word_tokenizer  # noqa: E402
 
 TEXT_LENGTH, WIDTH = 16, 160
 
@@ -46,20 +50,7 @@ def build_tokenizers(folder: Path, captions: list[str]) -> tuple[CLIPTokenizerFa
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
-    # Whole words first, single characters for everything else.
-    words = sorted({"▁" + word.strip(",") for caption in captions for word in caption.split()})
-    pieces = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", -50.0),
-        *((word, -5.0) for word in words),
-        *((letter, -20.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789,.-'" if letter not in words),
-    ]
-    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
-    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.decoder = decoders.Metaspace()
-    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    unigram = word_tokenizer(captions)
     t5 = T5TokenizerFast(
         tokenizer_object=unigram,
         model_max_length=TEXT_LENGTH,
@@ -69,34 +60,15 @@ def build_tokenizers(folder: Path, captions: list[str]) -> tuple[CLIPTokenizerFa
         pad_token="<pad>",
     )
     t5.save_pretrained(folder / "tokenizer_2")
-    for name, tokenizer, config in (
-        (
-            "tokenizer",
-            bpe,
-            {
-                "tokenizer_class": "CLIPTokenizer",
-                "bos_token": "<|startoftext|>",
-                "eos_token": "<|endoftext|>",
-                "unk_token": "<|endoftext|>",
-                "pad_token": "<|endoftext|>",
-            },
-        ),
-        (
-            "tokenizer_2",
-            unigram,
-            {
-                "tokenizer_class": "T5Tokenizer",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "pad_token": "<pad>",
-                "extra_ids": 0,
-            },
-        ),
-    ):
-        # What transformers 5 writes here, transformers 4 cannot read.
-        tokenizer.save(str(folder / name / "tokenizer.json"))
-        config |= {"model_max_length": TEXT_LENGTH}
-        (folder / name / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    clip_config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
+    save_tokenizer(folder / "tokenizer", bpe, {**clip_config, "model_max_length": TEXT_LENGTH})
+    save_tokenizer(folder / "tokenizer_2", unigram, {**T5_CONFIG, "model_max_length": TEXT_LENGTH})
     return clip, t5
 
 

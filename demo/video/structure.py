@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import clips
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from word_tokenizer import T5_CONFIG, save_tokenizer, word_tokenizer  # noqa: E402
 
 CHANNELS, TEXT_WIDTH, TEXT_LENGTH, SHIFT = 96, 64, 512, 3.0
 CELL, CHUNK = 16, 4  # pixels and frames of a latent
@@ -64,26 +67,8 @@ def build_tokenizer(folder: Path) -> T5TokenizerFast:
         for background in clips.BACKGROUNDS
         for template in clips.TEMPLATES
     ]
-    words = sorted({"▁" + word.strip(",") for text in texts for word in text.split()})
-    letters = "▁abcdefghijklmnopqrstuvwxyz0123456789,.-'"
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -50.0), *((word, -5.0) for word in words)]
-    pieces += [(letter, -20.0) for letter in letters if letter not in words]
-    unigram = Tokenizer(models.Unigram(pieces, unk_id=2))
-    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.decoder = decoders.Metaspace()
-    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
-    unigram.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "T5Tokenizer",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "extra_ids": 0,
-        "model_max_length": TEXT_LENGTH,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_tokenizer(folder, word_tokenizer(texts), {**T5_CONFIG, "model_max_length": TEXT_LENGTH})
     return T5TokenizerFast.from_pretrained(folder)
 
 
