@@ -11,17 +11,14 @@ Every keyword of the pipeline's own call is a flag: --name value.
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import os
-import re
-import subprocess
 import sys
 import time
-import wave
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
@@ -33,15 +30,15 @@ import torch  # noqa: E402
 
 from common.denoisers import denoisers  # noqa: E402
 from common.errors import MagCacheError, needs  # noqa: E402
-from common.files import part_of  # noqa: E402
 from common.pipeline import DEFAULT_SPEEDUP, enable  # noqa: E402
 from common.planner import Target  # noqa: E402
 from common.ranks import is_writer  # noqa: E402
-from common.report import write_report  # noqa: E402
+from common.report import RunReport, write_report  # noqa: E402
 from common.schedule import Settings  # noqa: E402
 from common.scripts.checkout import one_sentence  # noqa: E402
 from common.scripts.flags import DTYPES, add_refine_flag, check_seed, check_writable  # noqa: E402
 from common.scripts.install import REPOSITORY  # noqa: E402
+from common.scripts.keywords import keywords, nearest_flag  # noqa: E402
 from common.scripts.outputs import beside, bookkeeping, files_of, own_place, report_place  # noqa: E402
 from common.scripts.pipelines import load_pipeline, prompts_in  # noqa: E402
 from common.scripts.quality import (  # noqa: E402
@@ -52,10 +49,17 @@ from common.scripts.quality import (  # noqa: E402
     magnified_difference,
     quality,
     quality_table,
-    save_frames,
     side_by_side,
 )
 from common.scripts.refine import check_refining, refine  # noqa: E402
+from common.scripts.results import (  # noqa: E402
+    FRAMES,
+    entry_of,
+    frames_of,
+    save_results,
+    suffix_of,
+    with_suitable_ending,
+)
 from common.tables import calibrations_folder  # noqa: E402
 
 DEMOS = {"demo": REPOSITORY / "demo" / "image", "demo-video": REPOSITORY / "demo" / "video"}
@@ -65,9 +69,7 @@ DEMO_CALLS = {
     "demo": TRAINED_FOR,
     "demo-video": {**TRAINED_FOR, "num_frames": 17, "num_inference_steps": 30, "guidance_scale": 5.0},
 }
-KINDS = {".png": "a picture", ".mp4": "a video", ".wav": "a sound"}
 ENDINGS = (*PICTURES, *VIDEO_SUFFIXES, ".wav")
-SET_HERE = ("self", "generator", "output_type", "return_dict")  # keywords of a pipeline's call
 SETTINGS = {
     "magcache_speedup": "speedup",
     "magcache_steps": "steps",
@@ -79,7 +81,8 @@ SETTINGS = {
 
 
 def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(our flags, the rest: keywords of the pipeline). Raises MagCacheError for a flag of MagCache that it has not."""
+    """(this script's flags, the other words: keywords of the pipeline). Raises MagCacheError for an unknown flag of
+    MagCache."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -135,12 +138,6 @@ def flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
-def nearest_flag(flag: str, known) -> str:
-    """The end of a sentence on a flag that there is not."""
-    near = get_close_matches(flag, known, n=1)
-    return f"; did you mean {near[0]}?" if near else "."
-
-
 @one_sentence
 def main() -> None:
     args, rest = flags(sys.argv[1:])
@@ -157,11 +154,11 @@ def main() -> None:
     if not args.context_parallel:
         numbered = numbered[rank::ranks]  # each rank its share
     for number, prompt in numbered:
-        draw_one(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, number, len(prompts), device)
+        draw_one(pipe, args, with_prompt(call, prompt), number, len(prompts), device)
 
 
-def check_pipeline_flags(args) -> None:
-    """What cannot work is found before anything is loaded. Raises MagCacheError."""
+def check_pipeline_flags(args: argparse.Namespace) -> None:
+    """Raises MagCacheError for flags that cannot work, before anything is loaded."""
     if args.compare and not args.magcache:
         raise MagCacheError("--compare compares MagCache with the un-cached model: leave out --no-magcache.")
     check_refining(args, ("compare", "magcache_calibration", "magcache_thresh", "magcache_max_error"))
@@ -184,8 +181,8 @@ def check_pipeline_flags(args) -> None:
         raise MagCacheError(f"The model {args.model} is not at {DEMOS[args.model]}: run from a whole clone.")
 
 
-def check_settings(args) -> None:
-    """What `enable` would refuse of the settings. Raises MagCacheError."""
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises MagCacheError for settings that `enable` would refuse."""
     asked = {flag: getattr(args, flag) for flag in SETTINGS if getattr(args, flag) is not None}
     if args.magcache_calibration:
         if asked:
@@ -201,8 +198,8 @@ def check_settings(args) -> None:
         Settings(**{"magcache_thresh": 0.0, "magcache_K": 1, "retention_ratio": 0.0, **asked})
 
 
-def load_model(args):
-    """The pipeline. Raises MagCacheError if it cannot be loaded."""
+def load_model(args: argparse.Namespace) -> Any:
+    """The pipeline that --model and --lora name. Raises MagCacheError if it cannot be loaded."""
     dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
     pipe = load_pipeline(DEMOS[args.model] / "model" if args.model in DEMOS else args.model, dtype, args.lora)
     if args.model in DEMOS:
@@ -210,57 +207,13 @@ def load_model(args):
     return pipe
 
 
-def keywords(pipe, rest: list[str], ours=()) -> dict:
-    """What `--name value` says of the pipeline's own call. Raises MagCacheError for a keyword that it has not, or that
-    this script sets. ours: names of its own flags."""
-    parameters, found, flag = inspect.signature(type(pipe).__call__).parameters, {}, None
-    known = {name: parameter for name, parameter in parameters.items() if name not in SET_HERE}
-    for word in rest:
-        if word.startswith("--"):
-            flag, _, value = word[2:].partition("=")
-            flag = flag.replace("-", "_")
-            if flag in SET_HERE:
-                raise MagCacheError(f"--{flag} is set by this script, which saves what comes out; leave it out.")
-            if flag not in known:
-                raise MagCacheError(f"{type(pipe).__name__} has no keyword {flag}{nearest_flag(flag, [*known, *ours])}")
-            found[flag] = [value] if value else []
-        elif flag is None:
-            raise MagCacheError(f"'{word}' belongs to no flag.")
-        else:
-            found[flag].append(word)
-    read = {name: [value_of(name, word) for word in words] or [True] for name, words in found.items()}
-    for name, values in read.items():
-        kinds = set(re.findall(r"\w+", str(known[name].annotation)))
-        if kinds & {"int", "float"} and not kinds & {"str", "bool"} and {type(value) for value in values} & {str, bool}:
-            raise MagCacheError(f"--{name} takes a number, not '{' '.join(found[name])}'.")
-    call = {name: values[0] if len(values) == 1 else values for name, values in read.items()}
-    if isinstance(call.get("num_inference_steps"), int) and call["num_inference_steps"] < 1:
-        raise MagCacheError(f"--num_inference_steps must be at least 1, not {call['num_inference_steps']}.")
-    return call
-
-
-def value_of(name: str, word: str):
-    """A number, list, True, False or None; a picture or video where the keyword means one; else the word itself."""
-    suffix = Path(word).suffix.lower()
-    if suffix in (*PICTURES, *VIDEO_SUFFIXES) and "prompt" not in name:
-        from diffusers.utils import load_image, load_video
-
-        try:
-            return load_image(word) if suffix in PICTURES else load_video(word)
-        except Exception as error:  # what the decoders and the network bring
-            raise MagCacheError(f"--{name} {word} cannot be read ({error}).") from None
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return word
-
-
-def prompts_of(args) -> list[str | None]:
+def prompts_of(args: argparse.Namespace) -> list[str | None]:
+    """The prompts of the command line, its file or a demo; [None]: there are none, which some pipelines need not."""
     if args.prompt_file:
         return prompts_in(args.prompt_file)
     if args.prompt is None and args.model in DEMOS:
         return (DEMOS[args.model] / "prompts.txt").read_text(encoding="utf-8").splitlines()[:1]
-    return args.prompt or [None]  # some pipelines take none
+    return args.prompt or [None]
 
 
 def accelerator() -> str:
@@ -270,8 +223,9 @@ def accelerator() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def place(pipe, args) -> str:
-    """Put the pipeline where it runs; returns the device."""
+def place(pipe: Any, args: argparse.Namespace) -> str:
+    """Move the pipeline to the device of this process, compile and share it as asked. Returns the device. Raises
+    MagCacheError if --offload or --context_parallel is impossible."""
     device = accelerator()
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -291,8 +245,9 @@ def place(pipe, args) -> str:
     return device
 
 
-def share_one_picture(pipe, device: str) -> None:
-    """diffusers' context parallelism: each rank holds a part of the tokens."""
+def share_one_picture(pipe: Any, device: str) -> None:
+    """Turn on diffusers' context parallelism: each rank computes a part of the tokens. Raises MagCacheError if the
+    models cannot be divided among the ranks."""
     from diffusers import ContextParallelConfig
 
     ranks = int(os.environ.get("WORLD_SIZE", 0))
@@ -315,74 +270,104 @@ def share_one_picture(pipe, device: str) -> None:
             raise MagCacheError(f"{type(model).__name__} cannot be shared by several GPUs ({error}).") from None
 
 
-def refine_pipeline(pipe, args, call: dict, prompts: list[str | None]) -> None:
-    """--magcache_refine, on the prompts."""
-
-    def drawn(prompt, title):
-        return frames_of(draw(pipe, args, {**call, **({} if prompt is None else {"prompt": prompt})}, title)[0])
-
-    asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
-    refine(pipe, drawn, prompts, **asked)
+def asked_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the flags, by their names in `enable`."""
+    return {name: getattr(args, flag) for flag, name in SETTINGS.items()}
 
 
-def draw_one(pipe, args, call: dict, number: int, count: int, device: str) -> None:
-    """Draw one prompt, save it, and a report beside it."""
-    say = print if is_writer() or not args.context_parallel else lambda *_: None
+def with_prompt(call: dict[str, Any], prompt: str | None) -> dict[str, Any]:
+    """The keywords of a call, with the prompt if there is one."""
+    return call if prompt is None else {**call, "prompt": prompt}
+
+
+def refine_pipeline(pipe: Any, args: argparse.Namespace, call: dict[str, Any], prompts: list[str | None]) -> None:
+    """--magcache_refine, with these prompts."""
+
+    def drawn(prompt: str | None, title: str) -> np.ndarray | None:
+        return frames_of(draw(pipe, args, with_prompt(call, prompt), title).output)
+
+    refine(pipe, drawn, prompts, **asked_of(args))
+
+
+class Drawn(NamedTuple):
+    """An output of the pipeline, and the seconds it took."""
+
+    output: Any
+    seconds: float
+
+
+class CachedDrawing(NamedTuple):
+    """What was drawn with MagCache.
+
+    report: of the newest run; uncached: the un-cached output, if the first run had to be one to calibrate; failure: of
+    a calibration that was measured and not saved.
+    """
+
+    drawn: Drawn
+    report: RunReport
+    uncached: Drawn | None
+    failure: MagCacheError | None
+
+
+def draw_one(pipe: Any, args: argparse.Namespace, call: dict[str, Any], number: int, count: int, device: str) -> None:
+    """Draw one prompt and save what comes out. With MagCache, a report lies beside it, and the comparison if asked for.
+
+    call: keywords of the pipeline's call; number, count: of the prompt, and of all; device: for the report.
+    """
+    writes = is_writer() or not args.context_parallel
+    say = print if writes else lambda *_: None
     if "prompt" in call:
         say(f"Prompt {number} of {count}: {call['prompt']}")
     if not args.magcache:
-        output, seconds = draw(pipe, args, call, "un-cached")
-        if is_writer() or not args.context_parallel:
-            paths, _ = save(pipe, output, args, number, count)
-            print(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
+        drawn = draw(pipe, args, call, "un-cached")
+        if writes:
+            save(pipe, drawn, args, number, count)
         return
-    asked = {ours: getattr(args, flag) for flag, ours in SETTINGS.items()}
-    output = uncached = failure = None
+    cached = draw_cached(pipe, args, call, say)
+    if cached.report.measuring and count == 1:
+        say("Run the same command again to use what was measured, or ask for --magcache_speedup, which needs none.")
+    if not writes:
+        if args.compare:  # every rank has to take part
+            compared(pipe, args, call, cached)
+        return
+    paths = save(pipe, cached.drawn, args, number, count)
+    files = [path.name for path in paths]
+    about: dict[str, Any] = {"model": args.model, "seed": args.seed, "device": device, "files": files}
+    about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
+    if args.compare and entry_of(cached.drawn.output, FRAMES) is not None:
+        with bookkeeping("The comparison", say):
+            rows, pictures = compared(pipe, args, call, cached)
+            print(quality_table(rows))
+            about["quality"] = rows
+            for file in saved_comparison(paths[0], rows, pictures, args.fps):
+                files.append(file.name)
+    with bookkeeping("The report", say):
+        write_report(report_place(paths[0]), cached.report, **about)
+    if cached.failure:
+        raise cached.failure
+
+
+def draw_cached(pipe: Any, args: argparse.Namespace, call: dict[str, Any], say: Callable[..., object]) -> CachedDrawing:
+    """Draw with MagCache; for --compare once more if the first run calibrated. Raises MagCacheError if nothing could
+    be drawn."""
+    drawn = uncached = failure = None
     try:
-        with enable(pipe, **asked, calibrate=args.magcache_calibration or None, announce=say) as cache:
-            output, seconds = draw(pipe, args, call, "calibrating" if args.magcache_calibration else "MagCache")
+        with enable(pipe, **asked_of(args), calibrate=args.magcache_calibration or None, announce=say) as cache:
+            drawn = draw(pipe, args, call, "calibrating" if args.magcache_calibration else "MagCache")
             say(cache.report)
-            if args.compare and cache.reports[-1].measuring:  # an un-cached run, which the next one is compared with
-                uncached = output, seconds
-                output, seconds = draw(pipe, args, call, "MagCache")
+            if args.compare and cache.reports[-1].measuring:
+                uncached = drawn
+                drawn = draw(pipe, args, call, "MagCache")
                 say(cache.report)
     except MagCacheError as error:  # of a calibration, once the block ends
-        if output is None:
+        if drawn is None:
             raise
         failure = error
-    if cache.reports[-1].measuring and count == 1:
-        say("Run the same command again to use what was measured, or ask for --magcache_speedup, which needs none.")
-    if args.context_parallel and not is_writer():
-        if args.compare:  # every rank has to take part
-            compared(pipe, args, call, cache.reports[-1].schedule, output, seconds, uncached)
-        return
-    paths, frames = save(pipe, output, args, number, count)
-    path = paths[0]
-    say(f"{', '.join(map(str, paths))}  ({seconds:.1f} s)")
-    about = {"model": args.model, "seed": args.seed, "device": device, "files": [one.name for one in paths]}
-    about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
-    if args.compare and frames is not None:
-        with bookkeeping("The comparison", say):
-            rows, pictures = compared(pipe, args, call, cache.reports[-1].schedule, output, seconds, uncached)
-            print(quality_table(rows))
-            about["quality"], ours = rows, files_of(path)
-            sheet = own_place(beside(path, f"_compare{path.suffix}"), ours)
-            side_by_side(sheet, list(pictures.values()), None if len(frames) == 1 else args.fps)
-            print(f"Side by side: {sheet}")
-            about["files"].append(sheet.name)
-            if len(frames) > 1:
-                moving = own_place(beside(path, "_compare.webp"), [name for name in ours if name != sheet.name])
-                animation(moving, columns_of(rows, pictures), args.fps)
-                print(f"Animation with the differences: {moving}")
-                about["files"].append(moving.name)
-    with bookkeeping("The report", say):
-        write_report(report_place(path), cache.reports[-1], **about)
-    if failure:
-        raise failure
+    return CachedDrawing(drawn, cache.reports[-1], uncached, failure)
 
 
-def draw(pipe, args, call: dict, title: str):
-    """(output of the pipeline, seconds). title: of the progress bar."""
+def draw(pipe: Any, args: argparse.Namespace, call: dict[str, Any], title: str) -> Drawn:
+    """Call the pipeline. title: of the progress bar. Raises MagCacheError if it refuses the call."""
     pipe.set_progress_bar_config(disable=not is_writer(), desc=f"{title:11}")
     known, began = inspect.signature(type(pipe).__call__).parameters, time.perf_counter()
     if "generator" in known:
@@ -391,31 +376,60 @@ def draw(pipe, args, call: dict, title: str):
         call = {"output_type": "np", **call}
     try:
         output = pipe(**call)
-    except ValueError as error:  # what pipelines say of a call that they do not take
+    except ValueError as error:  # how pipelines refuse a call
         raise MagCacheError(f"{type(pipe).__name__} does not take this call: {' '.join(str(error).split())}") from error
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return output, time.perf_counter() - began
+    return Drawn(output, time.perf_counter() - began)
+
+
+def save(pipe: Any, drawn: Drawn, args: argparse.Namespace, number: int, count: int) -> list[Path]:
+    """Save what was drawn for a prompt, and print the names and the seconds. Returns the files."""
+    suffix = suffix_of(drawn.output)
+    target = with_suitable_ending(args.output or Path(f"magcache_{Path(args.model).name}{suffix}"), suffix)
+    target = target if count == 1 else beside(target, f"_{number}{target.suffix}")
+    paths = save_results(pipe, drawn.output, target, args.fps)
+    print(f"{', '.join(map(str, paths))}  ({drawn.seconds:.1f} s)")
+    return paths
 
 
 def compared(
-    pipe, args, call: dict, schedule, output, seconds: float, uncached: tuple | None = None
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """(figures, frames) of un-cached, cached, and the plain sampler with as many steps, by title. uncached: (output,
-    seconds) where it is drawn already."""
-    uncached, uncached_seconds = uncached or draw(pipe, args, call, "un-cached")
-    fewer, fewer_seconds = draw(pipe, args, {**call, "num_inference_steps": schedule.computed}, "fewer steps")
-    pictures = {"un-cached": frames_of(uncached), "MagCache": frames_of(output), "fewer steps": frames_of(fewer)}
-    spent = {"un-cached": uncached_seconds, "MagCache": seconds, "fewer steps": fewer_seconds}
-    computed = {"un-cached": schedule.steps, "MagCache": schedule.computed, "fewer steps": schedule.computed}
+    pipe: Any, args: argparse.Namespace, call: dict[str, Any], cached: CachedDrawing
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """(figures, uint8 frames (frames, height, width, 3)) by title: un-cached, MagCache, and the plain sampler with as
+    few steps as MagCache computed."""
+    schedule = cached.report.schedule
+    drawings = {
+        "un-cached": cached.uncached or draw(pipe, args, call, "un-cached"),
+        "MagCache": cached.drawn,
+        "fewer steps": draw(pipe, args, {**call, "num_inference_steps": schedule.computed}, "fewer steps"),
+    }
+    steps = {"un-cached": schedule.steps, "MagCache": schedule.computed, "fewer steps": schedule.computed}
+    pictures = {title: frames_of(drawn.output) for title, drawn in drawings.items()}
     rows = {}
-    for title, frames in pictures.items():
-        rows[title] = {"steps": computed[title], "seconds": spent[title], **quality(pictures["un-cached"], frames)}
+    for title, drawn in drawings.items():
+        closeness = quality(pictures["un-cached"], pictures[title])
+        rows[title] = {"steps": steps[title], "seconds": drawn.seconds, **closeness}
     return rows, pictures
 
 
+def saved_comparison(path: Path, rows: dict, pictures: dict[str, np.ndarray], fps: float) -> Iterator[Path]:
+    """Write `compared` beside its output: side by side, and for a video the animation with the differences. Yields each
+    file once it is written, so that the report lists the first even if the second fails."""
+    ours, is_video = files_of(path), len(pictures["MagCache"]) > 1
+    sheet = own_place(beside(path, f"_compare{path.suffix}"), ours)
+    side_by_side(sheet, list(pictures.values()), fps if is_video else None)
+    print(f"Side by side: {sheet}")
+    yield sheet
+    if is_video:
+        moving = own_place(beside(path, "_compare.webp"), [name for name in ours if name != sheet.name])
+        animation(moving, columns_of(rows, pictures), fps)
+        print(f"Animation with the differences: {moving}")
+        yield moving
+
+
 def columns_of(rows: dict, pictures: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns of a video's animated picture by what is written above them: the clips, and where they differ."""
+    """{heading: frames} of the animation: the videos, and where the second and third differ from the first."""
     columns, reference = {}, pictures["un-cached"]
     for title, frames in pictures.items():
         closeness = f"\n{rows[title]['psnr']:.1f} dB" if title != "un-cached" else ""
@@ -423,100 +437,6 @@ def columns_of(rows: dict, pictures: dict[str, np.ndarray]) -> dict[str, np.ndar
     for title in ("MagCache", "fewer steps"):
         columns[f"{title}:\ndifference x{MAGNIFIED}"] = magnified_difference(reference, pictures[title])
     return columns
-
-
-def made_of(output, names: tuple[str, ...]):
-    """The first of these that an output has: one for each picture, video or sound; None: it has none."""
-    return next((output[name] for name in names if output.get(name) is not None), None)
-
-
-def frames_of(output, index: int = 0) -> np.ndarray | None:
-    """A picture or video of an output, uint8 (frames, height, width, 3); None: it has none."""
-    made = made_of(output, ("images", "frames", "video"))
-    if made is None:
-        return None
-    one = made[index]
-    frames = np.asarray(one.float().cpu() if torch.is_tensor(one) else one)
-    frames = frames[None] if frames.ndim == 3 else frames
-    return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def sound_of(output, index: int = 0) -> np.ndarray | None:
-    """A sound of an output, float (channels, samples); None: it has none."""
-    made = made_of(output, ("audios", "audio", "sound"))
-    if made is None:
-        return None
-    sound = np.asarray(torch.as_tensor(made[index]).float().cpu())
-    return sound.reshape(-1, sound.shape[-1])
-
-
-def sampling_rate(pipe) -> int:
-    """Of the sounds that a pipeline makes, as its parts know it."""
-    for part in ("vocoder", "audio_vae", "vae", "unet", "transformer"):
-        config = getattr(getattr(pipe, part, None), "config", None)
-        for name in ("output_sampling_rate", "sampling_rate", "sample_rate"):
-            if getattr(config, name, None):
-                return int(getattr(config, name))
-    return int(getattr(pipe, "sample_rate", 44100))
-
-
-def save(pipe, output, args, number: int, count: int) -> tuple[list[Path], np.ndarray | None]:
-    """Write the results whole: (files, frames of the first)."""
-    made = made_of(output, ("images", "frames", "video", "audios"))
-    if made is None:
-        raise MagCacheError(
-            f"Nothing is known of how to save a {type(output).__name__}; use magcache.enable in a script."
-        )
-    first, paths = frames_of(output), []
-    suffix = ".wav" if first is None else ".png" if len(first) == 1 else ".mp4"
-    target = args.output or Path(f"magcache_{Path(args.model).name}{suffix}")
-    if target.suffix.lower() not in {".wav": [".wav"], ".png": PICTURES, ".mp4": [*VIDEO_SUFFIXES, ".webp"]}[suffix]:
-        print(f"{target.name} is no name for {KINDS[suffix]}, so its ending becomes {suffix}.")
-        target = target.with_suffix(suffix)
-    target = target if count == 1 else beside(target, f"_{number}{target.suffix}")
-    places = [target] if len(made) == 1 else [beside(target, f"_{one + 1}{target.suffix}") for one in range(len(made))]
-    ours = files_of(places[0])
-    for index, wanted in enumerate(places):
-        path = own_place(wanted, ours)
-        frames, sound = frames_of(output, index), sound_of(output, index)
-        if frames is None:
-            save_sound(path, sound, sampling_rate(pipe))
-        else:
-            path = save_frames(path, frames, None if len(frames) == 1 else args.fps)
-            if sound is not None:
-                add_sound(path, sound, sampling_rate(pipe))
-        paths.append(path)
-    return paths, first
-
-
-def save_sound(path: Path, sound: np.ndarray, rate: int) -> None:
-    """As a 16-bit wave file."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(len(sound))
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((sound.T.clip(-1, 1) * 32767).astype("<i2").tobytes())
-
-
-def add_sound(path: Path, sound: np.ndarray, rate: int) -> None:
-    """Into a video. Where that fails the sound lies beside it."""
-    beside_it = own_place(beside(path, ".wav"), files_of(path))
-    whole = part_of(path)
-    save_sound(beside_it, sound, rate)
-    ffmpeg = needs("imageio_ffmpeg", "imageio[ffmpeg]").get_ffmpeg_exe()
-    inputs = ["-i", str(path), "-i", str(beside_it), "-c:v", "copy"]
-    done = subprocess.run(
-        [ffmpeg, "-y", "-loglevel", "error", *inputs, str(whole)],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    if done.returncode:
-        whole.unlink(missing_ok=True)
-        print(f"The sound is in {beside_it} ({done.stderr.strip().splitlines()[-1]}).", file=sys.stderr)
-        return
-    whole.replace(path)
-    beside_it.unlink()
 
 
 if __name__ == "__main__":
