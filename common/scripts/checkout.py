@@ -1,10 +1,11 @@
-"""Reach into an upstream checkout: its own script, its schedulers, its loaders."""
+"""Hooks into an upstream checkout: its script, its schedulers, its loaders."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,28 +18,28 @@ from ..errors import MagCacheError, escape_unprintable
 from ..ranks import is_writer
 
 
-def one_sentence(main):
-    """A decorator for `main`: a user's mistake or a missing package ends the program with one sentence, printed by one
-    process."""
+def one_sentence(main: Callable[..., None]) -> Callable[..., None]:
+    """A decorator for `main`: a user's mistake or a missing package ends the program with one sentence, which only one
+    process prints."""
 
     @functools.wraps(main)
-    def told(*args, **kwargs):
+    def with_one_sentence(*args, **kwargs):
         escape_unprintable()
         try:
             main(*args, **kwargs)
         except (MagCacheError, ModuleNotFoundError) as error:
-            # Before the processes form a group, each of them makes the same mistake.
+            # Before the processes form a group, all of them make the same mistake.
             distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
             if isinstance(error, ModuleNotFoundError):
                 error = f"{error}: install it, or run this in the environment of the program that it belongs to."
             sys.exit(f"{Path(sys.argv[0]).name}: {error}" if is_writer() or distributed else 1)
 
-    return told
+    return with_one_sentence
 
 
 def checkouts_script(name: str, upstream: str, folder: str) -> Any:
-    """The module of the checkout's own script `name`. Raises MagCacheError if there is none. upstream, folder: names of
-    the checkout and of the drop-in's folder, for that sentence."""
+    """Import the checkout's script `name`. upstream, folder: names of the checkout and of the drop-in folder, for the
+    message. Raises MagCacheError if there is no such script."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -51,7 +52,7 @@ def checkouts_script(name: str, upstream: str, folder: str) -> Any:
 
 
 def script_at(path: Path) -> Any:
-    """The module of the script at this path."""
+    """Import the script at this path."""
     spec: Any = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,10 +60,11 @@ def script_at(path: Path) -> Any:
 
 
 @contextmanager
-def timesteps_noted(scheduler_classes):
-    """For its duration: a function that returns the timesteps last set on a scheduler of these classes, for samplers
-    that keep theirs in a local variable. Its `scheduler()` returns that scheduler."""
-    noted = [None, None]
+def timesteps_noted(scheduler_classes: Iterable[Any]) -> Iterator[Any]:
+    """A context that notes the timesteps set on schedulers of these classes, for samplers that keep their scheduler in
+    a local variable. Gives a function that returns the newest timesteps; its attribute `scheduler` is a function that
+    returns their scheduler."""
+    noted: list[Any] = [None, None]
 
     def noting(set_timesteps):
         @functools.wraps(set_timesteps)
@@ -77,7 +79,7 @@ def timesteps_noted(scheduler_classes):
     for scheduler, set_timesteps in plain.items():
         scheduler.set_timesteps = noting(set_timesteps)
     try:
-        timesteps = functools.partial(noted.__getitem__, 0)
+        timesteps: Any = functools.partial(noted.__getitem__, 0)
         timesteps.scheduler = lambda: noted[1]
         yield timesteps
     finally:
@@ -86,10 +88,11 @@ def timesteps_noted(scheduler_classes):
 
 
 @contextmanager
-def checkpoints_noted(loader_class):
-    """For its duration: {id of model: fingerprint} of all that `loader_class.from_pretrained` loads. Fingerprints are
-    taken at once, because sharding and casting change the weights."""
-    noted, plain = {}, loader_class.__dict__["from_pretrained"]
+def checkpoints_noted(loader_class: Any) -> Iterator[dict[int, str]]:
+    """A context that takes the fingerprint of each model as soon as `loader_class.from_pretrained` has loaded it,
+    because sharding and casting change the weights. Gives {id of the model: fingerprint}."""
+    noted: dict[int, str] = {}
+    plain = loader_class.__dict__["from_pretrained"]
 
     def from_pretrained(cls, *args, **kwargs):
         model = plain.__func__(cls, *args, **kwargs)

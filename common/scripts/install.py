@@ -1,8 +1,8 @@
-"""Copy a drop-in script and `common/` into an upstream checkout, without touching anybody else's file.
+"""Copy a drop-in script and `common/` into an upstream checkout, without overwriting anybody else's file.
 
-Each drop-in folder says in `install.json` which files it copies, by which files of theirs it knows the checkout, in
-which folder there everything goes (`into`; none: its root), and what to run then. Where a folder serves several
-checkouts, or versions of one, it holds a list of these, and the first that is recognised counts.
+The `install.json` of a drop-in folder holds: `files` to copy; `recognised_by`, files that the checkout must have;
+`into`, the folder of the checkout to copy to (by default its root); `upstream`, its name; and `run`, the command to
+print. For several checkouts it holds a list of these, of which the first that fits is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import MagCacheError
 from ..files import write_json
 
 COMMON = Path(__file__).resolve().parents[1]
-# Of the repository, or of the package that `pip install` made of it.
+# In a clone the drop-in folders are beside `common`, in an installed package in its folder `bundled`.
 REPOSITORY = COMMON / "bundled" if (COMMON / "bundled").is_dir() else COMMON.parent
 MANIFEST = ".magcache_installed.json"
 
@@ -26,14 +26,15 @@ def folders() -> list[str]:
 
 
 def common_files() -> dict[str, Path]:
-    """{name in the checkout: path here} of the shared module."""
+    """{name in the checkout: path here} of the files of `common`."""
     paths = [path for kind in ("*.py", "hosts/*.py", "scripts/*.py", "presets/*.json") for path in COMMON.glob(kind)]
     return {f"common/{path.relative_to(COMMON).as_posix()}": path for path in sorted(paths)}
 
 
 def install(folder: str, path: str | Path) -> str:
-    """Copy into the checkout at `path`; returns the command to run there. Raises MagCacheError before the first file is
-    copied if it is not the right checkout or a file in the way was not written by this function."""
+    """Copy a drop-in folder into the checkout at `path` and return the command to run there. Raises MagCacheError
+    before copying anything if that is another checkout or has a file of the same name that was not installed by this
+    function, and if a file cannot be written."""
     source, checkout = REPOSITORY / Path(folder).name, Path(path)
     if not (source / "install.json").is_file():
         raise MagCacheError(f"There is nothing to install in '{folder}'; the folders are {', '.join(folders())}.")
@@ -72,7 +73,7 @@ def install(folder: str, path: str | Path) -> str:
 
 
 def recognised(known: dict | list[dict], target: Path) -> dict:
-    """The first of the known checkouts (or the only one) that the folder is. Raises MagCacheError if it is none."""
+    """The first entry of an `install.json` that fits the folder. Raises MagCacheError if none does."""
     known = known if isinstance(known, list) else [known]
     missing = [[name for name in facts["recognised_by"] if not (target / name).exists()] for facts in known]
     found = next((facts for facts, absent in zip(known, missing) if not absent), None)
@@ -84,4 +85,5 @@ def recognised(known: dict | list[dict], target: Path) -> dict:
 
 
 def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,10 +1,10 @@
-"""Names of the files beside an output, and which of those that lie there are ours."""
+"""Names of the files beside an output, and which existing files are MagCache's own."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,8 @@ NAME_BYTES = 255  # of a file's name, in every common file system
 
 @contextmanager
 def bookkeeping(what: str, say: Callable[[str], object]) -> Iterator[None]:
-    """For its duration, errors are told in one sentence and do not end the program: what is already rendered may have
-    taken hours."""
+    """A context in which an error is reported in one sentence and does not end the program, because rendering may have
+    taken hours. what: the subject of that sentence; say: gets it."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -27,13 +27,13 @@ def bookkeeping(what: str, say: Callable[[str], object]) -> Iterator[None]:
 
 
 def beside(target: Path, ending: str) -> Path:
-    """A file beside an output: "x.mp4", "_compare.mp4" -> "x_compare.mp4"."""
+    """The path beside an output with another ending: "x.mp4", "_compare.mp4" -> "x_compare.mp4"."""
     return target.with_name(fitting(target.stem, ending))
 
 
 def fitting(stem: str, ending: str) -> str:
-    """A name of at most 255 bytes. What is too long loses its middle: hosts put the prompt there, and the time or the
-    number that tells two outputs apart at the end."""
+    """stem + ending, of at most 255 bytes. A longer stem loses its middle: hosts put the prompt there, and at the end
+    the time or number that distinguishes two outputs."""
     room = NAME_BYTES - len(ending.encode())
     if len(stem.encode()) <= room:
         return stem + ending
@@ -42,7 +42,7 @@ def fitting(stem: str, ending: str) -> str:
 
 
 def report_at(path: Path) -> dict | None:
-    """The content of an earlier report; None where there is none, or a file of somebody else."""
+    """The content of an earlier report; None: there is none, or the file is not MagCache's."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -51,28 +51,28 @@ def report_at(path: Path) -> dict | None:
 
 
 def report_place(target: Path) -> Path:
-    """Where the report of an output goes: over an earlier one, and never over a file of somebody else."""
+    """Where to write the report of an output: over an earlier report, never over another file."""
     path = beside(target, REPORT)
     return own_place(path, [path.name] if report_at(path) else [])
 
 
-def files_of(target: Path) -> list:
-    """Names of the files that an earlier report of this output says it wrote."""
+def files_of(target: Path) -> list[str]:
+    """Names of the files that an earlier report of this output lists as written."""
     files = (report_at(beside(target, REPORT)) or {}).get("files")
     return [*files] if isinstance(files, list) else []
 
 
 def put_in_place(part: Path, target: Path) -> Path:
-    """Give a finished file its name and return it. Windows refuses to replace a file that a player shows: the new one
-    gets a number. It refuses some characters, as in the time that HunyuanVideo puts there: they become "-"."""
+    """Rename a finished file and return its path. Windows refuses to replace a file that is open in a player, so the
+    new one gets a number, and some characters, as in HunyuanVideo's times, which become "-"."""
     try:
         return part.replace(target)
     except OSError:
         return part.replace(own_place(target.with_name(REFUSED.sub("-", target.name)), []))
 
 
-def own_place(path: Path, ours) -> Path:
-    """The path, or one with a number where a file lies there that is not among `ours` by its name."""
+def own_place(path: Path, ours: Container[str]) -> Path:
+    """The path, with a number if another file has it. ours: names of files that may be overwritten."""
     number, free = 1, path
     stem, dot, ending = path.name.partition(".")
     while free.exists() and free.name not in ours:

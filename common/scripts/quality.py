@@ -1,4 +1,4 @@
-"""How close a cached result is to the un-cached one: PSNR, SSIM and MS-SSIM, and both side by side."""
+"""Images and videos: reading and writing them, comparing them by PSNR, SSIM and MS-SSIM, showing them side by side."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import fill, shorten
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,19 +14,22 @@ from ..errors import MagCacheError, needs
 from ..files import part_of
 from .outputs import put_in_place
 
+if TYPE_CHECKING:
+    import torch
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 ANIMATED = (".gif", ".webp")  # suffixes of videos that Pillow writes
 MOVING_PICTURES = ("GIF", "WEBP", "PNG", "AVIF")  # formats that Pillow reads frame by frame
-MAGNIFIED = 10
-COLUMN = 192  # width of a column of an animated picture
-SSIM_LEAST = 6  # pixels a side: half a window of 11, mirrored
-MS_SSIM_LEAST = 161  # pixels a side: five scales of an 11-pixel window
+MAGNIFIED = 10  # factor by which differences are shown
+COLUMN = 192  # pixels, width of a column of an animation
+SSIM_LEAST = 6  # pixels per side: half a window of 11, mirrored
+MS_SSIM_LEAST = 161  # pixels per side: five scales of a window of 11
 
 
 def read_frames(path: str | Path) -> tuple[np.ndarray, float | None]:
-    """An image or video file, or an animated picture, as uint8 array (frames, height, width, 3) and its frames a second
-    (None: one picture)."""
+    """(uint8 frames (frames, height, width, 3), frames per second or None for a still image) of an image, animation or
+    video file. Raises MagCacheError if it is missing or cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise MagCacheError(f"There is no file {path}.")
@@ -41,7 +45,7 @@ def read_frames(path: str | Path) -> tuple[np.ndarray, float | None]:
 
 
 def frames_of_picture(path: Path) -> tuple[np.ndarray, float | None]:
-    """`read_frames` of what Pillow reads."""
+    """`read_frames` for the formats that Pillow reads."""
     from PIL import Image
 
     frames, seconds = [], 0.0
@@ -50,7 +54,7 @@ def frames_of_picture(path: Path) -> tuple[np.ndarray, float | None]:
         for index in range(picture.n_frames if moving else 1):
             if moving:
                 picture.seek(index)
-            # Grey values of 16 bits would be cut off at 255.
+            # Pillow would clip 16-bit grey values at 255.
             deep = picture.mode.startswith("I")
             grey = (np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8) if deep else None
             frames.append(np.asarray((picture if grey is None else Image.fromarray(grey)).convert("RGB")))
@@ -59,10 +63,11 @@ def frames_of_picture(path: Path) -> tuple[np.ndarray, float | None]:
 
 
 def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None]:
-    """{"psnr": dB, "ssim": .., "ms_ssim": ..} of uint8 arrays (frames, height, width, 3), averaged over the frames.
+    """{"psnr": dB, "ssim": .., "ms_ssim": ..} of two uint8 arrays (frames, height, width, 3), averaged over the frames.
 
-    psnr is inf where nothing differs, else the average of the frames that do differ: one black frame in common would
-    make it inf for all. ms_ssim is None for pictures below 161 pixels a side, where it is not defined.
+    psnr averages only frames that differ, because an equal pair has inf; it is inf if no frame differs. ms_ssim is
+    None below 161 pixels per side, where it is not defined. Raises MagCacheError for unequal or too small frames, or
+    if torchmetrics is missing.
     """
     metrics = needs("torchmetrics.functional.image", "torchmetrics")
     import torch
@@ -90,11 +95,11 @@ def quality(reference: np.ndarray, result: np.ndarray) -> dict[str, float | None
     return {"psnr": psnr, "ssim": similarity, "ms_ssim": None if np.isnan(ms_ssim) else ms_ssim}
 
 
-def ssim(one, other):
-    """SSIM of pictures (1, 3, height, width) in 0..1: Gaussian windows of 11 pixels, edges mirrored.
+def ssim(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """SSIM of two images (1, 3, height, width) in 0..1: Gaussian windows of 11 pixels, edges mirrored.
 
-    As torchmetrics has it, but for the variances: set to 0 where rounding makes them negative, beside covariances that
-    are not, they put plain areas off in the fourth digit, even those of a picture against itself.
+    Differs from torchmetrics in that negative variances, which rounding makes in plain areas, are not set to 0: that
+    changes the fourth digit, even when an image is compared with itself.
     """
     import torch
     from torch.nn.functional import conv2d, pad
@@ -111,16 +116,18 @@ def ssim(one, other):
 
 
 def frames_text(frames: np.ndarray) -> str:
+    """Number and size of frames (frames, height, width, 3), for a message."""
     return f"{len(frames)} frame{'s' * (len(frames) > 1)} of {frames.shape[2]}x{frames.shape[1]}"
 
 
-def quality_text(figures: dict) -> str:
+def quality_text(figures: dict[str, Any]) -> str:
+    """One line of `quality`'s figures."""
     ms_ssim = f", MS-SSIM {figures['ms_ssim']:.4f}" if figures["ms_ssim"] is not None else ""
     return f"PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}{ms_ssim}"
 
 
-def quality_table(rows: dict[str, dict]) -> str:
-    """rows: {label: figures}, figures as from `quality` plus "seconds"; a table as text."""
+def quality_table(rows: dict[str, dict[str, Any]]) -> str:
+    """A table as text. rows: {label: figures}, those of `quality`, "steps" and "seconds"; any may be missing."""
     tabulate = needs("tabulate", "tabulate").tabulate
     return tabulate(
         [
@@ -141,8 +148,8 @@ def quality_table(rows: dict[str, dict]) -> str:
 
 
 def side_by_side(path: str | Path, columns: Sequence[np.ndarray], fps: float | None = None) -> None:
-    """Write pictures, or videos when fps is given, next to each other: columns is a list of (frames, height, width,
-    3)."""
+    """Write images, or videos if fps is given, side by side. columns: uint8 (frames, height, width, 3) each; shorter
+    videos hold their last frame."""
     tallest = max(frames.shape[1] for frames in columns)
     longest = max(len(frames) for frames in columns)
     joined = np.concatenate([padded(frames, tallest, longest) for frames in columns], axis=2)
@@ -150,6 +157,7 @@ def side_by_side(path: str | Path, columns: Sequence[np.ndarray], fps: float | N
 
 
 def padded(frames: np.ndarray, height: int, length: int) -> np.ndarray:
+    """Frames filled up with white to a height, with 4 white columns, and with the last frame to a length."""
     wide = np.pad(
         frames, ((0, length - len(frames)), (0, height - frames.shape[1]), (0, 4), (0, 0)), constant_values=255
     )
@@ -158,7 +166,10 @@ def padded(frames: np.ndarray, height: int, length: int) -> np.ndarray:
 
 
 def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) -> Path:
-    """Write uint8 frames as a picture or video, under a temporary name, then renamed; returns where they are."""
+    """Write uint8 frames (frames, height, width, 3) under a temporary name, then rename the file; returns its path.
+
+    fps: frames per second; None: write the first frame as an image. Raises MagCacheError if that fails.
+    """
     path = Path(path)
     part = part_of(path)
     try:
@@ -187,7 +198,8 @@ def save_frames(path: str | Path, frames: np.ndarray, fps: float | None = None) 
 
 
 def check_length(video: Path, frames: int) -> None:
-    """Raises OSError where a video holds fewer frames: ffmpeg's failure, as on a full disk, does not reach imageio."""
+    """Raises OSError if a video file has fewer frames: imageio does not report a failure of ffmpeg, as on a full
+    disk."""
     from imageio_ffmpeg import count_frames_and_secs
 
     try:
@@ -199,18 +211,21 @@ def check_length(video: Path, frames: int) -> None:
 
 
 def even(frames: np.ndarray) -> np.ndarray:
-    """Video codecs want even sizes."""
+    """Frames without the last row or column of an odd size, which video codecs refuse."""
     return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
 
 def magnified_difference(reference: np.ndarray, result: np.ndarray) -> np.ndarray:
-    """Where two uint8 pictures differ, on white, MAGNIFIED times as strong."""
+    """White minus MAGNIFIED times the difference of two uint8 arrays of one shape; uint8 of that shape."""
     difference = np.abs(reference.astype(int) - result.astype(int))
     return (255 - np.minimum(255, MAGNIFIED * difference)).astype(np.uint8)
 
 
-def contact_sheet(path, rows, titles, labels):
-    """A picture of rows of uint8 images (height, width, 3) under column titles; labels[r][c] stands below an image."""
+def contact_sheet(
+    path: str | Path, rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[Sequence[str]]
+) -> None:
+    """Write an image of rows of uint8 images (height, width, 3). titles: of the columns; labels[row][column]: below
+    each image."""
     figure_class = needs("matplotlib.figure", "matplotlib").Figure
     from .plots import save_figure
 
@@ -231,8 +246,8 @@ def contact_sheet(path, rows, titles, labels):
 
 
 def animation(path: str | Path, columns: dict[str, np.ndarray], fps: float) -> None:
-    """Write videos next to each other as an animated picture: columns is {what is written above: uint8 frames (frames,
-    height, width, 3)}, all of one size."""
+    """Write videos side by side as an animated image. columns: {heading: uint8 frames (frames, height, width, 3)}, all
+    of one shape. Raises MagCacheError if the file cannot be written."""
     from PIL import Image, ImageDraw, ImageFont
 
     length, height, width = next(iter(columns.values())).shape[:3]
@@ -242,7 +257,7 @@ def animation(path: str | Path, columns: dict[str, np.ndarray], fps: float) -> N
         sheet = Image.new("RGB", (len(columns) * (width + 4) - 4, head + height), "white")
         for index, (title, frames) in enumerate(columns.items()):
             picture = Image.fromarray(frames[frame])
-            # Pixels of a small video stay sharp.
+            # Keep the pixels of a small video sharp.
             way = Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
             sheet.paste(picture.resize((width, height), way), (index * (width + 4), head))
             ImageDraw.Draw(sheet).text((index * (width + 4), 2), title, fill="black", font=font)

@@ -1,7 +1,8 @@
-"""Find out how the computed steps of a checkpoint are best spread: --magcache_refine of the diffusers scripts."""
+"""--magcache_refine of the diffusers scripts: find the measure in which computed steps are best spread."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from ..tables import calibrations, write
 from .quality import quality
 
 
-def check_refining(args, others: Sequence[str]) -> None:
-    """args: the flags of MagCache; others: the names of those that do not go with it. Raises MagCacheError."""
+def check_refining(args: argparse.Namespace, others: Sequence[str]) -> None:
+    """Raises MagCacheError if --magcache_refine is given with a flag that it excludes, or without a speed-up. args:
+    MagCache's flags; others: names of the excluded ones."""
     if not args.magcache_refine:
         return
     for name in others:
@@ -27,10 +29,17 @@ def check_refining(args, others: Sequence[str]) -> None:
         raise MagCacheError("--magcache_refine is for a speed-up: name it with --magcache_speedup or --magcache_steps.")
 
 
-def refine(pipe: Any, draw: Callable[[str | None, str], np.ndarray | None], prompts: Sequence, **asked) -> None:
-    """Calibrate a pipeline on these prompts, draw each with every measure, and save the best with the calibration.
+def refine(
+    pipe: Any,
+    draw: Callable[[str | None, str], np.ndarray | None],
+    prompts: Sequence[str | None],
+    **asked: Any,
+) -> None:
+    """Calibrate a pipeline on these prompts, draw each prompt with every measure, and save the best measure with the
+    calibration.
 
-    draw: (prompt, title) -> uint8 frames (frames, height, width, 3); asked: speedup or steps, K and retention_ratio.
+    draw: (prompt, title) -> uint8 frames (frames, height, width, 3); asked: speedup or steps, K and retention_ratio,
+    as for `enable`. Raises MagCacheError for a pipeline that draws neither images nor videos.
     """
     with enable(pipe, calibrate=True) as cache:
         uncached = [draw(prompt, "un-cached") for prompt in prompts]
@@ -39,6 +48,7 @@ def refine(pipe: Any, draw: Callable[[str | None, str], np.ndarray | None], prom
     schedules = []
 
     def psnr_of(measure):
+        """In dB, for each prompt."""
         with enable(pipe, **asked, measure=measure, announce=None) as cached:
             pictures = [draw(prompt, "MagCache") for prompt in prompts]
         schedules.append(cached.reports[-1].schedule)
@@ -51,9 +61,9 @@ def refine(pipe: Any, draw: Callable[[str | None, str], np.ndarray | None], prom
 
     closeness = closeness_of(psnr_of)
     for handle in cache.handles:
-        calibration: Any = getattr(handle, "patch", handle)  # of a class that nobody described
+        calibration: Any = getattr(handle, "patch", handle)  # a PatchAfterDiscovery has the patch inside
         checkpoint = calibration.table.provenance["fingerprint"]
-        for path, table in calibrations(f"*-{checkpoint}*.json").items():  # whichever of them a run takes
+        for path, table in calibrations(f"*-{checkpoint}*.json").items():  # a run may take any
             write(path, refined(table, closeness, schedules[-1], len(prompts)))
             print(f"Saved in {path}")
     share, power = best_measure(closeness)
