@@ -1,13 +1,13 @@
-"""Find the facts of a transformer that nobody described: watch one forward, propose, and prove by putting the residual
-back.
+"""Find the facts of a transformer class that MagCache does not know.
 
-A proposal counts as proved when its own residual, put back on the same inputs, makes the same output with none of its
-blocks run (`payloads.disproof`). Of several the one whose blocks do the largest share of the work is taken.
+One forward is traced, and possible facts are proposed from it. A proposal is proved if its residual, put back on the
+same inputs, gives the same output without running its blocks (`payloads.disproof`). The proposals whose blocks do the
+most work are tried first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
@@ -22,13 +22,16 @@ from .hosts import class_name, output_host
 from .payloads import MISFITS, disproof
 from .report import RunReport
 
-LEAST_SHARE = 0.25  # of the work in all block lists that a stack has to take
+LEAST_SHARE = 0.25  # of the work in all block lists that a stack must do
 
 
 @dataclass(frozen=True)
 class Found:
-    """host: proved facts, or those of output prediction; share: of the work in block lists; tries: proposals looked at;
-    why: none was proved."""
+    """The result of a search.
+
+    host: proved facts, otherwise those that suffice to predict the output; share: of the work of all block lists that
+    its stack does, in 0..1; tries: proposals tried; why: reason why the last one failed, "" if it was proved.
+    """
 
     host: Host
     share: float = 0.0
@@ -37,10 +40,8 @@ class Found:
 
 
 class Trace:
-    """What one forward ran: in order the name of each block list or module, and its arguments.
-
-    work: of each block list, weights times tokens, which its seconds go with, and no clock has to be read for it.
-    """
+    """The modules that one forward called. starts: (name of the child or block list, args, kwargs) of each call, in
+    order; work: {name: weights times tokens}, which is proportional to the time and needs no clock."""
 
     def __init__(self, model: torch.nn.Module, forward: Callable[[], Any]) -> None:
         self.starts: list[tuple[str, tuple, dict]] = []
@@ -56,7 +57,9 @@ class Trace:
             for hook in hooks:
                 hook.remove()
 
-    def entering(self, name):
+    def entering(self, name: str) -> Callable[..., None]:
+        """A forward pre-hook that notes calls under this name."""
+
         def hook(module, args, kwargs):
             self.starts.append((name, args, kwargs))
             tokens = [value[..., 0].numel() for value in (*args, *kwargs.values()) if is_tokens(value)]
@@ -66,37 +69,40 @@ class Trace:
         return hook
 
     def stacks(self) -> list[tuple[str, ...]]:
-        """Block lists that may form the stack, most of the work first: one list, or all that run between the first and
-        the last call of one and another."""
+        """Names of block lists that may form the stack: single lists, and lists that run one after another. Those that
+        do the most work come first."""
         order = list(dict.fromkeys(name for name, *_ in self.starts if name in self.lists))
         runs = {tuple(order[first : last + 1]) for first, last in product(range(len(order)), repeat=2) if first <= last}
         return sorted(runs, key=lambda names: (-round(self.share(names), 1), len(names)))
 
-    def share(self, names) -> float:
+    def share(self, names: Iterable[str]) -> float:
+        """The share, in 0..1, of the work of all block lists that these do."""
         total = sum(self.work.get(name, 0) for name in self.lists)
         return sum(self.work.get(name, 0) for name in names) / total if total else 0.0
 
-    def final_layers(self, stack) -> list[str | None]:
-        """Modules that run after the last block of a stack, the nearest first; then none."""
+    def final_layers(self, stack: tuple[str, ...]) -> list[str | None]:
+        """Modules that run after the last block of a stack, the nearest first; at the end None, for no final layer."""
         last = max(index for index, (name, *_) in enumerate(self.starts) if name in stack)
         return [*dict.fromkeys(name for name, *_ in self.starts[last + 1 :] if name not in self.lists), None]
 
-    def image_tokens(self, stack) -> list[str | int]:
-        """Tensor arguments of the first block with tokens and a width, those of usual names first."""
+    def image_tokens(self, stack: tuple[str, ...]) -> list[str | int]:
+        """Arguments of the first block that may be the image tokens, by name or position, the usual names first."""
         _, args, kwargs = next(start for start in self.starts if start[0] in stack)
         named = {**dict(enumerate(args)), **kwargs}
         keys = [key for key, value in named.items() if is_tokens(value)]
         return sorted(keys, key=lambda key: key not in ("hidden_states", "x", "img", 0))
 
 
-def is_tokens(value) -> bool:
-    """Whether a block's argument may be tokens: (batch, tokens, width), or packed."""
+def is_tokens(value: Any) -> bool:
+    """Whether a block's argument may be tokens: floats (batch, tokens, width), or packed (tokens, width)."""
     return torch.is_tensor(value) and value.ndim in (2, 3) and value.is_floating_point()
 
 
 def discover(model: torch.nn.Module, args: tuple, kwargs: dict, most: int = 24) -> Found:
-    """The facts of a model that was called with these arguments. Calls its forward a few times, un-cached; most:
-    proposals to look at."""
+    """Find the facts of a model, from a call with these arguments, by calling its forward un-cached several times.
+
+    most: how many proposals to try.
+    """
 
     def forward():
         return model.forward(*args, **kwargs)
@@ -124,6 +130,7 @@ def discover(model: torch.nn.Module, args: tuple, kwargs: dict, most: int = 24) 
 
 
 def proposals(trace: Trace, base: Host) -> Iterator[Host]:
+    """Facts that may be true, the likeliest first. base: the facts that all share."""
     for stack in trace.stacks():
         for final_layer, image_tokens in product(trace.final_layers(stack), trace.image_tokens(stack)):
             host = replace(base, blocks=stack, final_layer=final_layer, image_tokens=image_tokens)
@@ -134,7 +141,8 @@ def proposals(trace: Trace, base: Host) -> Iterator[Host]:
 
 
 def why_wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Callable[[], Any]) -> str:
-    """Why these facts are not those of the model, or ""."""
+    """Why these facts are wrong for the model; "" if they are proved. arguments: of its forward, by name; forward:
+    calls it with them."""
     try:
         stack = BlockStack(model, host)
         stack.record(arguments)
@@ -154,7 +162,7 @@ def why_wrong(model: torch.nn.Module, host: Host, arguments: dict, forward: Call
 
 
 def host_line(model: torch.nn.Module, found: Found) -> str:
-    """The line to contribute to common/hosts/diffusers.py, and how sure it is."""
+    """The line to add to common/hosts/diffusers.py, and a comment on how it was found."""
     default = {field.name: field.default for field in fields(Host)}
     facts = [f"{name}={value!r}" for name, value in vars(found.host).items() if value != default[name]]
     said = f'"{class_name(model)}": Host({", ".join(facts)}),'
@@ -163,8 +171,9 @@ def host_line(model: torch.nn.Module, found: Found) -> str:
     return f"{said}\n# {found.why} ({found.tries} proposals)"
 
 
-def first_call(pipe, **arguments) -> tuple[torch.nn.Module, tuple, dict]:
-    """The denoiser of a pipeline and the arguments of its first call in pipe(**arguments), which ends there."""
+def first_call(pipe: Any, **arguments: Any) -> tuple[torch.nn.Module, tuple, dict]:
+    """(denoiser, args, kwargs) of the first model call in pipe(**arguments), which is ended there. Raises MagCacheError
+    if the pipeline never calls its denoiser."""
     from .denoisers import denoisers
 
     class Reached(BaseException):
@@ -187,7 +196,7 @@ def first_call(pipe, **arguments) -> tuple[torch.nn.Module, tuple, dict]:
 
 
 class FirstForward(InstanceForward):
-    """Of a model whose facts its first call shows (`PatchAfterDiscovery`)."""
+    """The forward of a model until its first call (`PatchAfterDiscovery`)."""
 
     __slots__ = ("magcache",)
 
@@ -201,8 +210,11 @@ class FirstForward(InstanceForward):
 
 
 class PatchAfterDiscovery:
-    """Stands on a model whose class nobody described, until its first call shows the facts; then the patch is put on,
-    and this passes on to it."""
+    """Replaces the forward of a model of unknown class. At its first call it finds the facts and puts a patch on the
+    model, to which it delegates from then on.
+
+    patch: makes that patch from the facts; owner: the pipeline, as for the patch (None: any).
+    """
 
     def __init__(self, model: torch.nn.Module, patch: Callable[[Host], Patch], owner: Any = None) -> None:
         self.model, self.make_patch, self.owner = model, patch, owner
@@ -210,23 +222,25 @@ class PatchAfterDiscovery:
         self.put_on()
 
     def put_on(self) -> None:
-        """Raises MagCacheError if a patch is on the model, also of a pipeline that shares it: its call would run within
-        the search."""
+        """Replace the forward. Raises MagCacheError if the model is patched already, even for another pipeline: that
+        patch would take part in the search."""
         if patches_of(self.model):
             raise MagCacheError(PATCHED_ALREADY)
         self.active = True
-        # An offload hook of accelerate takes itself off and on again after each run, with what it wraps.
+        # accelerate's offload hooks remove and restore themselves after each run, with the forward that they wrap.
         self.place = "_old_forward" if "_old_forward" in self.model.__dict__ else "forward"
         self.own_forward = self.model.__dict__.get(self.place)
         setattr(self.model, self.place, FirstForward(self))
 
-    def first_call(self, *args, **kwargs):
+    def first_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Find the facts, put the patch on, and run the call."""
         self.take_off()
         if self.active and self.patch is None:
             self.patch = self.make_patch(discover(self.model, args, kwargs).host)
         return self.model.forward(*args, **kwargs)
 
     def take_off(self) -> None:
+        """Restore the forward, unless the patch has replaced it."""
         if self.patch is None:
             delattr(self.model, self.place)
             if self.own_forward is not None:
@@ -234,17 +248,21 @@ class PatchAfterDiscovery:
 
     @property
     def reports(self) -> list[RunReport]:
+        """`Patch.reports`; empty until the first call."""
         return self.patch.reports if self.patch else []
 
     def settle(self) -> None:
+        """`Patch.settle`."""
         if self.patch:
             self.patch.settle()
 
     def end_run(self) -> None:
+        """`Patch.end_run`."""
         if self.patch:
             self.patch.end_run()
 
     def remove(self) -> None:
+        """`Patch.remove`, or restore the forward before the first call."""
         if self.patch:
             self.patch.remove()
         elif self.active:

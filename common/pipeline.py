@@ -4,9 +4,9 @@
         image = pipe("a photo of a black bicycle").images[0]
     print(cache.report)
 
-Each call of the pipeline is planned anew from its own scheduler. For a speed-up the model's output is predicted, which
-needs no facts of its class; under the paper's rule (thresh, K, retention_ratio) the residual of its blocks is, for
-which `hosts/` has the facts or `discover.py` finds them. What needs a calibration is measured in the first run.
+Each call of the pipeline gets its own plan, from its scheduler. For a speed-up the model's output is predicted, which
+works for any class. The paper's rule (thresh, K, retention_ratio) reuses the residual of the blocks, which takes facts
+about the class: `hosts/` has them, or `discover.py` finds them. If a calibration is needed, the first run makes it.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ def enable(
     announce: Callable[[str], None] | None = tqdm.write,
     measure: tuple[float, float] | None = None,
 ) -> PipelineCache:
-    """Let a diffusers pipeline skip model calls from now on, until `disable(pipe)` or the end of a `with` block.
+    """Let a diffusers pipeline skip model calls, until `disable(pipe)` or the end of a `with` block.
 
-    Ask for one thing: speedup (2.0 if nothing is asked for); steps, how many compute; max_error, the largest expected
-    relative error of a predicted step (needs a calibration); or the paper's rule by thresh, K and retention_ratio, of
-    which those left out are as published for this checkpoint (needs magnitude ratios, published or calibrated).
+    Give one of: speedup (default 2.0); steps, the number of computed steps; max_error, the largest expected relative
+    error of a predicted step (needs a calibration); or settings of the paper's rule, thresh, K and retention_ratio
+    (needs magnitude ratios, published or calibrated; settings left out are those published for this checkpoint).
 
-    calibrate: None: if something is needed that nobody has measured, the first complete run measures it. That run
-        computes everything, so its result is the un-cached one, and is saved for later runs in any process.
-        False: refuse instead. True: measure and cache nothing; each complete run is saved.
-    announce: gets the plan as text at the start of each run (None: nobody).
+    calibrate: None: if ratios or a calibration are needed and missing, the first complete run measures them. That run
+        computes every step, so its result is un-cached, and the calibration is saved for later runs in any process.
+        False: raise MagCacheError instead. True: only measure; each complete run is saved.
+    announce: gets the plan as text at the start of each run (None: no output).
     measure: in which the computed steps of a speed-up are spread (`planner.Target`).
-    Raises MagCacheError for what cannot work, in one sentence.
+    Raises MagCacheError, in one sentence, for settings or pipelines that cannot work.
     """
-    pipe = getattr(pipe, "decoder_pipe", pipe)  # of two pipelines in one, that which draws
+    pipe = getattr(pipe, "decoder_pipe", pipe)  # of a combined pipeline, the one that draws
     groups = denoisers(pipe)
     for model in (model for group in groups for model in group.models):
         refuse_other_caches(model)
@@ -94,8 +94,8 @@ def target_and_rule(
     K: int | None,
     retention_ratio: float | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what a `Target` is asked for, empty for the paper's rule; the settings that are given), by name. Raises
-    MagCacheError where both a target and a threshold are given."""
+    """(keywords of `Target`, keywords of `Settings`) of the arguments that are not None; without the first, the paper's
+    rule is meant. Raises MagCacheError if both a target and a threshold are given."""
     target = {"magcache_speedup": speedup, "magcache_steps": steps, "magcache_max_error": max_error}
     rule = dict(zip(SETTING_NAMES, (thresh, K, retention_ratio)))
     target = {name: value for name, value in target.items() if value is not None}
@@ -108,7 +108,7 @@ def target_and_rule(
 
 
 def disable(pipe: Any) -> None:
-    """Let a pipeline run as it did before `enable`. Raises MagCacheError if it is not enabled."""
+    """Undo `enable`. Raises MagCacheError if MagCache is not enabled on the pipeline."""
     pipe = getattr(pipe, "decoder_pipe", pipe)
     every = (patch for group in denoisers(pipe) for model in group.models for patch in patches_of(model))
     own = {id(patch): patch for patch in every if patch.owner in (None, pipe)}
@@ -121,7 +121,7 @@ def disable(pipe: Any) -> None:
 
 
 class PipelineCache:
-    """MagCache on a pipeline. reports: a `RunReport` for each run of each denoiser, the newest last."""
+    """MagCache on a pipeline, as `enable` returns it. handles: of its denoisers."""
 
     def __init__(self, pipe: Any, handles: list[Patch | PatchAfterDiscovery]) -> None:
         self.pipe, self.handles = pipe, handles
@@ -140,26 +140,27 @@ class PipelineCache:
             handle.__exit__(kind, error, trace)
 
     def disable(self) -> None:
-        """Let the pipeline run as it did before."""
+        """Undo `enable`."""
         self.loop.take_off()
         for handle in self.handles:
             handle.remove()
 
     @property
     def reports(self) -> list[RunReport]:
+        """The report of each run, denoiser by denoiser, the newest last."""
         return [report for handle in self.handles for report in handle.reports]
 
     @property
     def report(self) -> str:
-        """What the newest run did, one line for each denoiser."""
+        """The newest run in one line for each denoiser."""
         for handle in self.handles:
             handle.settle()
         return "\n".join(handle.reports[-1].line() for handle in self.handles if handle.reports) or "No run yet."
 
 
-def paper_rule(given: dict, pipe: Any, group: Denoisers, weights: str) -> Settings:
-    """The paper's rule with the given settings, and the published ones for those left out. Raises MagCacheError if
-    there are none. weights: their fingerprint."""
+def paper_rule(given: dict[str, Any], pipe: Any, group: Denoisers, weights: str) -> Settings:
+    """The paper's rule with the given settings, and otherwise the published ones. weights: fingerprint of the model.
+    Raises MagCacheError if a setting is neither given nor published."""
     checkpoint = checkpoint_of(pipe, group)
     tables = (find(checkpoint, weights), published(checkpoint, weights))
     chosen = {**next((table.settings for table in tables if table and table.settings), {}), **given}

@@ -1,24 +1,29 @@
-"""MagCache in a Gradio page: its controls, the plan that follows them, and the words for both."""
+"""MagCache's controls in a Gradio page, and the plan that follows them."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import numpy as np
 
 from ..errors import MagCacheError
 from ..plan_text import plan_lines
 from ..planner import Target
-from ..schedule import Settings
+from ..schedule import Schedule, Settings
+from ..tables import RatioTable
 
 SPEEDUPS = {"off": None, "1.5x": 1.5, "2x": 2.0, "2.5x": 2.5, "3x": 3.0}
 SILENT = {"queue": False, "show_progress": "hidden", "api_name": False}
-TOLD = {"resampled", "uncovered", "notes", "nothing", "out of reach"}  # kinds of lines that a page shows as they are
+SHOWN = {"resampled", "uncovered", "notes", "nothing", "out of reach"}  # kinds of `PlanLine` that a page shows
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the controls say, in their order. speedup: a key of SPEEDUPS."""
+    """The values of the controls, in their order. speedup: a key of SPEEDUPS."""
 
     use_magcache: bool
     calibrate: bool
@@ -29,8 +34,8 @@ class Choice:
 
     @property
     def settings(self) -> Settings | Target:
-        """What a run with MagCache is to do: a Target where a speed-up is asked for, which the three settings have no
-        part in."""
+        """For a run with MagCache: a Target if a speed-up is chosen, otherwise the paper's rule with the three
+        settings."""
         if SPEEDUPS[self.speedup]:
             return Target(magcache_speedup=SPEEDUPS[self.speedup])
         return Settings(self.magcache_thresh, int(self.magcache_K), self.retention_ratio)
@@ -38,35 +43,37 @@ class Choice:
 
 @dataclass(frozen=True)
 class PagePlan:
-    """What a page shows before anything runs. summary: one line, also while the details are folded away; strip: a
-    letter a step, or ""; lines: more of them."""
+    """A plan as a page shows it.
+
+    summary: one line, visible even while the details are folded; strip: `Schedule.strip`, or ""; lines: the details.
+    """
 
     summary: str
     strip: str = ""
-    lines: tuple = ()
+    lines: tuple[str, ...] = ()
 
 
-def page_plan(schedule, levels, table) -> PagePlan:
-    """The plan of a run in the words of a page."""
+def page_plan(schedule: Schedule, levels: np.ndarray, table: RatioTable | None) -> PagePlan:
+    """The plan of a run for a page. levels: its noise levels; table: from which it was made (None: from none)."""
     gain = f"{schedule.computed} of {schedule.steps} steps compute, at most {schedule.bound:.2f}x faster"
     if schedule.settings.magcache_speedup:
         gain = f"{schedule.settings.magcache_speedup:g}x: {gain}, the nearest possible"
     if schedule.why_none:
         gain = "every step computes"
     lines = [f"Ratios: {table.name} ({table.origin})"] if table else []
-    lines += [line.text for line in plan_lines(schedule, levels, table) if line.kind in TOLD]
+    lines += [line.text for line in plan_lines(schedule, levels, table) if line.kind in SHOWN]
     return PagePlan(gain, schedule.strip, tuple(line.strip() for line in lines))
 
 
 class Controls:
-    """MagCache's controls, made in the block that is open: a tick, and the rest folded away under a line that says what
-    is planned.
+    """MagCache's controls, created in the gradio block that is open: a checkbox, and the others folded under a line
+    that shows the plan.
 
-    gr: the module gradio, which a page's own script imports first. start: the values that the controls start with.
-    `inputs`: the components, in the order of `Choice`.
+    gr: the module gradio, as the page's script imported it; start: the first values. `inputs`: the components, in the
+    order of `Choice`.
     """
 
-    def __init__(self, gr, start: Choice):
+    def __init__(self, gr: Any, start: Choice) -> None:
         self.gr = gr
         self.use = gr.Checkbox(
             label="Use MagCache", value=start.use_magcache, info="Skip the steps that the plan shows."
@@ -110,16 +117,25 @@ class Controls:
             )
         self.inputs = [self.use, self.calibrate, self.thresh, self.most, self.retention, self.speedup]
 
-    def lines(self):
-        """A place for the lines of a job, made in the block that is open."""
+    def lines(self) -> Any:
+        """A component for the lines of a job, created in the block that is open."""
         return self.gr.HTML(elem_classes="no-generating-animation")
 
-    def connect(self, block, plan, watched, at_load, others=()):
-        """Let the plan follow the controls. plan(*values of `watched`, Choice) -> PagePlan, which may raise
-        MagCacheError; at_load() -> whether Use MagCache is ticked in a page that is opened; others: boxes of the page
-        that exclude Use MagCache and Calibrate."""
+    def connect(
+        self,
+        block: Any,
+        plan: Callable[..., PagePlan],
+        watched: Sequence[Any],
+        at_load: Callable[[], bool],
+        others: Sequence[Any] = (),
+    ) -> None:
+        """Update the plan whenever a control or a watched component changes.
+
+        plan: (*values of `watched`, Choice) -> PagePlan, may raise MagCacheError; at_load: returns whether Use MagCache
+        is ticked in a newly opened page; others: checkboxes of the page that exclude Use MagCache and Calibrate.
+        """
         gr, boxes = self.gr, [self.use, self.calibrate, *others]
-        for box in boxes:  # at most one is ticked; .input: by the user, not by this
+        for box in boxes:  # at most one is ticked; .input ignores the changes made here
             rest = [other for other in boxes if other is not box]
             box.input(partial(self.only, len(rest)), box, rest, **SILENT)
         sliders = [self.thresh, self.most, self.retention]
@@ -136,8 +152,8 @@ class Controls:
 
         block.load(opened, inputs, [self.use, *others, *shown], **SILENT)
 
-    def plan_after(self, event, plan, watched):
-        """Let the plan follow an event of the page, too, which may load a model; it is no output of a job."""
+    def plan_after(self, event: Any, plan: Callable[..., PagePlan], watched: Sequence[Any]) -> None:
+        """Update the plan after an event of the page too, such as loading a model. plan, watched: see `connect`."""
         own, count = event.fn, len(event.outputs)
 
         def following(*values):
@@ -152,10 +168,12 @@ class Controls:
             [*event.outputs, self.details, self.plan],
         )
 
-    def follow_measurement(self, lines, newly_measured):
-        """Tick Use MagCache, and Calibrate no more, after a job that measured. Not by the job: gradio covers what
-        that writes to while it runs, and after an error. lines: where the lines of a job are shown; newly_measured:
-        () -> whether that was such a job."""
+    def follow_measurement(self, lines: Any, newly_measured: Callable[[], bool]) -> None:
+        """After a job that calibrated, tick Use MagCache instead of Calibrate. The job's own event cannot do this:
+        gradio greys out its outputs while it runs and after an error.
+
+        lines: the component of `lines`; newly_measured: returns whether the job calibrated.
+        """
         gr = self.gr
 
         def ticks(calibrate):
@@ -163,12 +181,13 @@ class Controls:
 
         lines.change(ticks, self.calibrate, [self.use, self.calibrate], **SILENT)
 
-    def only(self, count, ticked):
+    def only(self, count: int, ticked: bool) -> Any:
+        """Updates that clear the other `count` checkboxes if one was ticked."""
         changes = {"value": False} if ticked else {}
         return updates(self.gr, count, **changes) if count > 1 else self.gr.update(**changes)
 
-    def planned(self, plan, watched, *values):
-        """(the folded line, the details)"""
+    def planned(self, plan: Callable[..., PagePlan], watched: int, *values: Any) -> tuple[Any, str]:
+        """(update of the folded line, the details as HTML). watched: how many of the values are not the controls'."""
         try:
             one = plan(*values[:watched], Choice(*values[watched:]))
         except MagCacheError as error:
@@ -176,20 +195,23 @@ class Controls:
         return self.gr.update(label=f"MagCache: {one.summary}"), plan_html(one)
 
 
-def updates(gr, count, **what):
-    return [gr.update(**what) for _ in range(count)]  # gradio takes each apart, so they must not be one
+def updates(gr: Any, count: int, **what: Any) -> list[Any]:
+    """As many equal updates of gradio, each its own object, because gradio changes them."""
+    return [gr.update(**what) for _ in range(count)]
 
 
 def plan_html(plan: PagePlan) -> str:
+    """A plan as HTML."""
     return in_lines([plan.summary]) + (drawn(plan.strip) if plan.strip else "") + in_lines(plan.lines)
 
 
-def in_lines(lines) -> str:
+def in_lines(lines: Iterable[str]) -> str:
+    """Lines of text as HTML."""
     return "".join(f"<div>{html.escape(line.strip())}</div>" for line in lines)
 
 
 def drawn(strip: str) -> str:
-    """A `Schedule.strip` as a row of fields, one a step."""
+    """A `Schedule.strip` as HTML: a row of coloured boxes, one per step."""
     kinds = {"#": ("computes", "--color-accent"), ".": ("is skipped", "--border-color-primary")}
     fields = "".join(
         f'<span title="step {step}: {kinds[letter][0]}" style="flex: 1; height: 1.2em; border-radius: 2px; '

@@ -1,12 +1,15 @@
-"""A host's own Gradio page with MagCache's controls: its script runs as it is, and its page is launched once they are
-in. The button of the page starts the same function as before, which reaches a pipeline that asks `Jobs` what to do."""
+"""A host's own Gradio page with MagCache's controls.
+
+The host's script runs unchanged, except that its page is launched only after the controls were added. The page's button
+starts the same function as before; the pipeline that this function calls asks `Jobs` whether to use MagCache.
+"""
 
 from __future__ import annotations
 
 import argparse
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -15,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..errors import MagCacheError
 from ..tables import load
 from .controls import Choice, Controls, PagePlan, in_lines, page_plan
@@ -22,11 +27,11 @@ from .flags import DTYPES, add_magcache_flags, check_calibration, check_family, 
 from .outputs import REPORT, beside, report_at
 from .session import Session
 
-UNWATCHED = ("image", "video", "gallery", "file", "audio")  # what a plan does not depend on
+UNWATCHED = ("image", "video", "gallery", "file", "audio")  # components on which no plan depends
 
 
 class Launch(NamedTuple):
-    """A page that its script would have launched, and with which arguments."""
+    """A page that a script wanted to launch, and the arguments of `launch`."""
 
     block: Any
     args: tuple
@@ -34,16 +39,17 @@ class Launch(NamedTuple):
 
 
 class WhenImported:
-    """A finder that calls `then(module)` after the module `name` was imported."""
+    """An entry of sys.meta_path that calls `then(module)` once the module `name` was imported."""
 
-    def __init__(self, name, then):
+    def __init__(self, name: str, then: Callable[[Any], None]) -> None:
         self.name, self.then = name, then
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """The spec of the module, whose execution ends with `then`; None for other modules."""
         if name != self.name:
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec: Any = find_spec(name)
         if spec is None:
             return None
         execute = spec.loader.exec_module
@@ -57,9 +63,9 @@ class WhenImported:
 
 
 @contextmanager
-def when_imported(name: str, then: Callable[[Any], None]):
-    """For its duration: call `then(module)` once the module is imported, or at once if it is. So a page's own script
-    imports what it needs in its own order, after it has set the environment variables that these read."""
+def when_imported(name: str, then: Callable[[Any], None]) -> Iterator[None]:
+    """A context that calls `then(module)` as soon as the module is imported, or at once if it is already. A page's
+    script can then set environment variables before it imports the modules that read them."""
     finder = WhenImported(name, then)
     if name in sys.modules:
         then(sys.modules[name])
@@ -73,9 +79,10 @@ def when_imported(name: str, then: Callable[[Any], None]):
 
 
 @contextmanager
-def launch_held_back(package="gradio"):
-    """For its duration gradio launches no page; a list of `Launch`, of those that it would have."""
-    launches, plain = [], []
+def launch_held_back(package: str = "gradio") -> Iterator[list[Launch]]:
+    """A context in which gradio launches no page. Gives the list of launches that were held back."""
+    launches: list[Launch] = []
+    plain: list[tuple[Any, Any]] = []
 
     def launch(self, *args, **options):
         launches.append(Launch(self, args, options))
@@ -93,27 +100,30 @@ def launch_held_back(package="gradio"):
 
 
 class PageSession(Session):
-    """A `Session` in the words of a page. lines: what the page shows of it; planning: nothing is rendered."""
+    """A `Session` whose messages suit a page.
+
+    lines: gets the messages that the page shows; planning: only a plan is made, so nothing goes to the console.
+    """
 
     measure = "Calibrate"
 
-    def __init__(self, *args, lines: list, planning: bool, **options):
+    def __init__(self, *args: Any, lines: list[str], planning: bool, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lines, self.planning = lines, planning
 
-    def no_table(self):
+    def no_table(self) -> str:
         return (
             f"The magnitude ratios of this checkpoint are not known for {self.task}: choose a target speed-up under "
             "MagCache, which needs none, or tick Calibrate there and run one job."
         )
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         self.lines.append(text)
         if not self.planning:
             super().say(text)
 
-    def say_once(self, text):
-        """The plan and what is to know of its ratios, which the page shows beside its controls."""
+    def say_once(self, text: str) -> None:
+        """Of the plan and its ratios, which the page shows with its controls and not with a job."""
         if self.planning:
             self.lines.append(text)
         else:
@@ -122,42 +132,43 @@ class PageSession(Session):
 
 @dataclass
 class Job:
-    """One press of the page's button, or the plan of one. session: of its rendering, with MagCache or calibrating."""
+    """One press of the page's button, or the search for its plan. session: renders it; None: without MagCache."""
 
     choice: Choice
     planning: bool = False
-    lines: list = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     session: PageSession | None = None
 
 
 class Planned(BaseException):
-    """Ends the page's own function where it would render. No Exception, which a page may catch."""
+    """Raised with the plan to end the page's own function before it renders. Not an Exception, which that might
+    catch."""
 
-    def __init__(self, plan):
+    def __init__(self, plan: PagePlan) -> None:
         self.plan = plan
 
 
 class Jobs:
     """The jobs of a page.
 
-    args: `flags_of_page`; plain: the function that the page's button starts, once it is known.
+    args: of `flags_of_page`; plain: the function that the page's button starts, set by `add_controls`.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.plain: Any = None
-        self.now: ContextVar[Job | None] = ContextVar(
-            "job", default=None
-        )  # the job of this thread: plans are made while another one renders
+        # The job of this thread: plans are made while another thread renders.
+        self.now: ContextVar[Job | None] = ContextVar("job", default=None)
         self.measured = False  # since the page last asked
 
     def session(
-        self, make: Callable[..., PageSession], checkpoint: str, levels: Callable[[], Sequence[float]]
+        self, make: Callable[..., PageSession], checkpoint: str, levels: Callable[[], np.ndarray]
     ) -> PageSession | None:
-        """What a pipeline that is about to render is to do; None: what it would do without us.
+        """The session with which a pipeline must render now; None: without MagCache.
 
-        make: (args=..., lines=..., planning=...) -> the PageSession of this rendering; levels: its noise levels. Raises
-        Planned where only the plan is wanted.
+        make: (args=..., lines=..., planning=...) -> the PageSession; checkpoint: fingerprint of the weights; levels:
+        returns the noise levels of the rendering. Raises Planned if only the plan is wanted, and MagCacheError for
+        settings that cannot work.
         """
         job = self.now.get()
         if job is None or not (job.choice.use_magcache or job.choice.calibrate):
@@ -171,18 +182,19 @@ class Jobs:
 
     @property
     def planning(self) -> bool:
-        """Whether the page's function only runs to find the plan: what costs may be left out."""
+        """Whether the page's function runs only to find the plan, so that slow work can be left out."""
         job = self.now.get()
         return job is not None and job.planning
 
-    def args_of(self, choice):
+    def args_of(self, choice: Choice) -> argparse.Namespace:
+        """MagCache's flags with the values of the controls."""
         settings = choice.settings
         asked = vars(settings) if choice.speedup == "off" else {"magcache_speedup": settings.magcache_speedup}
         measuring = "" if choice.calibrate else None
         return argparse.Namespace(**{**vars(self.args), **asked, "magcache_calibration": measuring})
 
     def plan(self, inputs: Sequence, choice: Choice) -> PagePlan:
-        """The plan of a job with these inputs of the page's function. Raises MagCacheError."""
+        """The plan of a job. inputs: of the page's function. Raises MagCacheError for settings that cannot work."""
         if choice.calibrate:
             return PagePlan("the next job computes every step and measures this checkpoint")
         if not choice.use_magcache:
@@ -194,14 +206,14 @@ class Jobs:
             return planned.plan
         except MagCacheError:
             raise
-        except Exception:  # the page's own, of a setting that it cannot use or a model that is not loaded yet
+        except Exception:  # the page's own, for bad settings or a model that is not loaded yet
             pass
         finally:
             self.now.reset(before)
         return PagePlan("the plan comes with the model", lines=("The page has not loaded a model for these settings.",))
 
     def run(self, inputs: Sequence, choice: Choice) -> tuple[Any, list[str]]:
-        """(what the page's function returns, the lines of the job). Raises what that function does."""
+        """Run a job: (result of the page's function, lines to show). Raises what that function raises."""
         job = Job(choice)
         before = self.now.set(job)
         try:
@@ -222,9 +234,11 @@ class Jobs:
         return measured
 
 
-def plan_of(session, checkpoint, levels):
+def plan_of(session: PageSession, checkpoint: str, levels: np.ndarray) -> PagePlan:
+    """The plan of a rendering. checkpoint: fingerprint of the weights. Raises MagCacheError if there is none."""
     session.table = session.find_table(checkpoint)
-    schedule = session.settings().plan(session.table, levels)
+    settings: Any = session.settings()
+    schedule = settings.plan(session.table, levels)
     plan = page_plan(schedule, levels, session.table)
     if session.table and not session.args.mag_ratios:
         session.say_whose_ratios()
@@ -232,26 +246,27 @@ def plan_of(session, checkpoint, levels):
     return PagePlan(plan.summary, plan.strip, (*plan.lines, *session.lines))
 
 
-def files_in(result):
-    """The files among what a page's function returns: a path, or the newest first of several."""
+def files_in(result: Any) -> list[Path]:
+    """The existing files that a page's function returned: one path, or several, of which the first is the newest."""
     paths = [Path(one) for one in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(one, str)]
     return [path for path in paths if path.is_file()]
 
 
-def drop_report(path):
-    """Take away the report of an earlier job whose video lay where this one lies: some pages have one name for all."""
+def drop_report(path: Path) -> None:
+    """Remove the report of an earlier video of this name: some pages give all videos one name."""
     report = beside(path, REPORT)
     if report_at(report):
         report.unlink()
 
 
-# The page
+# Building the page
 
 
-def flags_of_page(argv: list, family: str) -> tuple[argparse.Namespace, list]:
-    """(MagCache's flags, with those that a page takes from its controls at their defaults; the rest of argv).
+def flags_of_page(argv: list[str], family: str) -> tuple[argparse.Namespace, list[str]]:
+    """(MagCache's flags, the rest of argv). Flags that the controls of the page replace have their defaults.
 
-    family: what the names of fitting presets begin with. Raises MagCacheError.
+    family: the beginning of the names of presets that fit the page's model. Raises MagCacheError for flags that cannot
+    work, or if gradio is missing.
     """
     args, rest = flags_and_rest(add_flags, argv)
     defaults, _ = flags_and_rest(add_magcache_flags, [])
@@ -269,7 +284,8 @@ def flags_of_page(argv: list, family: str) -> tuple[argparse.Namespace, list]:
     return args, rest
 
 
-def add_flags(parser):
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a page."""
     group = parser.add_argument_group("MagCache")
     group.add_argument(
         "--mag_ratios", metavar="PRESET|FILE", help="ratios to use instead of those found for the checkpoint"
@@ -278,13 +294,13 @@ def add_flags(parser):
     group.add_argument("--magcache_cache_dtype", choices=DTYPES, help="keep residuals in this type")
 
 
-def run_page(script: Path, jobs: Jobs, settings: Callable[[], tuple]):
-    """Run the page's own script with MagCache's controls in its page.
+def run_page(script: Path, jobs: Jobs, settings: Callable[[], tuple[float, int, float]]) -> None:
+    """Run the host's script, add MagCache's controls to its page, and launch it.
 
-    settings: () -> (magcache_thresh, magcache_K, retention_ratio) that they start at, asked once the script has run.
-    Raises MagCacheError where they do not fit into the page.
+    settings: called after the script has run; returns (magcache_thresh, magcache_K, retention_ratio), the first values
+    of the controls. Raises MagCacheError if the controls do not fit into the page.
     """
-    sys.path[0] = str(script.parent)  # as python does
+    sys.path[0] = str(script.parent)  # as Python does for a script
     with launch_held_back() as launches:
         runpy.run_path(str(script), run_name="__main__")
     starts = [event for event in launches[-1].block.fns.values() if takes_steps(event)] if launches else []
@@ -299,13 +315,17 @@ def run_page(script: Path, jobs: Jobs, settings: Callable[[], tuple]):
     block.launch(*args, **options)
 
 
-def takes_steps(event):
+def takes_steps(event: Any) -> bool:
+    """Whether an event of gradio has an input for the number of steps, which marks the button that renders."""
     labels = [str(getattr(component, "label", "")) for component in event.inputs]
     return any(label.lower().replace("_", " ").endswith("steps") for label in labels)
 
 
-def add_controls(gradio, block, event, jobs, settings):
-    """Put the controls above the button, the lines of a job below it, and the controls' values into its event."""
+def add_controls(gradio: Any, block: Any, event: Any, jobs: Jobs, settings: tuple[float, int, float]) -> None:
+    """Put the controls above the button and the lines of a job below it, and pass the controls' values to its event.
+
+    gradio: the module; block: the page; event: of the button that renders; settings: see `run_page`.
+    """
     jobs.plain, own, count = event.fn, list(event.inputs), len(event.outputs)
     watched = [component for component in own if is_watched(component)]
     places = [next(index for index, component in enumerate(own) if component is one) for one in watched]
@@ -346,21 +366,21 @@ def add_controls(gradio, block, event, jobs, settings):
             raise gradio.Error(str(error)) from None
         return *([result] if count == 1 else result), in_lines(text)
 
-    for other in block.fns.values():  # an event that loads a model and settles one of the watched components
+    for other in block.fns.values():  # an event that sets a watched component, such as loading a model
         if other is not event and any(one is component for one in other.outputs for component in watched):
             controls.plan_after(other, plan, watched)
     event.fn, event.inputs, event.outputs = start, [*own, *controls.inputs], [*event.outputs, lines]
 
 
-def is_watched(component):
-    """Whether a plan may depend on a component: no picture and no prose."""
+def is_watched(component: Any) -> bool:
+    """Whether a plan may depend on a component: not on images or prose."""
     if component.get_block_name() == "textbox":
         return str(component.value).isdigit()
     return component.get_block_name() not in UNWATCHED
 
 
-def place_of(button, gradio):
-    """What the controls go above, in a column: the button, or the row that it is part of."""
+def place_of(button: Any, gradio: Any) -> Any:
+    """The component above which the controls go: the button, or the whole row that it is in."""
     place = button
     while isinstance(place.parent, gradio.Row) or (len(place.parent.children) == 1 and place.parent.parent is not None):
         place = place.parent
