@@ -16,8 +16,7 @@ if find_spec("common") is None:
 
 from magcache_framepack_page import main  # noqa: E402
 
-# What the sliders start at: bound on the accumulated error, most reuses in a row, share of the steps that always
-# computes.
+# Where the sliders start: bound on the accumulated error, most reuses in a row, share of the steps that always compute.
 SETTINGS = (0.10, 3, 0.2)
 PUBLISHED = "framepack-f1"  # ratio table (common/presets) of lllyasviel/FramePack_F1_I2V_HY_20250503
 

@@ -1,10 +1,12 @@
-"""FramePack's Gradio page with MagCache: the demo's own module, its page with more controls, its flags with ours."""
+"""FramePack's Gradio page with MagCache: the demo's module, with more controls in its page and more flags."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from magcache_framepack import FramePackJobs
 
@@ -31,11 +33,11 @@ NEEDED = (
 
 
 @one_sentence
-def main(*, page: str, settings: tuple, published: str, folder: Path):
+def main(*, page: str, settings: tuple[float, int, float], published: str, folder: Path) -> None:
     """Run the checkout's demo with MagCache.
 
-    page: name of its script; settings: (magcache_thresh, magcache_K, retention_ratio) that the sliders start at;
-    published: table of its checkpoint; folder: where the script and the demo lie.
+    page: name of its script; settings: (magcache_thresh, magcache_K, retention_ratio), where the sliders start;
+    published: preset for its checkpoint; folder: of the script and the demo.
     """
     args = flags_taken(add_framepack_flags)
     check_page_flags(args)
@@ -59,7 +61,8 @@ def main(*, page: str, settings: tuple, published: str, folder: Path):
     demo.block.launch(*launches[0].args, **launches[0].options)
 
 
-def add_framepack_flags(parser):
+def add_framepack_flags(parser: argparse.ArgumentParser) -> None:
+    """MagCache's flags of the demos."""
     group = parser.add_argument_group("MagCache")
     group.add_argument(
         "--magcache_calibration",
@@ -78,8 +81,8 @@ def add_framepack_flags(parser):
     )
 
 
-def check_page_flags(args):
-    """Find what cannot work before any weights are loaded."""
+def check_page_flags(args: argparse.Namespace) -> None:
+    """Raises MagCacheError for what cannot work, before any weights are loaded."""
     if args.mag_ratios:
         load(args.mag_ratios)
         if args.mag_ratios in preset_names() and not args.mag_ratios.startswith("framepack"):
@@ -93,9 +96,9 @@ def check_page_flags(args):
         )
 
 
-def check_gradio(requirements):
-    """The page is written for the gradio that the checkout pins; another major version fails after the weights are
-    loaded. It is not imported here: it reads HF_HOME, which the demo sets first."""
+def check_gradio(requirements: Path) -> None:
+    """Raises MagCacheError for another major version of gradio than requirements.txt pins, which would fail only after
+    the weights are loaded. Does not import gradio: that reads HF_HOME, which the demo sets first."""
     try:
         installed = version("gradio")
     except PackageNotFoundError:
@@ -116,15 +119,16 @@ def check_gradio(requirements):
         )
 
 
-def click_of(demo):
-    """The event of gradio that starts a job, or None where the page is not as it was."""
-    if all(hasattr(demo, name) for name in NEEDED):
-        return next((event for event in demo.block.fns.values() if event.fn is demo.process), None)
+def click_of(demo: Any) -> Any:
+    """The gradio event that starts a job; None: the page has changed."""
+    if not all(hasattr(demo, name) for name in NEEDED):
+        return None
+    return next((event for event in demo.block.fns.values() if event.fn is demo.process), None)
 
 
-def add_framepack_controls(demo, click, jobs, gradio):
-    """Put MagCache's controls below "Use TeaCache", its values into the click that starts a job and the job's lines
-    below the progress bar."""
+def add_framepack_controls(demo: Any, click: Any, jobs: FramePackJobs, gradio: Any) -> None:
+    """Put MagCache's controls below "Use TeaCache", and the lines of a job below the progress bar. The values of the
+    controls go to the event `click`, which starts a job."""
     calibrating = jobs.args.magcache_calibration is not None
     start = Choice(jobs.starts_cached(), calibrating, *jobs.settings.values(), "off")
     demo.use_teacache.value = demo.use_teacache.value and not (start.use_magcache or calibrating)
