@@ -1,10 +1,13 @@
-"""The nodes. Ids and inputs of the released ComfyUI-MagCache are kept, so that its workflows open; what is new comes
-after."""
+"""The nodes. They keep the ids and inputs of the released ComfyUI-MagCache, so that its workflows open; new inputs come
+last."""
+
+from __future__ import annotations
 
 import inspect
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import numpy as np
@@ -21,7 +24,7 @@ from .page import Speaker
 
 CATEGORY = "MagCache"
 PACKAGE = Path(__file__).resolve().parent
-OURS = {f"custom_nodes.{name}" for name in (PACKAGE.name, PACKAGE.parent.name)}  # this folder, or the clone around it
+OURS = {f"custom_nodes.{name}" for name in (PACKAGE.name, PACKAGE.parent.name)}  # this folder, or the clone with it
 CALIBRATED = io.Custom("MAGCACHE_CALIBRATION")
 RELEASED_CALIBRATIONS = (
     "chroma_calibration",
@@ -30,15 +33,15 @@ RELEASED_CALIBRATIONS = (
     "hunyuanvideo1.5",
     "qwen_image",
 )
-RECOMMENDED = -1  # what a threshold is while the user leaves it to the model type
-
-
-ADVANCED = {"advanced": True}  # behind a fold on pages that have one
+RECOMMENDED = -1  # of a threshold: as recommended for the model type
+ADVANCED = {"advanced": True}  # folded, on pages that can fold inputs
 
 
 class MagCacheNode(io.ComfyNode):
+    """Skips steps of a model."""
+
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MagCache",
             display_name="MagCache",
@@ -189,20 +192,21 @@ class MagCacheNode(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        model_type,
-        magcache_thresh,
-        retention_ratio,
-        magcache_K,
-        start_step=0,
-        end_step=-1,
-        speedup=0.0,
-        cache_device="gpu",
-        mag_ratios="",
-        corrector=True,
-        cache_limit=LIMIT,
-        measure_first_run="auto",
-    ):
+        model: Any,
+        model_type: str,
+        magcache_thresh: float,
+        retention_ratio: float,
+        magcache_K: int,
+        start_step: int = 0,
+        end_step: int = -1,
+        speedup: float = 0.0,
+        cache_device: str = "gpu",
+        mag_ratios: str = "",
+        corrector: bool = True,
+        cache_limit: float = LIMIT,
+        measure_first_run: str = "auto",
+    ) -> io.NodeOutput:
+        """The model with MagCache. Inputs: as in the schema."""
         given = {"magcache_thresh": magcache_thresh, "retention_ratio": retention_ratio, "magcache_K": magcache_K}
         thresholds = {name: value for name, value in given.items() if value >= 0}
         magcache = NodeCache(
@@ -222,8 +226,10 @@ class MagCacheNode(io.ComfyNode):
 
 
 class MagCacheCalibrationNode(io.ComfyNode):
+    """Measures the magnitude ratios of a model."""
+
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MagCacheCalibration",
             display_name="MagCache Calibration",
@@ -247,14 +253,17 @@ class MagCacheCalibrationNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, model_type="auto"):
+    def execute(cls, model: Any, model_type: str = "auto") -> io.NodeOutput:
+        """The model, to be measured, and its calibration."""
         calibration = NodeCalibration(Speaker(cls.hidden))
         return io.NodeOutput(calibration.on(model), calibration)
 
 
 class MagCacheCalibrationResultNode(io.ComfyNode):
+    """Shows what a calibration measured."""
+
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MagCacheCalibrationResult",
             display_name="MagCache Calibration Result",
@@ -275,7 +284,9 @@ class MagCacheCalibrationResultNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, calibration, latent):
+    def execute(cls, calibration: NodeCalibration, latent: Any) -> io.NodeOutput:
+        """(plot as image (1, height, width, 3) in 0..1, ratios as text, name of the file). Raises RuntimeError if the
+        calibration failed."""
         if calibration.failure:
             raise RuntimeError(f"MagCache Calibration has nothing to show: {calibration.failure}.")
         table, text = calibration.table, ratios_text(calibration.table)
@@ -289,8 +300,10 @@ class MagCacheCalibrationResultNode(io.ComfyNode):
 
 
 class CompileModelNode(io.ComfyNode):
+    """Compiles a model."""
+
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CompileModel",
             display_name="Compile Model",
@@ -317,18 +330,22 @@ class CompileModelNode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, mode, backend, fullgraph, dynamic):
-        # Compiled weights must stay where they are; older versions have no models that move them.
+    def execute(cls, model: Any, mode: str, backend: str, fullgraph: bool, dynamic: bool) -> io.NodeOutput:
+        """The model, which compiles in its first run."""
+        # Compiled weights must not move; older versions of ComfyUI have no models that move them.
         fixed = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(model.clone).parameters else {}
         patched = model.clone(**fixed)
-        options = {"guard_filter_fn": ignore_transformer_options}  # they change at each step and steer no graph
+        options = {
+            "guard_filter_fn": ignore_transformer_options
+        }  # they change at each step, but no graph depends on them
         if backend == "inductor" and mode != "default":
             options |= torch._inductor.list_mode_options(mode)
         set_torch_compile_wrapper(patched, backend=backend, options=options, fullgraph=fullgraph, dynamic=dynamic)
         return io.NodeOutput(patched)
 
 
-def ignore_transformer_options(guards):
+def ignore_transformer_options(guards: list[Any]) -> list[bool]:
+    """A guard filter of torch.compile: which guards to keep."""
     return ["transformer_options" not in guard.name for guard in guards]
 
 
@@ -336,7 +353,10 @@ NODES = [MagCacheNode, MagCacheCalibrationNode, MagCacheCalibrationResultNode, C
 
 
 class MagCacheExtension(ComfyExtension):
-    async def get_node_list(self):
+    """The package, as ComfyUI loads it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The nodes, except those of which another package has the ids; that is logged."""
         from nodes import NODE_CLASS_MAPPINGS
 
         taken = {}
@@ -360,8 +380,8 @@ class MagCacheExtension(ComfyExtension):
         return [node for node in NODES if node not in taken]
 
 
-def released_packages():
-    """Other folders of custom nodes that hold the released ComfyUI-MagCache, not a clone of this repository."""
+def released_packages() -> list[Path]:
+    """Folders of custom nodes that hold the released ComfyUI-MagCache, not this repository."""
     found = []
     for root in folder_paths.get_folder_paths("custom_nodes"):
         for path in Path(root).glob("*/pyproject.toml"):
@@ -372,5 +392,6 @@ def released_packages():
     return found
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> MagCacheExtension:
+    """Called by ComfyUI."""
     return MagCacheExtension()

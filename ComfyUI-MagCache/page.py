@@ -1,25 +1,30 @@
-"""What the nodes show: a text and the picture of a plan, on the node in the page and on the console."""
+"""Messages and plans of the nodes: on the node in the page, and on the console."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
 from .common.schedule import Schedule
 
-WIDTH, HEIGHT, STRIP = 300, 56, 16  # of the picture, and of the strip at its foot, in units of an SVG
+WIDTH, HEIGHT, STRIP = 300, 56, 16  # of the picture, and of the strip at its bottom, in SVG units
 
 
 class Speaker:
-    """Shows texts on one node. The page gets all that was said since a run began, the console what is new."""
+    """Shows messages on one node. The page gets all messages of the run, the console only the new one.
 
-    def __init__(self, hidden):
-        """hidden: the node's hidden inputs; None where nodes run in a script."""
+    hidden: the hidden inputs of the node; None: the node runs in a script, without a page.
+    """
+
+    def __init__(self, hidden: Any) -> None:
         self.node = hidden and hidden.unique_id
-        self.texts, self.picture = [], ""
+        self.texts: list[str] = []
+        self.picture = ""
 
-    def __call__(self, text: str, picture: str = "", begin: bool = False):
+    def __call__(self, text: str, picture: str = "", begin: bool = False) -> None:
+        """Show a message. picture: of the plan, as SVG; begin: whether a run begins, with new messages and picture."""
         logging.info(text)
         if begin:
             self.texts, self.picture = [], picture
@@ -33,7 +38,7 @@ class Speaker:
 
 
 def picture(schedule: Schedule, levels: np.ndarray) -> str:
-    """A plan as SVG: a box a step, filled where it computes, and above it the noise level."""
+    """A plan as SVG: one box per step, filled if it computes, and above them the noise levels (steps,), in 0..1."""
     steps = len(levels)
     wide, top = WIDTH / steps, HEIGHT - STRIP
     boxes = [

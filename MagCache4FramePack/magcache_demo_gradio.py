@@ -2,7 +2,7 @@
 
     python magcache_demo_gradio.py --server 127.0.0.1 --port 7860
 
-Lies beside demo_gradio.py in a FramePack checkout, with `common/`.
+Belongs beside demo_gradio.py in a FramePack checkout, with `common/`.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python magcache_demo_gradio_f1.py --server 127.0.0.1 --port 7860
 
-Lies beside demo_gradio_f1.py in a FramePack checkout, with `common/`.
+Belongs beside demo_gradio_f1.py in a FramePack checkout, with `common/`.
 """
 
 import sys

@@ -3,18 +3,23 @@
     python magcache_generate.py --prompt "A cat walks on the grass." --resolution 480p \\
         --model_path ./ckpts --output_path ./outputs/cat.mp4
 
-Lies beside generate.py in a HunyuanVideo-1.5 checkout, with `common/`. --no-magcache runs generate.py as it is.
+Belongs beside generate.py in a HunyuanVideo-1.5 checkout, with `common/`. --no-magcache runs generate.py unchanged.
 """
 
+from __future__ import annotations
+
+import argparse
 import functools
 import random
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 with suppress(ImportError):  # `main` says what is missing
-    import generate  # noqa: F401  before torch, whose settings it puts into the environment
+    import generate  # noqa: F401  before torch: it sets environment variables that torch reads
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE if (HERE / "common").is_dir() else HERE.parent))  # in a clone `common` is one folder up
@@ -31,6 +36,9 @@ from common.scripts.quality import VIDEO_SUFFIXES  # noqa: E402
 from common.scripts.session import Session  # noqa: E402
 from common.tables import load  # noqa: E402
 
+if TYPE_CHECKING:
+    import torch
+
 # Ratio tables (common/presets) of each checkpoint; the one measured at the nearest number of steps is taken, with the
 # settings published for it. The flags --magcache_thresh, --magcache_K and --retention_ratio win over these lines.
 # table: (bound on the accumulated error, most reuses in a row, share of the steps that always computes)
@@ -40,11 +48,12 @@ SETTINGS = {
 }
 PUBLISHED_FOR = ("480p_t2v", "720p_t2v")
 
-SQUARES = {"480p": 640, "720p": 960}  # side of the square that has as many pixels; sides go by 16
+SQUARES = {"480p": 640, "720p": 960}  # side of the square with as many pixels; sides are multiples of 16
 
 
 @one_sentence
-def main():
+def main() -> None:
+    """Run the checkout's generate.py with MagCache."""
     args = flags_taken(add_magcache_flags)
     check_flags(args)
     generate = checkouts_script("generate", "HunyuanVideo-1.5", "MagCache4HunyuanVideo-1.5")
@@ -55,7 +64,7 @@ def main():
         )
     plain = generate.generate_video
 
-    def generate_video(host_args):
+    def generate_video(host_args: argparse.Namespace) -> Any:
         if session := hunyuan15_session(args, host_args, generate):
             generate.HunyuanVideo_1_5_Pipeline = hunyuan15_with_session(generate.HunyuanVideo_1_5_Pipeline, session)
             generate.save_video = saving(generate.save_video, session)
@@ -65,9 +74,12 @@ def main():
     generate.main()
 
 
-def hunyuan15_session(args, host_args, generate):
-    """The Session of a command line; None where MagCache is off. Raises MagCacheError for what cannot work, before
-    anything is loaded."""
+def hunyuan15_session(args: argparse.Namespace, host_args: argparse.Namespace, generate: Any) -> Session | None:
+    """The Session of a command line; None: MagCache is off. Sets a seed where none is given.
+
+    args: MagCache's flags; host_args: those of the module `generate`. Raises MagCacheError for what cannot work, before
+    anything is loaded.
+    """
     if not args.magcache and args.magcache_calibration is None:
         return None
     if host_args.enable_cache:
@@ -96,7 +108,7 @@ def hunyuan15_session(args, host_args, generate):
             )
         return None
     if host_args.seed in (None, -1):
-        host_args.seed = random.randint(100_000, 999_999)  # --compare renders it more than once
+        host_args.seed = random.randint(100_000, 999_999)  # the same for each rendering of --compare
     steps = host_args.num_inference_steps or steps_of(version)
     table = min(SETTINGS, key=lambda name: abs(load(name).steps - steps))
     session = Session(
@@ -115,14 +127,16 @@ def hunyuan15_session(args, host_args, generate):
     return session
 
 
-def steps_of(version):
+def steps_of(version: str) -> int:
+    """The checkout's default number of steps for a version of its transformer."""
     from hyvideo.commons import PIPELINE_CONFIGS
 
     return PIPELINE_CONFIGS.get(version, {}).get("num_inference_steps", 50)
 
 
-def video_size(host_args):
-    """(width, height) of the video before super-resolution, which the pipeline chooses by the aspect ratio."""
+def video_size(host_args: argparse.Namespace) -> tuple[int, int]:
+    """(width, height) in pixels of the video before super-resolution, as the pipeline chooses it by the aspect ratio.
+    Raises MagCacheError for a bad image or aspect ratio."""
     from hyvideo.utils.data_utils import generate_crop_size_list, get_closest_ratio
 
     if host_args.image_path:
@@ -144,11 +158,11 @@ def video_size(host_args):
     return width, height
 
 
-def hunyuan15_with_session(pipeline_class, session):
-    """The checkout's pipeline, rendering through a session."""
+def hunyuan15_with_session(pipeline_class: Any, session: Session) -> type:
+    """A subclass of the checkout's pipeline that renders with MagCache."""
 
     class Cached(pipeline_class):
-        def __call__(self, *args, num_inference_steps=None, **kwargs):
+        def __call__(self, *args: Any, num_inference_steps: int | None = None, **kwargs: Any) -> Any:
             steps, plain = num_inference_steps or self.config.num_inference_steps, super().__call__
             session.patch(
                 self.transformer,
@@ -166,13 +180,13 @@ def hunyuan15_with_session(pipeline_class, session):
     return Cached
 
 
-def saving(save_video, session):
-    """generate.py's save_video, through the session; a second file of one rendering (the video before super-resolution)
-    as generate.py writes it."""
+def saving(save_video: Callable[..., Any], session: Session) -> Callable[..., Any]:
+    """generate.py's save_video, but writing whole files and a report. The video before super-resolution, a second file
+    of the same rendering, is written by save_video alone."""
     whole = session.saving(lambda tensor, save_file, fps: save_video(tensor, save_file))
 
     @functools.wraps(save_video)
-    def save(video, path):
+    def save(video: torch.Tensor, path: str) -> Any:
         if Path(path).stem.endswith("_before_sr") and session.files_saved:
             return save_video(video, path)
         return whole(tensor=video, save_file=path, fps=24)

@@ -2,10 +2,13 @@
 
     python3 magcache_gradio_server.py --flow-reverse
 
-Lies beside gradio_server.py in a HunyuanVideo checkout, with magcache_sample_video.py and `common/`.
+Belongs beside gradio_server.py in a HunyuanVideo checkout, with magcache_sample_video.py and `common/`.
 """
 
+from __future__ import annotations
+
 import sys
+from typing import Any
 
 from magcache_sample_video import HERE, MAGCACHE_K, MAGCACHE_THRESH, RETENTION_RATIO, nearest_published
 
@@ -20,8 +23,8 @@ SETTINGS = {"magcache_thresh": MAGCACHE_THRESH, "magcache_K": MAGCACHE_K, "reten
 
 
 @one_sentence
-def main():
-    """Run the checkout's page."""
+def main() -> None:
+    """Run the checkout's page with MagCache."""
     page = HERE / "gradio_server.py"
     if not page.is_file():
         raise MagCacheError(
@@ -31,15 +34,15 @@ def main():
     args, argv = flags_of_page(sys.argv[1:], "hunyuanvideo-t2v")
     sys.argv, jobs = [str(page), *argv], Jobs(args)
 
-    def put_on(inference):
+    def replace_sampler(inference: Any) -> None:
         inference.HunyuanVideoSampler = on_page(inference.HunyuanVideoSampler, jobs)
 
-    with when_imported("hyvideo.inference", put_on):
+    with when_imported("hyvideo.inference", replace_sampler):
         run_page(page, jobs, lambda: tuple(SETTINGS.values()))
 
 
-def on_page(sampler_class, jobs):
-    """The checkout's sampler, rendering what a page's jobs want."""
+def on_page(sampler_class: Any, jobs: Jobs) -> type:
+    """A subclass of the checkout's sampler that renders as the page's job asks."""
 
     class OnPage(sampler_class):
         @classmethod
@@ -79,8 +82,19 @@ def on_page(sampler_class, jobs):
     return OnPage
 
 
-def session_of_job(jobs, sampler, steps, *, prompt, width, height, video_length, flow_shift, **kwargs):
-    """The session of a rendering that is about to begin, as `Jobs.session`."""
+def session_of_job(
+    jobs: Jobs,
+    sampler: Any,
+    steps: int,
+    *,
+    prompt: str,
+    width: int,
+    height: int,
+    video_length: int,
+    flow_shift: float,
+    **kwargs: Any,
+) -> PageSession | None:
+    """`Jobs.session` for a call of the sampler's `predict`. width, height: in pixels; video_length: in frames."""
     about = {
         "prompt": prompt,
         "flow_shift": flow_shift,

@@ -4,10 +4,13 @@
         --i2v-resolution 720p --i2v-stability --infer-steps 50 --video-length 129 --flow-reverse --flow-shift 7.0 \\
         --seed 0 --use-cpu-offload --prompt "..." --save-path ./results --magcache_calibration
 
-Lies beside sample_image2video.py in a HunyuanVideo-I2V checkout, with magcache_sample_video.py and `common/`. No ratios
-were published: the first command measures them, or --magcache_speedup asks for a speed-up that needs none.
+Belongs beside sample_image2video.py in a HunyuanVideo-I2V checkout, with magcache_sample_video.py and `common/`. No
+ratios were published: the command above measures them; --magcache_speedup needs none.
 """
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 from magcache_sample_video import check_sampling, lines_and, main, output_of
@@ -15,16 +18,18 @@ from magcache_sample_video import check_sampling, lines_and, main, output_of
 from common.errors import MagCacheError
 from common.scripts.session import Session
 
-SIZES = {"720p": "1280x720", "540p": "960x540", "360p": "640x360"}  # of as many pixels as the picture's own shape gets
+# Sizes with as many pixels as the video, which has the shape of the image.
+SIZES = {"720p": "1280x720", "540p": "960x540", "360p": "640x360"}
 
 
-def session_of_image(args, host_args):
-    """The Session of a command line. Raises MagCacheError for what cannot work, before anything is loaded."""
+def session_of_image(args: argparse.Namespace, host_args: argparse.Namespace) -> Session:
+    """The Session of image-to-video. args: MagCache's flags; host_args: those of the checkout. Raises MagCacheError for
+    what cannot work, before anything is loaded."""
     check_sampling(host_args)
     if not host_args.i2v_mode:
         raise MagCacheError("Without --i2v-mode this checkout renders from text alone; add it, or --no-magcache.")
     task = f"hunyuanvideo-i2v-{host_args.i2v_condition_type}"
-    if host_args.use_lora:  # goes into the weights after their fingerprint is taken
+    if host_args.use_lora:  # loaded after the fingerprint is taken
         task = f"{task}-{Path(host_args.lora_path).stem}-{host_args.lora_scale:g}"
     lines, about = lines_and(host_args, "i2v_image_path", "i2v_stability")
     session = Session(

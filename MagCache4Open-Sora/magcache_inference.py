@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 1 --standalone magcache_inference.py configs/diffusion/inference/256px.py \\
         --prompt "..." --use_magcache
 
-Lies in the root of an Open-Sora checkout, 2.0, 1.3 or 1.2, with `common/`.
+Belongs in the root of an Open-Sora checkout, 2.0, 1.3 or 1.2, with `common/`.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python magcache_generate.py --task t2v-1.3B --size 832*480 --ckpt_dir ./Wan2.1-T2V-1.3B --sample_shift 8 \\
         --sample_guide_scale 6 --prompt "..." --use_magcache
 
-Lies beside generate.py in a Wan2.1 checkout, with `common/`.
+Belongs beside generate.py in a Wan2.1 checkout, with `common/`.
 """
 
 import sys

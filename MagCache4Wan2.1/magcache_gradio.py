@@ -2,13 +2,16 @@
 
     python magcache_gradio.py gradio/t2v_14B_singleGPU.py --ckpt_dir ./Wan2.1-T2V-14B
 
-Lies beside generate.py in a Wan2.1 checkout, with magcache_generate.py and `common/`; the pages are those of the folder
-`gradio` there.
+Belongs beside generate.py in a Wan2.1 checkout, with magcache_generate.py and `common/`. The pages are in its folder
+`gradio`.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from magcache_generate import HERE, PIPELINES, SETTINGS, TABLES
 
@@ -18,13 +21,13 @@ from common.scripts.flags import named_settings
 from common.scripts.page import Jobs, PageSession, flags_of_page, run_page, when_imported
 from common.scripts.wan import published_for_task, wan_with_session
 
-# Pages that load their model when a size is chosen; the others tell their task when they load it.
+# Pages that load their model only when a size is chosen; the task of the others is known once they load it.
 LATER = {"i2v_14B_singleGPU": "i2v-14B", "fl2v_14B_singleGPU": "flf2v-14B"}
 
 
 @one_sentence
-def main():
-    """Run the page that the first argument names."""
+def main() -> None:
+    """Run the page that the first argument names, with MagCache."""
     args, argv = flags_of_page(sys.argv[1:], "wan")
     page, sys.argv = page_named(argv), argv
     jobs, tasks = Jobs(args), [LATER.get(page.stem)]
@@ -32,8 +35,9 @@ def main():
         run_page(page, jobs, lambda: SETTINGS[tasks[-1]])
 
 
-def page_named(argv):
-    """The page's script: as the first argument names it, or in the checkout's folder of pages. Raises MagCacheError."""
+def page_named(argv: list[str]) -> Path:
+    """The script of the page that the first argument names, also by its name in the folder `gradio`. Raises
+    MagCacheError if there is none."""
     name = Path(argv[0] if argv else "")
     for path in (name, HERE / "gradio" / name.name):
         if path.suffix == ".py" and path.is_file():
@@ -45,8 +49,9 @@ def page_named(argv):
     )
 
 
-def put_on(wan, jobs, tasks):
-    """Let the pipelines of the package do what a page's jobs want. tasks: collects those of the pipelines loaded."""
+def put_on(wan: Any, jobs: Jobs, tasks: list[str | None]) -> None:
+    """Replace the pipelines of the package `wan` by subclasses that render as the page's job asks. tasks: gets the task
+    of each pipeline that is loaded."""
 
     def on_pages(pipeline_class):
         def its_session(*args, **kwargs):
@@ -75,24 +80,37 @@ def put_on(wan, jobs, tasks):
     wan.WanVaceMP = refuse_processes
 
 
-def refuse_processes(*args, **kwargs):
+def refuse_processes(*args: Any, **kwargs: Any) -> None:
+    """In place of the pipeline of --mp. Raises MagCacheError."""
     raise MagCacheError(
         "MagCache does not reach the processes that --mp starts: leave it out, or render on several GPUs with torchrun "
         "and magcache_generate.py."
     )
 
 
-def task_of(wan, config, pipeline_class):
-    """The task of a pipeline: what the checkout calls its configuration, which VACE shares with text-to-video."""
+def task_of(wan: Any, config: Any, pipeline_class: type) -> str:
+    """The task of a pipeline: the checkout's name of its configuration, which VACE shares with text-to-video."""
     vace = hasattr(pipeline_class, "prepare_source")
     known = wan.configs.WAN_CONFIGS.items()
     return next(task for task, one in known if one is config and task.startswith("vace") is vace)
 
 
 def session_of_rendering(
-    jobs, wan, pipe, prompt, source=None, *args, sampling_steps, shift, seed, guide_scale, size=None, **kwargs
-):
-    """The session of a rendering that is about to begin, as `Jobs.session`. source: a picture, or videos."""
+    jobs: Jobs,
+    wan: Any,
+    pipe: Any,
+    prompt: str,
+    source: Any = None,
+    *args: Any,
+    sampling_steps: int,
+    shift: float,
+    seed: int,
+    guide_scale: float,
+    size: tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> PageSession | None:
+    """`Jobs.session` for a call of the pipeline's `generate`. source: an image, or a list of videos (channels, frames,
+    height, width); size: (width, height) in pixels."""
     width, height = size or size_of(wan, kwargs["max_area"])
     frames = source[0].shape[1] if isinstance(source, list) else kwargs.get("frame_num", 81)
 
@@ -123,8 +141,8 @@ def session_of_rendering(
     return jobs.session(make, pipe.checkpoint, levels)
 
 
-def size_of(wan, area):
-    """(width, height) that the checkout names for so many pixels, the wider of two."""
+def size_of(wan: Any, area: int) -> tuple[int, int]:
+    """The checkout's (width, height) for a number of pixels; of two, the wider."""
     return max(size for size in wan.configs.SIZE_CONFIGS.values() if size[0] * size[1] == area)
 
 

@@ -3,7 +3,7 @@
     python magcache_generate.py --task t2v-A14B --size 1280*720 --ckpt_dir ./Wan2.2-T2V-A14B --offload_model True \\
         --convert_model_dtype --prompt "..." --use_magcache
 
-Lies beside generate.py in a Wan2.2 checkout, with `common/`.
+Belongs beside generate.py in a Wan2.2 checkout, with `common/`.
 """
 
 import sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..blocks import Host
 from ..errors import MagCacheError
 from .checkouts import CHECKOUTS
@@ -12,14 +14,14 @@ from .diffusers import DIFFUSERS
 HOSTS: dict[str, Host] = {**CHECKOUTS, **COMFYUI, **DIFFUSERS}
 
 
-def class_name(model) -> str:
-    """A model's key in `HOSTS`: the first word of its module, a dot, and its class. Of a class derived from a known one
-    (PyTorch's `fully_shard` makes such) that of the known."""
+def class_name(model: Any) -> str:
+    """The key of a model in `HOSTS`: its package, a dot, and its class. For a subclass of a known class, as PyTorch's
+    `fully_shard` makes, the key of the known one."""
     names = [f"{one.__module__.partition('.')[0]}.{one.__name__}" for one in type(model).__mro__]
     return next((name for name in names if name in HOSTS), names[0])
 
 
-def host_of(model) -> Host:
+def host_of(model: Any) -> Host:
     """The facts of a model's class. Raises MagCacheError for a class that MagCache does not know."""
     if class_name(model) not in HOSTS:
         raise MagCacheError(
@@ -33,8 +35,8 @@ TIMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma", "visio
 
 
 def output_host(model_name: str, names: list[str], why: str = "its class is not described") -> Host:
-    """Facts enough to predict a model's output. names: of the arguments of its forward, the latent first. Raises
-    MagCacheError for a model that is told no time."""
+    """Facts that suffice to predict a model's output. names: arguments of its forward, the latent first; why: reason
+    why no more is known. Raises MagCacheError for a forward without a timestep."""
     timestep = next((name for name in names if name in TIMES), None)
     if timestep is None:
         raise MagCacheError(f"{model_name} gets no timestep, so MagCache cannot follow its sampler.")

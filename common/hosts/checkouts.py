@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil, prod
+from typing import TYPE_CHECKING, Any
 
 from ..blocks import Host
 from .diffusers import FRAMEPACK, patches
+
+if TYPE_CHECKING:
+    import torch
 
 # The checkouts of Wan2.1 and Wan2.2, and the package wan22.
 WAN = Host(
@@ -19,8 +23,9 @@ WAN = Host(
 )
 
 
-def denoised_tokens_of_s2v(model, tokens):
-    """Of all ranks, without the reference picture and the motion that follow them."""
+def denoised_tokens_of_s2v(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The tokens being denoised, gathered from all ranks: (batch, tokens, width). Those of the reference image and of
+    the motion, which follow them, are cut off."""
     if model.use_context_parallel:
         from wan.distributed.util import gather_forward  # of the checkout
 
@@ -54,8 +59,8 @@ HUNYUANVIDEO_CHECKOUT = Host(
 )
 
 
-def residual_of_hunyuanvideo_15(model, forward):
-    """Of one rank, where several share the tokens."""
+def residual_of_hunyuanvideo_15(model: Any, forward: dict[str, Any]) -> tuple[int, ...]:
+    """(batch, tokens of this rank, width)."""
     from hyvideo.commons.parallel_states import get_parallel_state  # of the checkout
 
     latents = forward["hidden_states"]
@@ -72,7 +77,8 @@ HUNYUANVIDEO_15_CHECKOUT = Host(
 )
 
 
-def residual_of_stdit3(model, forward):
+def residual_of_stdit3(model: Any, forward: dict[str, Any]) -> tuple[int, ...]:
+    """(batch, tokens of this rank, width)."""
     ranks = 1
     if model.enable_sequence_parallelism:
         from torch.distributed import get_world_size
@@ -94,9 +100,10 @@ STDIT3 = Host(
 
 
 def mmdit(ranks: int = 1) -> Host:
-    """Open-Sora 2.0, whose joint sequence of text and image is shared by `ranks` of a sequence-parallel group."""
+    """The facts of Open-Sora 2.0. ranks: size of the sequence-parallel group that shares the tokens of text and
+    image."""
 
-    def residual_shape(model, forward):
+    def residual_shape(model: Any, forward: dict[str, Any]) -> tuple[int, ...]:
         batch, tokens, _ = forward["img"].shape
         largest_share = ceil((forward["txt"].shape[1] + tokens) / ranks)
         return batch, min(tokens, largest_share), model.hidden_size

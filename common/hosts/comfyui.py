@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil, prod
+from typing import Any
 
 from ..blocks import Host
 
 
-def pictures_own_tokens(forward):
-    """In ComfyUI, the tokens of the picture itself; those of reference pictures follow them."""
+def pictures_own_tokens(forward: dict[str, Any]) -> int:
+    """Number of tokens of the image itself, without those of reference images."""
     *frames, height, width = forward["x"].shape[2:]
     side = forward["patch_size"]
     return prod(frames) * ceil(height / side) * ceil(width / side)
@@ -31,7 +32,7 @@ LAYERS = Host(blocks=("layers",), final_layer="final_layer", image_tokens=0)
 
 
 def output_only(why: str) -> Host:
-    """A class of which only the output can be predicted."""
+    """The facts of a class whose output alone can be predicted. why: goes into the message about it."""
     return Host(blocks=(), why_output=why)
 
 

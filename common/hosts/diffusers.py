@@ -3,19 +3,21 @@ inputs, made the same output with no block run (tests/hosts/test_pipelines.py)."
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from ..blocks import Host
 
 
-def shared_residual(model, forward) -> tuple:
-    """The shape where the latent comes as tokens: (batch, tokens, the model's width)."""
+def shared_residual(model: Any, forward: dict[str, Any]) -> tuple[int, ...]:
+    """(batch, tokens, width) for a latent of tokens."""
     return *forward["hidden_states"].shape[:2], model.inner_dim
 
 
-def patches(sizes, patch) -> int:
-    """How many tokens a latent of these sizes becomes, a patch a token."""
+def patches(sizes: Iterable[int], patch: Iterable[int]) -> int:
+    """Number of tokens of a latent: each patch, of these side lengths, is one token."""
     return prod(size // side for size, side in zip(sizes, patch))
 
 
@@ -29,13 +31,15 @@ FLUX = Host(
 )
 
 
-def tokens_of_hunyuanvideo(model, forward):
+def tokens_of_hunyuanvideo(model: Any, forward: dict[str, Any]) -> int:
+    """Number of tokens of a latent (batch, channels, frames, height, width)."""
     config = model.config
     sides = config["patch_size_t"], config["patch_size"], config["patch_size"]
     return patches(forward["hidden_states"].shape[2:], sides)
 
 
-def residual_of_hunyuanvideo(model, forward):
+def residual_of_hunyuanvideo(model: Any, forward: dict[str, Any]) -> tuple[int, ...]:
+    """(batch, tokens, width)."""
     width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
     return len(forward["hidden_states"]), tokens_of_hunyuanvideo(model, forward), width
 
@@ -60,18 +64,18 @@ LAYERS = Host(blocks=("layers",), final_layer="norm_out")
 
 
 def rising(timestep: str = "timestep", scale: float = 1.0) -> dict:
-    """The fact of a time that runs from 0, noise, to `scale`, picture."""
+    """Facts of a class whose time rises from 0, noise, to `scale`, image. timestep: the name of that argument."""
     return {"timestep": timestep, "noise_level": lambda forward: 1 - forward[timestep] / scale}
 
 
-def frames_tokens(model, forward):
-    """Of a latent (batch, frames, channels, height, width)."""
+def frames_tokens(model: Any, forward: dict[str, Any]) -> int:
+    """Number of tokens of a latent (batch, frames, channels, height, width)."""
     frames, _, height, width = forward["hidden_states"].shape[1:]
     return patches((frames, height, width), (1, model.config.patch_size, model.config.patch_size))
 
 
-def fills_a_cache(forward):
-    """GLM-Image runs its reference pictures through once before the first step."""
+def fills_a_cache(forward: dict[str, Any]) -> bool:
+    """Whether a call of GLM-Image fills its cache with the reference images, before the first step."""
     return getattr(forward.get("kv_caches"), "mode", None) == "write"
 
 
