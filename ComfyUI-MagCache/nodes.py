@@ -335,9 +335,8 @@ class CompileModelNode(io.ComfyNode):
         # Compiled weights must not move; older versions of ComfyUI have no models that move them.
         fixed = {"disable_dynamic": True} if "disable_dynamic" in inspect.signature(model.clone).parameters else {}
         patched = model.clone(**fixed)
-        options = {
-            "guard_filter_fn": ignore_transformer_options
-        }  # they change at each step, but no graph depends on them
+        # Transformer options change at each step, but no graph depends on them.
+        options = {"guard_filter_fn": ignore_transformer_options}
         if backend == "inductor" and mode != "default":
             options |= torch._inductor.list_mode_options(mode)
         set_torch_compile_wrapper(patched, backend=backend, options=options, fullgraph=fullgraph, dynamic=dynamic)

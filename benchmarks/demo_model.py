@@ -1,4 +1,4 @@
-"""What the benchmarks share: the demo pipeline, its calibration, pictures as arrays."""
+"""Shared by the benchmarks: the demo pipeline, its calibration, its images as arrays."""
 
 import sys
 import time
@@ -46,10 +46,11 @@ NAMES = (
 BACKGROUNDS = ("white", "black", "sky blue", "pink", "green", "yellow", "purple", "orange")
 PROMPTS = [
     f"a {name} on a {BACKGROUNDS[index % 8]} background" for index, name in enumerate(NAMES)
-]  # none was calibrated on
+]  # none is in the calibration
 
 
 def load_demo():
+    """(pipeline of the demo image model, its published RatioTable). Raises SystemExit if the weights differ."""
     from diffusers import FluxPipeline
 
     torch.set_num_threads(1)
@@ -66,7 +67,7 @@ def load_demo():
 
 
 def render(pipe, prompt, steps, seed):
-    """(uint8 picture (height, width, 3), seconds)"""
+    """(uint8 image (height, width, 3), seconds) of a prompt."""
     begin = time.perf_counter()
     image = pipe(
         prompt,
@@ -81,13 +82,14 @@ def render(pipe, prompt, steps, seed):
 
 
 def patched_demo(pipe, table, settings, rule):
+    """`magcache_forward` on the demo pipeline."""
     return magcache_forward(
         pipe.transformer, FLUX, table, settings, lambda: pipe.scheduler.timesteps, rule, announce=None
     )
 
 
 def calibrated(pipe, prompts, steps, seed=0):
-    """RatioTable of un-cached runs of the pipeline as it is."""
+    """The RatioTable of un-cached runs, one per prompt."""
     with magcache_calibration(pipe.transformer, FLUX, lambda: pipe.scheduler.timesteps, "measured") as handle:
         for prompt in prompts:
             render(pipe, prompt, steps, seed)

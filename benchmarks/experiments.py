@@ -1,14 +1,14 @@
-"""On what the settings of a speed-up without a calibration were chosen: other prompts and seeds than
-benchmarks/quality.py reports.
+"""The experiments by which the settings of a speed-up without a calibration were chosen, on other prompts and seeds
+than those of benchmarks/quality.py.
 
     python benchmarks/experiments.py          # the demo image model, Euler; about 6 minutes of one core
     python benchmarks/experiments.py --guidance 5 --scheduler unipc --steps 28
     python benchmarks/experiments.py --model demo-video --guidance 5 --scheduler unipc --steps 30
 
-Each row changes one thing: in what measure computed steps are spread evenly (the share of the step's index, the rest
-being the noise level, to a power), how far the line through the two newest outputs is followed, how many outputs
-correct and how far; the last rows take a calibration on other prompts: its corrections, and the spread that
---magcache_refine chooses on them. PSNR in dB to the un-cached picture or clip, mean (worst).
+Each row changes one thing: the measure in which computed steps are spread evenly (the share of the step index against
+the noise level, and a power), how far the line through the two newest outputs is followed, or how many outputs correct
+a step and how far. The last rows use a calibration on other prompts: its corrections, and the measure that
+--magcache_refine chooses. PSNR in dB against the un-cached image or clip, mean (worst).
 """
 
 import argparse
@@ -53,7 +53,7 @@ REPORTED = {
 
 
 def clip_prompts():
-    """One of each object, with the first motion, counted from another each time, that is not in REPORTED."""
+    """One prompt per object, with a background and motion that differ from object to object, none in REPORTED."""
     for number, name in enumerate(OBJECTS):
         background = list(BACKGROUNDS)[(number + number // 8) % len(BACKGROUNDS)]
         motions = (MOTIONS[(3 * number + more) % len(MOTIONS)] for more in range(len(MOTIONS)))
@@ -69,7 +69,7 @@ PROMPTS = {
 
 
 def followed(share):
-    """`Trajectory.predicted` with a fixed share of the line."""
+    """A context in which `Trajectory.predicted` follows a fixed share of the line."""
 
     def predicted(self, step, held):
         line = self.line(step)
@@ -79,7 +79,7 @@ def followed(share):
 
 
 def of_two():
-    """`Trajectory.corrected` from the computed steps on both sides alone."""
+    """A context in which `Trajectory.corrected` uses only the computed steps on both sides."""
     plain = Trajectory.corrected
 
     def corrected(self, gap, step, output):
@@ -93,7 +93,7 @@ def of_two():
 
 
 def last_step_held():
-    """`spread_steps` whose last computed step is the last but one."""
+    """A context in which the last step is skipped, and the last but one computes."""
     plain = planner.spread_steps
 
     def steps(levels, *args, **kwargs):
@@ -103,22 +103,22 @@ def last_step_held():
 
 
 def last_step_computed():
-    """Whatever it moves."""
+    """A context in which the last step computes, however little it changes."""
     return mock.patch.object(spread, "ends_in_nothing", lambda *_: False)
 
 
 def guided(yes):
-    """As if there were guidance, or none: s starts at 0, or at 1."""
+    """A context in which runs count as guided (s starts at 0) or not (s starts at 1)."""
     return mock.patch.object(corrector_module, "is_guided", lambda _: yes)
 
 
 def outputs_throughout():
-    """The model's output held and corrected where the solver integrates x0."""
+    """A context in which the model's output is predicted and corrected even if the solver integrates x0."""
     return mock.patch.object(corrector_module, "integrates_data", lambda _: False)
 
 
 def trials():
-    """(name, makes the context in which it runs, whether it is corrected)"""
+    """Yields (name, function that returns the context of the trial, whether skipped steps are corrected)."""
     yield "as implemented", nullcontext, True
     for share, power in ((0.25, 0.6), (0.5, 0.7), (0.5, 0.8), (0.75, 0.7), (0.75, 1), (1, 1)):
         name = f"spread with index share {share:g}, power {power:g}"
@@ -136,7 +136,7 @@ def trials():
 
 
 def closeness(subject, steps, computed, reference, corrector=True, table=None):
-    """PSNR of each picture in dB. table: a calibration that corrects, or None."""
+    """PSNR of each image, in dB. table: the calibration used by the corrector; None: without."""
     with magcache_forward(
         subject.pipe.transformer,
         subject.host,
@@ -163,7 +163,8 @@ def spread_in(measure):
 
 
 def refined_measures(subject, calibration, steps, counts):
-    """What --magcache_refine chooses for each of `counts` computed steps. calibration: jobs."""
+    """The measure that --magcache_refine chooses, for each number of computed steps in `counts`. calibration: jobs to
+    choose by."""
     jobs, subject.jobs = subject.jobs, calibration
     reference = references(subject, steps)
 

@@ -2,9 +2,9 @@
 
     python benchmarks/framepack_tables.py
 
-tests/framepack_studio_ratios.json has the original FramePack at two sizes and three step counts, each calibrated by
-itself (by FramePack-Studio). Every table is carried over to the other step counts by index, as the released scripts do,
-and along the noise level, as the default here. Error: mean |log predicted - log measured| a step; computed: steps that
+tests/unit/framepack_studio_ratios.json holds calibrations of the original FramePack, by FramePack-Studio, at two sizes
+and three step counts. Each table is converted to the other step counts by index, as the released scripts do, and by
+noise level, the default here. Error: mean |log predicted - log measured| per step; computed: number of steps that
 0.10 / 3 / 0.2 computes.
 """
 
@@ -42,7 +42,7 @@ def computed_steps(ratios):
 
 
 def error_and_computed(prediction, measured):
-    """(error, computed steps) of a prediction."""
+    """(error, number of computed steps) of predicted ratios (steps,)."""
     return f"{np.abs(np.log(prediction[1:] / measured[1:])).mean():.4f}", computed_steps(prediction)
 
 

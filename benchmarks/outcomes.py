@@ -1,10 +1,10 @@
-"""Pages that the test suite makes: what became of each test."""
+"""For pages made from the test suite: the outcome of each test."""
 
 from __future__ import annotations
 
 
 class Outcomes:
-    """A plugin of pytest. tests: {node id: "passed", "failed" or "skipped"}; items: what was collected."""
+    """A plugin of pytest. tests: {node id: "passed", "failed" or "skipped"}; items: the collected tests."""
 
     def __init__(self) -> None:
         self.tests: dict[str, str] = {}

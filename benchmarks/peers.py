@@ -22,8 +22,8 @@ LEAST, MOST, HALVINGS = 1e-3, 4.0, 8  # of thresholds; the last ones tried are 3
 def diffusers_rows(
     subject: Subject, table: RatioTable, steps: int, counts: list[int], recall: Callable, wanted: Callable[[str], bool]
 ) -> Iterator[Row]:
-    """Rows of diffusers' own hooks. recall(key, search): a threshold searched for before; wanted: whether a row
-    of this name is."""
+    """Rows of diffusers' own hooks. recall(key, search): the threshold of an earlier search, or a new one;
+    wanted(family): whether these rows are asked for."""
     from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
 
     transformer = subject.pipe.transformer
@@ -87,7 +87,7 @@ def diffusers_rows(
 def cache_dit_rows(
     subject: Subject, table: RatioTable, steps: int, counts: list[int], recall: Callable, wanted: Callable[[str], bool]
 ) -> Iterator[Row]:
-    """Rows of cache-dit, which leaves its mark on a pipeline: measure them last."""
+    """Rows of cache-dit. Measure them last, because cache-dit changes the pipeline for good."""
     try:
         source = f"cache-dit {version('cache-dit')}"
         import cache_dit
@@ -133,7 +133,8 @@ def cache_dit_rows(
 
 
 def searched(subject: Subject, steps: int, count: int, cached: Callable) -> float:
-    """The threshold, by bisection of its logarithm on the trial jobs, that computes as nearly as possible `count`."""
+    """The threshold whose number of computed steps on the trial jobs is nearest to `count`, by bisection of its
+    logarithm."""
     known, low, high = {}, LEAST, MOST
     for _ in tqdm(range(HALVINGS), desc=f"searching a threshold for {count} steps", leave=False):
         middle = (low * high) ** 0.5
@@ -143,12 +144,12 @@ def searched(subject: Subject, steps: int, count: int, cached: Callable) -> floa
 
 
 def nearest(subject: Subject, steps: int, count: int, candidates: Iterable, cached: Callable):
-    """The candidate that computes as nearly as possible `count` steps on the trial jobs."""
+    """The candidate whose number of computed steps on the trial jobs is nearest to `count`."""
     return min(candidates, key=lambda one: abs(computed_a_picture(subject, steps, cached(one)) - count))
 
 
 def computed_a_picture(subject: Subject, steps: int, cache: Callable) -> float:
-    """Computed steps a picture of the trial jobs."""
+    """Computed steps per image of the trial jobs."""
     with cache():
         return subject.calls(subject.trial_jobs, steps) / subject.branches
 

@@ -119,14 +119,14 @@ def tiny_models(checkout: Path) -> Iterator[tuple[torch.nn.Module, dict]]:
 
 
 def proof(model: torch.nn.Module, inputs: dict, host: Host) -> str:
-    """Why facts do not hold, or ""."""
+    """Why the facts are wrong for a model; "" if they are proved."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return why_wrong(model, host, inputs, lambda: model.forward(**inputs))
 
 
 def denoiser_of(pipeline_class) -> str | None:
-    """The class of a pipeline's denoiser, by its annotation."""
+    """The class of a pipeline's denoiser, from the annotation of its parameter."""
     parameters = inspect.signature(pipeline_class.__init__).parameters
     for name in DENOISERS:
         if name in parameters:
@@ -139,7 +139,7 @@ def denoiser_of(pipeline_class) -> str | None:
 
 
 def pipelines() -> Iterator[tuple[str, str]]:
-    """(pipeline, class of its denoiser) of the installed diffusers."""
+    """Yields (pipeline, class of its denoiser) for the installed diffusers."""
     import diffusers
 
     for name in sorted(dir(diffusers)):
@@ -151,14 +151,14 @@ def pipelines() -> Iterator[tuple[str, str]]:
 
 
 def tables_of(model_name: str) -> str:
-    """The ratio tables that come with MagCache for a class, or what to do instead."""
+    """The presets for a class, or that the first run measures."""
     names = [path.stem for path in sorted(PRESETS.glob("*.json")) if not path.stem.endswith("comfyui")]
     found = [name for name in names if name.startswith(PUBLISHED.get(model_name, ()))]
     return "published: " + ", ".join(found) if found else "first run"
 
 
 def state_of(model_name: str, proofs: dict[str, str]) -> str:
-    """What the paper's rule can do for a class, as far as it was tried here."""
+    """Whether the paper's rule works for a class, as far as it was tested here."""
     import diffusers
 
     host = HOSTS.get(f"diffusers.{model_name}")
@@ -175,7 +175,7 @@ def state_of(model_name: str, proofs: dict[str, str]) -> str:
 
 
 def proved(checkout: Path) -> dict[str, str]:
-    """{class: what a proof on its tiny models says}."""
+    """{class: result of the proof on its tiny models}."""
     proofs: dict[str, str] = {}
     for model, inputs in tiny_models(checkout):
         host, name = HOSTS.get(class_name(model)), type(model).__name__
@@ -204,7 +204,7 @@ def passed_by_family(outcomes: Outcomes, families) -> dict[tuple[str, str], bool
 
 
 def families_table() -> str:
-    """What the test suite tries on whole pipelines, a row for each family."""
+    """The table of tests on whole pipelines, one row per family."""
     import pytest
     from tabulate import tabulate
 

@@ -1,4 +1,4 @@
-"""Closeness to the un-cached picture at equal numbers of computed steps: this project, other caches, the plain sampler.
+"""Closeness to the un-cached image at equal numbers of computed steps: this project, other caches, the plain sampler.
 
     python benchmarks/quality.py             # the demo model; about 15 minutes of one core
     python benchmarks/quality.py --guidance 5 --scheduler unipc --projects magcache
@@ -7,22 +7,22 @@
     python benchmarks/quality.py --model black-forest-labs/FLUX.1-dev --prompt_file prompts.txt --steps 28
 
 Rows, each at about 50, 40 and 25 % of the steps: the plain sampler with fewer steps, with Euler also a second-order one
-(DPM-Solver++); the paper's rule here, at the settings that come nearest and are expected to err least; a speed-up
-without a calibration; runs planned from a calibration; the released schedule of the model's kind; the hooks MagCache,
-FirstBlockCache, TaylorSeer and (on Wan) SeaCache of diffusers; DBCache and its TaylorSeer variant of cache-dit where
-that is installed (pip install cache-dit==1.5.3). "off" is without the corrector. Thresholds of the others are searched
-for, on two calibration prompts, so that they compute as many steps. Computed steps are counted as executions of the
-last block's query projection. PSNR (mean with a 95 % interval, worst picture), SSIM and MS-SSIM are against the
-un-cached picture of the same prompt and seed; motion is the PSNR of the differences between neighbouring frames of a
-video; extra memory is what is alive between two steps beyond that of an un-cached run. Seconds are in
-benchmarks/speed.py.
+(DPM-Solver++); the paper's rule here, with the settings that come nearest and have the smallest expected error; a
+speed-up without a calibration; runs planned from a calibration; the released schedule for this kind of model; the hooks
+MagCache, FirstBlockCache, TaylorSeer and (on Wan) SeaCache of diffusers; DBCache and its TaylorSeer variant of
+cache-dit if that is installed (pip install cache-dit==1.5.3). "off" means without the corrector. The thresholds of
+other projects are searched for, on two calibration prompts, so that they compute as many steps. Computed steps are
+counted as executions of the last block's query projection. PSNR (mean with a 95 % interval, worst image), SSIM and
+MS-SSIM are against the un-cached image of the same prompt and seed; motion is the PSNR of the differences between
+neighbouring frames of a video; extra memory is what is alive between two steps beyond that of an un-cached run. For
+seconds, see benchmarks/speed.py.
 
-What is measured is kept in a file (--rows), so that a run that was cut short goes on where it was. Rows of this project
-are measured again when `common` changes, others when their version does; rows of other prompts, seeds or another
-machine are refused.
+Measured rows are kept in a file (--rows), so that an interrupted run can be continued. Rows of this project are
+measured again when `common` changes, other rows when the version of their project does; a file with rows of other
+prompts, seeds or another machine is refused.
 
-Another model than the demo is calibrated first, on the first prompts of its file, and measured on the others. Prints
-the table as Markdown; writes it and a figure into the folder --output.
+A model other than the demo is first calibrated, on the first prompts of its file, and then measured on the others.
+Prints the table as Markdown; writes it and a figure into the folder --output.
 """
 
 import argparse
@@ -125,7 +125,7 @@ PROJECTS = {"magcache": own_rows, "diffusers": diffusers_rows, "cache-dit": cach
 
 
 def measured_row(subject, row, uncached, plain_bytes, steps):
-    """How close a row comes to the pictures `uncached`. plain_bytes: alive in an un-cached run; None: do not look."""
+    """Figures of a row against the images `uncached`. plain_bytes: memory of an un-cached run; None: do not measure."""
     began = time.perf_counter()
     with row.cache():
         pictures, computed = subject.drawn(row.steps, f"{row.family}, {row.setting}", row.batch)
@@ -156,13 +156,13 @@ def motion_psnr(true, drawn):
 
 
 def references(subject, steps):
-    """Un-cached pictures."""
+    """The un-cached images of a subject."""
     return subject.drawn(steps, f"un-cached, {steps} steps", BATCH)[0]
 
 
 def all_rows(subject, file, calibration, guidances, all_steps, projects, only):
-    """{(guidance, steps): its measured rows}. projects: keys of PROJECTS; only: beginnings of the names of rows that
-    are wanted; (): all."""
+    """{(guidance, steps): measured rows}. projects: keys of PROJECTS; only: how the names of wanted rows begin (empty:
+    all)."""
     results, tables, uncached = {}, {}, {}
     stages = [PROJECTS[name] for name in PROJECTS if name in projects]
 
@@ -194,6 +194,7 @@ def all_rows(subject, file, calibration, guidances, all_steps, projects, only):
 
 
 def table_text(results, steps):
+    """The rows of one case as a Markdown table."""
     has_ms_ssim, moves = results[0]["ms_ssim"] is not None, results[0]["motion"] is not None
     rows = []
     for one in results:
@@ -229,7 +230,7 @@ def table_text(results, steps):
 
 
 def draw_quality(by_case, path):
-    """by_case: `all_rows`."""
+    """Plot PSNR against computed steps. by_case: of `all_rows`; path: of the image."""
     figure = needs("matplotlib.figure", "matplotlib").Figure(
         figsize=(max(7, 6.5 * len(by_case)), 5.5), layout="constrained"
     )
@@ -263,7 +264,7 @@ def draw_quality(by_case, path):
 
 
 def machine_text(subject):
-    """Where and with what it was measured."""
+    """The machine and the versions of a measurement."""
     import diffusers
 
     device = (
@@ -273,7 +274,7 @@ def machine_text(subject):
 
 
 def row_file_of(args, subject, calibration):
-    """The RowFile of this run."""
+    """The RowFile of a command line."""
     ramp = np.tile(np.arange(192, dtype=np.uint8)[:, None, None], (1, 1, 192, 3))
     run = {
         "model": args.model,
@@ -289,7 +290,7 @@ def row_file_of(args, subject, calibration):
 
 
 def short(subject, table):
-    """Half the steps, few pictures. Returns a sentence for each margin that is missed."""
+    """The check of --short, with half the steps and few images: a sentence for each margin that is missed."""
     subject.jobs, steps = subject.jobs[:6], 28
     reference = references(subject, steps)
     wanted = {*MARGINS, *(other for other, _ in MARGINS.values())}
@@ -307,7 +308,7 @@ def short(subject, table):
 
 
 def load_demo_video(experts):
-    """The pipeline of the demo video model, or of the two experts made of it, on the CPU."""
+    """The pipeline of the demo video model on the CPU. experts: with the two experts fine-tuned from it."""
     from diffusers import WanPipeline
 
     if not experts:
@@ -319,7 +320,7 @@ def load_demo_video(experts):
 
 
 def load_subject(args):
-    """(Subject, jobs to calibrate on)"""
+    """(Subject, jobs to calibrate on) of a command line."""
     if args.model == "demo":
         pipe, _ = load_demo()
         call = {"height": 64, "width": 64, "max_sequence_length": 16}
@@ -364,7 +365,7 @@ def load_subject(args):
 
 
 def page_text(args, subject, by_case):
-    """The tables and what they were measured on."""
+    """The tables as Markdown, with the machine and the settings of the measurement."""
     texts = []
     for (guidance, steps), results in by_case.items():
         texts += [f"Guidance {guidance:g}:"] * (len(args.guidance) > 1) + [table_text(results, steps)]

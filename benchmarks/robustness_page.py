@@ -55,7 +55,7 @@ SECTIONS = {  # title: (what stands before its table, and after it)
 
 
 class Row:
-    """A row of a table. section, tried, happens: as the mark says; tests: {name: outcomes of its cases}."""
+    """A row of a table. section, tried, happens: of the mark; tests: {name: outcomes of its cases}."""
 
     def __init__(self, section: str, tried: str, happens: str) -> None:
         self.section, self.tried, self.happens = section, tried, happens
@@ -71,8 +71,8 @@ class Row:
 
 
 def rows(items, tests: dict[str, str]) -> list[Row]:
-    """The rows that these tests make, in the order of the page. tests: {node id: outcome}; "passed" if there is none.
-    Raises SystemExit if a mark names no section, or no test of a row says what happens."""
+    """The rows of these tests, in the order of the page. tests: {node id: outcome}, "passed" where missing. Raises
+    SystemExit if a mark names no section, or no test of a row says what happens."""
     found: dict[tuple, Row] = {}
     for item in sorted(items, key=lambda item: FOLDERS.index(item.path.parent.name)):  # otherwise as collected
         for mark in item.iter_markers("robustness"):
@@ -101,7 +101,7 @@ def robustness_text(items, tests: dict[str, str]) -> str:
 
 
 def marked_tests(*options: str) -> Outcomes:
-    """Collect, and unless the options say otherwise run, the tests with a mark."""
+    """Collect the tests with a mark, and run them unless the options say otherwise."""
     outcomes, folder = Outcomes(), REPOSITORY / "tests"
     files = [
         str(path)

@@ -1,4 +1,4 @@
-"""What a benchmark has measured so far, in a file, so that a run that was cut short goes on where it was."""
+"""Measured values of a benchmark in a file, so that an interrupted run can be continued."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from common.files import write_text
 
 
 class RowFile:
-    """Measured values by key, of one set of pictures, settings and one machine (`run`).
+    """Measured values by key. run: describes images, settings and machine, which all values of a file share.
 
-    Raises MagCacheError if the file holds values of another run, or is no such file.
+    Raises MagCacheError if the file holds values of another run, or is not such a file.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]):
@@ -26,7 +26,7 @@ class RowFile:
         self.known = self.read()
 
     def read(self) -> dict[str, Any]:
-        """What the file holds."""
+        """The values in the file."""
         if not self.path.exists():
             return {}
         try:
@@ -43,7 +43,7 @@ class RowFile:
         return known
 
     def recall(self, key: str, measure: Callable[[], Any]) -> Any:
-        """The value of this key, measured unless it is known; written at once."""
+        """The value of this key. An unknown one is measured and written at once."""
         if key not in self.known:
             value = measure()
             self.known |= self.read() | {key: value}  # another process may have measured meanwhile
@@ -53,6 +53,6 @@ class RowFile:
 
 
 def digest_of_code(files: Iterable[Path]) -> str:
-    """Eight hexadecimal digits that change with what these Python files do, not with their comments and layout."""
+    """Eight hexadecimal digits that change with the code of these Python files, not with comments and layout."""
     code = [ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in sorted(files)]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:8]

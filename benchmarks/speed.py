@@ -3,15 +3,15 @@
     python benchmarks/speed.py               # on a GPU: models of real size, under ten minutes; else small ones on the
     CPU
 
-Models have random weights, which changes no time. A sampler drives the transformer alone. Every other step is skipped,
-by this project and by diffusers' own hook alike, so that at most 2x can be gained; blocks run as they are and compiled
-(compile_repeated_blocks). Columns: seconds of an un-cached call; the same with the patch on and skipping off (paper's
-rule with magcache_K 0), in percent more; a reused call in percent of a computed one; realised speed-up of the run, and
-its share of steps over computed steps; extra memory. The least of several runs counts, and rows take turns, so that
-other work on the machine hurts all alike.
+Models have random weights, which does not change times. A sampler calls the transformer alone. This project and
+diffusers' own hook skip every other step, so the speed-up is at most 2x; blocks run both uncompiled and compiled
+(compile_repeated_blocks). Columns: seconds of an un-cached call; with the patch on and skipping off (the paper's rule
+with magcache_K 0), in percent more; a reused call in percent of a computed one; the realised speed-up of the run, and
+its share of steps over computed steps; extra memory. The fastest of several runs counts, and rows take turns, so that
+other work on the machine affects all alike.
 
-Prints the table as Markdown and writes it to --output. A model that does not fit into the memory or into what is left
-of --seconds is named and left out.
+Prints the table as Markdown and writes it to --output. A model that does not fit into the memory, or into the rest of
+--seconds, is named and left out.
 """
 
 import argparse
@@ -47,7 +47,7 @@ HOOK = "diffusers MagCache"
 
 
 def flux_transformer(tokens, text=(512, 4096), **config):
-    """(model, shape of its latent, its timestep at noise level 1, its other arguments); text: tokens and width."""
+    """(model, shape of its latent, its timestep at noise level 1, its other arguments). text: (tokens, width)."""
     from diffusers import FluxTransformer2DModel
 
     side = int(tokens**0.5)
@@ -115,7 +115,7 @@ SMALL = {
 
 
 class Sampler:
-    """An Euler sampler around a transformer with random weights."""
+    """An Euler sampler of a transformer with random weights."""
 
     def __init__(self, structure, device, dtype):
         make, config = structure
@@ -135,7 +135,7 @@ class Sampler:
 
     @torch.no_grad()
     def run(self, steps):
-        """Seconds of a run."""
+        """Run once; returns the seconds."""
         sigmas = torch.tensor([*flow_sigmas(steps, 3.0), 0.0])
         self.timesteps, latent = sigmas[:-1] * 1000, self.start
         context = self.model.cache_context("cond") if hasattr(self.model, "cache_context") else nullcontext()
@@ -155,7 +155,7 @@ class Sampler:
 
 
 def smooth_table(steps):
-    """A calibration whose residuals change smoothly; which steps are skipped matters here, not how well."""
+    """A made-up calibration with smoothly changing residuals: here only times matter, not closeness."""
     levels, step = flow_sigmas(steps, 3.0), np.arange(steps)
     gram = packed(np.exp(-(((step[:, None] - step) / steps) ** 2)))
     return RatioTable(
@@ -168,7 +168,7 @@ def smooth_table(steps):
 
 
 def methods(sampler, steps):
-    """{name: makes a context manager, which gives the handle of a patch}"""
+    """{name: function that returns a context manager, which gives the handle of a patch}"""
     from diffusers import MagCacheConfig
 
     def patched(settings):
@@ -202,8 +202,8 @@ def methods(sampler, steps):
 
 
 def measure_methods(sampler, steps, repeats):
-    """Three dictionaries by method: least seconds of a run, report of its last run, extra bytes; then why the hook
-    failed."""
+    """({method: seconds of the fastest run}, {method: report of the last run}, {method: extra bytes}, why the hook
+    failed)."""
     seconds, reports, extra, ways = {}, {}, {}, methods(sampler, steps)
 
     def take(name):
@@ -242,7 +242,7 @@ def peak(sampler):
 
 
 def rows_of(name, sampler, steps, repeats=REPEATS):
-    """Rows of the table for one model."""
+    """Yields the rows of the table for one model."""
     seconds, reports, extra, why_failed = measure_methods(sampler, steps, repeats)
     plain, half = seconds["un-cached"], -(-steps // 2)
     yield [name, "un-cached", steps, f"{plain / steps:.4f} s", "", "", "", ""]

@@ -1,4 +1,4 @@
-"""What is measured: a pipeline, the pictures or clips that it draws, and how many steps were computed for them."""
+"""The subject of a measurement: a pipeline, the images or clips that it draws, and the number of computed steps."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ Row = namedtuple("Row", "family setting cache steps batch source", defaults=[BAT
 
 
 class Subject:
-    """A pipeline, what every call of it gets, and the (prompt, seed) of every picture.
+    """A pipeline and what it draws.
 
-    trial_jobs: those on which others' thresholds are searched for; default: the first of `jobs`.
+    call: keywords of every call; jobs: (prompt, seed) of each image; trial_jobs: those on which the thresholds of other
+    projects are searched for (None: the first of `jobs`).
     """
 
     def __init__(self, pipe, call: dict, jobs: list, scheduler: str = "euler", trial_jobs: list | None = None):
@@ -48,7 +49,7 @@ class Subject:
         self.branches = self.counted_branches()
 
     def new_scheduler(self, name: str):
-        """One of SAMPLER_NAMES, with the noise levels of the model's own."""
+        """The scheduler of this name in SAMPLER_NAMES, with the noise levels of the model's own."""
         from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
         if name == "euler":
@@ -69,8 +70,8 @@ class Subject:
             self.pipe.scheduler = own
 
     def guide(self, guidance: float) -> None:
-        """Draw with this classifier-free guidance from now on; 1: none."""
-        if "Flux" in type(self.pipe).__name__:  # whose guidance_scale is a number that the model is told
+        """Use this classifier-free guidance from now on; 1: none."""
+        if "Flux" in type(self.pipe).__name__:  # its guidance_scale is an input of the model
             wanted = {"negative_prompt": "", "true_cfg_scale": guidance} if guidance != 1 else {}
         else:
             wanted = {"guidance_scale": guidance}
@@ -82,11 +83,11 @@ class Subject:
         self.executed += 1
 
     def counted_branches(self) -> int:
-        """Calls of the transformer a step, without a cache."""
+        """Calls of the transformer per step, without a cache."""
         return round(self.calls(self.jobs[:1], 2) / 2)
 
     def render(self, jobs: list, steps: int, **more) -> np.ndarray:
-        """uint8 frames (jobs, frames, height, width, 3) of these (prompt, seed), drawn as one batch."""
+        """uint8 frames (jobs, frames, height, width, 3) of these jobs, drawn as one batch."""
         output = self.pipe(
             [prompt for prompt, _ in jobs],
             num_inference_steps=steps,
@@ -99,21 +100,21 @@ class Subject:
         return (np.asarray(frames) * 255).round().astype(np.uint8)
 
     def drawn(self, steps: int, title: str, batch: int) -> tuple[list[np.ndarray], float]:
-        """(every picture, computed steps a picture)"""
+        """(all images, computed steps per image)."""
         self.executed, batches, pictures = 0, range(0, len(self.jobs), batch), []
         for first in tqdm(batches, desc=title, leave=False):
             pictures.extend(self.render(self.jobs[first : first + batch], steps))
         return pictures, self.executed / self.branches / len(batches)
 
     def calls(self, jobs: list, steps: int) -> float:
-        """Calls of the transformer that ran its blocks, a picture; each drawn alone."""
+        """Calls of the transformer that ran its blocks, per image; each image is drawn alone."""
         self.executed = 0
         for job in jobs:
             self.render([job], steps)
         return self.executed / len(jobs)
 
     def peak_bytes(self, cache: Callable, steps: int) -> int:
-        """Bytes of tensors that are alive between two steps of a run, looked at three times."""
+        """Bytes of tensors that are alive between two steps of a run, measured three times."""
         seen = []
 
         def look(pipe, step, timestep, tensors):
