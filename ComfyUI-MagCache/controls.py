@@ -31,17 +31,6 @@ class Hints(dict):
             self.update(made or {})
         return self if self.present else None
 
-    def state(self, sigma: float) -> tuple:
-        """Which control nets act at this noise level, and how strongly. Residuals made in different states are not
-        interchangeable."""
-        acting, control = [], self.control
-        while control is not None:
-            first, last = control.timestep_range or (float("inf"), 0.0)
-            if last <= sigma <= first:
-                acting.append((id(control), control.strength))
-            control = control.previous_controlnet
-        return tuple(acting)
-
     def __getitem__(self, key):
         self.make()
         return super().__getitem__(key)
@@ -69,6 +58,18 @@ class Hints(dict):
     def items(self):
         self.make()
         return super().items()
+
+
+def state_of(control, sigma: float) -> tuple:
+    """Which of a control net and those before it act at this noise level, and how strongly. Residuals made in different
+    states are not interchangeable."""
+    acting = []
+    while control is not None:
+        first, last = control.timestep_range or (float("inf"), 0.0)
+        if last <= sigma <= first:
+            acting.append((id(control), control.strength))
+        control = control.previous_controlnet
+    return tuple(acting)
 
 
 def deferred(conds: list, controls: dict) -> list:

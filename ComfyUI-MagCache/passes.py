@@ -18,7 +18,7 @@ from .common.hosts import host_of
 from .common.payloads import Residual
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part, same
-from .controls import Hints
+from .controls import Hints, state_of
 
 
 class Prediction:
@@ -53,6 +53,7 @@ class Pass:
         self.host = host_of(about.model) if payload == "residual" else None
         self.residuals, self.controls = {}, {}
         self.seen = Counter()  # calls with each conditioning in this evaluation of the guider
+        self.called, self.begins = {}, False  # step of the newest call of each conditioning; whether another begins
         self.given, self.states = {}, {}  # inputs of each conditioning; what acted when it was called last
         if self.host:
             self.residual_of(about.model)  # raises if this version of the class is not known
@@ -84,7 +85,7 @@ class Pass:
             "sigma": sigma,
             "patch_size": getattr(self.about.model, "patch_size", 1),
         }
-        acting = control.state(sigma) if isinstance(control, Hints) else (), hooks_of(executor.class_obj)
+        acting = state_of(control.control, sigma) if isinstance(control, Hints) else (), hooks_of(executor.class_obj)
         parts, changed = self.parts(forward, acting, options)
         payload = Prediction(x, sigma, self.about.deterministic)
         if self.payload == "residual":
@@ -94,7 +95,7 @@ class Pass:
             return executor(*args[:4], *control, *args[5:], **kwargs)
 
         while True:
-            call = self.run.begin(parts, payload, forward, CHANGED if changed else "")
+            call = self.run.begin(parts, payload, forward, CHANGED if changed or self.begins else "")
             try:
                 if not call.reused:
                     output = model(control.make() if isinstance(control, Hints) else control)
@@ -108,6 +109,22 @@ class Pass:
                 call.cancel()
                 raise
 
+    def expect(self, conds: list, timestep: torch.Tensor, options: dict):
+        """Before the calls with these conditionings, of all branches. If one was not called at the newest computed step
+        (guidance begins, a prompt or a control net in its range), all compute: guidance multiplies what a predicted
+        branch and a computed one differ in."""
+        sigma, window = float(timestep.flatten()[0]), window_of(options)
+        step = self.about.step(sigma)
+        newest = max(self.run.schedule.anchors(step), default=0)
+        names = [
+            (cond["uuid"], window, state_of(cond.get("control"), sigma))
+            for branch in conds
+            for cond in branch or ()
+            if in_range(cond, timestep)
+        ]
+        self.begins = any(self.called.get(name, -1) < newest for name in names)
+        self.called.update(dict.fromkeys(names, step))
+
     def parts(self, forward, acting, options) -> tuple[list[Part], bool]:
         """(a Part for each conditioning of a call's batch; whether one of them changed since it was called last).
 
@@ -115,7 +132,7 @@ class Pass:
         by a third call at another latent, or go tile by tile), the context window, which blocks are replaced
         (skip-layer guidance), which control nets and hooks act and how strongly, and the prompt itself.
         """
-        window = getattr(options.get("context_window"), "index_list", None)
+        window = window_of(options)
         replaced = sorted(
             str((name, key)) for name, patches in options.get("patches_replace", {}).items() for key in patches
         )
@@ -124,7 +141,7 @@ class Pass:
         for name, branch, latent, inputs in zip_longest(
             options.get("uuids") or branches, branches, forward["x"].chunk(len(branches)), given, fillvalue=()
         ):
-            place = name, None if window is None else tuple(window), tuple(replaced)
+            place = name, window, tuple(replaced)
             place = *place, self.count(place)
             state = *acting, self.version(name, inputs)
             changed |= self.states.get(place, state) != state
@@ -151,6 +168,18 @@ class Pass:
 NOTHING_RECORDED = "another patch skipped or replaced the first block"
 VERSIONS = 8  # of a conditioning that are remembered: where it changes at each step, none comes again
 GIVEN = ("c_crossattn", "y", "guidance")  # prompt, pooled prompt and guidance among the arguments of apply_model
+
+
+def window_of(options: dict) -> tuple | None:
+    """The frames of the context window that is called, or None."""
+    window = getattr(options.get("context_window"), "index_list", None)
+    return None if window is None else tuple(window)
+
+
+def in_range(cond: dict, timestep: torch.Tensor) -> bool:
+    """Whether a conditioning is called at this noise level, compared as ComfyUI does."""
+    late, early = timestep[0] > cond.get("timestep_start", float("inf")), timestep[0] < cond.get("timestep_end", 0.0)
+    return not bool(late or early)
 
 
 def hooks_of(model) -> tuple:

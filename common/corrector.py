@@ -78,6 +78,10 @@ class Replay:
         self.state: dict = {}  # of the scheduler after that one
         self.kept_keys: set[Hashable] = set()  # of the calls whose guided outputs are kept
 
+    def restart(self, step: int) -> None:
+        """Forget what was kept before this step, because the conditioning changed."""
+        self.clear()
+
     def detach(self) -> None:
         """Put the scheduler's own `step` back."""
         if self.scheduler.__dict__.get("step") is self.wrapper:
@@ -190,6 +194,15 @@ class Folded:
     def clear(self) -> None:
         """Forget what was kept, because another expert takes over."""
         self.branches.clear()
+
+    def restart(self, step: int) -> None:
+        """Forget what was kept before this step, of all branches, because the conditioning of one changed: guidance
+        would multiply what a corrected branch and another differ in."""
+        kept = {key: trajectory.anchors[:1] for key, (trajectory, _) in self.branches.items()}
+        self.branches.clear()
+        for key, anchors in kept.items():
+            if anchors and anchors[0][0] == step:
+                self.branch(key)[0].computed(*anchors[0])
 
     def detach(self) -> None:
         """The run is over."""

@@ -184,7 +184,7 @@ class CachedRun(Run):
 
     def predict(self, parts: Sequence[Part], compute: str = "") -> tuple[torch.Tensor | None, str]:
         if self.follower and compute.startswith(CHANGED):  # earlier outputs tell nothing of those from here on
-            self.follower.clear()
+            self.follower.restart(parts[0].call.step)
         if not self.schedule.reuse[parts[0].call.step]:
             return None, ""
         why = compute or self.stopped

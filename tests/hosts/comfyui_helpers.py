@@ -168,12 +168,16 @@ def sampler_levels(patcher, steps=STEPS, scheduler="simple", denoise=1.0):
     ].tolist()
 
 
-def expected_of(patcher, family="flux", **options):
-    """The oracle's latent at the levels of a run, and the schedule."""
+def expected_of(patcher, family="flux", begins=None, **options):
+    """The oracle's latent at the levels of a run, and the schedule. begins: noise level at which a conditioning begins,
+    so that the step there computes."""
     run = {key: value for key, value in options.items() if key in ("steps", "scheduler", "denoise")}
     levels = sampler_levels(patcher, **run)
     schedule = plan_of_levels(levels)
-    oracle = ComfyOracle(patcher, schedule.reuse, levels)
+    reuse = schedule.reuse.copy()
+    if begins is not None:
+        reuse[next(step for step, level in enumerate(levels) if level <= 1.0001 * begins)] = False
+    oracle = ComfyOracle(patcher, reuse, levels)
     made = sample(oracle.patcher, family, **options)
     oracle.remove()
     return made, schedule

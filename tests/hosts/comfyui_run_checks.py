@@ -216,7 +216,8 @@ def nothing_is_kept_after_a_run():
 
 
 def regions_and_schedules(family):
-    """Several conditionings a branch, by area and by part of the run: each has a residual of its own."""
+    """Several conditionings a branch, by area and by part of the run: each has a residual of its own, and where one
+    begins all compute."""
     patcher = build(family)
     height = latent(family).shape[-2]
     positive = (
@@ -225,7 +226,8 @@ def regions_and_schedules(family):
         + prompt(4, start_percent=0.0, end_percent=0.5)
         + prompt(5, start_percent=0.5, end_percent=1.0)
     )
-    expected, schedule = expected_of(patcher, family, positive=positive)
+    half = patcher.model.model_sampling.percent_to_sigma(0.5)
+    expected, schedule = expected_of(patcher, family, begins=half, positive=positive)
     patched, said = cached_patcher(patcher)
     assert torch.equal(sample(patched, family, positive=positive), expected), said
 

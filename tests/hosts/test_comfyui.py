@@ -261,6 +261,12 @@ def test_change(worker, change):
     worker.run("a_change_in_mid_run_computes", change)
 
 
+@pytest.mark.robustness("In ComfyUI", CHANGES)
+@pytest.mark.parametrize("before, after", [(1.0, 5.0), (5.0, 1.0), (2.0, 8.0), (8.0, 2.0)])
+def test_guidance_that_changes(worker, before, after):
+    worker.run("guidance_that_changes", before, after)
+
+
 @pytest.mark.robustness(
     "In ComfyUI",
     "a guidance that calls the model again at another latent",
