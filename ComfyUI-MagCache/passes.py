@@ -53,6 +53,7 @@ class Pass:
         self.host = host_of(about.model) if payload == "residual" else None
         self.residuals, self.controls = {}, {}
         self.seen = Counter()  # calls with each conditioning in this evaluation of the guider
+        self.guider = None  # of this evaluation
         self.called, self.begins = {}, False  # step of the newest call of each conditioning; whether another begins
         self.given, self.states = {}, {}  # inputs of each conditioning; what acted when it was called last
         if self.host:
@@ -109,6 +110,11 @@ class Pass:
                 call.cancel()
                 raise
 
+    @property
+    def guides(self) -> bool:
+        """Whether the guider guides now. A node may change its scale from step to step."""
+        return getattr(self.guider, "cfg", 1.0) != 1.0
+
     def expect(self, conds: list, timestep: torch.Tensor, options: dict):
         """Before the calls with these conditionings, of all branches. If one was not called at the newest computed step
         (guidance begins, a prompt or a control net in its range), all compute: guidance multiplies what a predicted
@@ -122,6 +128,8 @@ class Pass:
             for cond in branch or ()
             if in_range(cond, timestep)
         ]
+        if self.guides:  # whose branches may be in batches of their own
+            names.append(("guidance", window, ()))
         self.begins = any(self.called.get(name, -1) < newest for name in names)
         self.called.update(dict.fromkeys(names, step))
 
@@ -146,7 +154,7 @@ class Pass:
             state = *acting, self.version(name, inputs)
             changed |= self.states.get(place, state) != state
             self.states[place] = state
-            parts.append(Part((*place, *state), Call(step, branch), latent))
+            parts.append(Part((*place, *state), Call(step, branch), latent, self.guides))
         return parts, changed
 
     def count(self, place) -> int:

@@ -87,6 +87,7 @@ def predict_noise(executor, x, timestep, model_options=None, *args, **kwargs):
     made = model_options.get("transformer_options", {}).get(KEY)
     if made is not None:
         made.seen.clear()
+        made.guider = executor.class_obj
     return executor(x, timestep, model_options, *args, **kwargs)
 
 

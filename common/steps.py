@@ -32,8 +32,8 @@ class Call:
 class Part(NamedTuple):
     """One conditioning's part of a model call's batch.
 
-    key: under which its residuals are kept, the same at each step; latent: its rows; guided: whether one call makes all
-    branches of guidance (`StepTracker.in_one_call`).
+    key: under which its residuals are kept, the same at each step; latent: its rows; guided: whether there is
+    guidance that `call` does not show, as one makes all branches (`StepTracker.in_one_call`) or each is alone.
     """
 
     key: Hashable

@@ -143,24 +143,36 @@ def guided(patcher, step, before, after):
     return patched
 
 
+def one_after_the_other(self, x, timestep, model_options=None, seed=None):
+    """In the place of `CFGGuider.predict_noise`: each branch in a batch of its own, as core's Dual Model CFG Guider."""
+    outputs = [
+        comfy.samplers.calc_cond_batch(self.inner_model, [self.conds[name]], x, timestep, model_options)[0]
+        for name in ("positive", "negative")[: 1 if self.cfg == 1.0 else 2]
+    ]
+    return outputs[-1] + self.cfg * (outputs[0] - outputs[-1])
+
+
 def guidance_that_changes(before, after):
-    """Guidance that begins, ends or gets stronger or weaker at any step of the plan, in one call for both branches or
-    in two: what was predicted and what is corrected is not multiplied by it."""
+    """Guidance that begins, ends or gets stronger or weaker at any step of the plan, in one call for both branches, in
+    two, or in two batches: what was predicted and what is corrected is not multiplied by it."""
     patcher = smooth_prompted_model()
     roomy, missed = type(patcher).get_free_memory, {}
+    guider, together = comfy.samplers.CFGGuider, comfy.samplers.CFGGuider.predict_noise
     for step in range(3, STEPS - 2):
         model = guided(patcher, step, before, after)
         plain = sample(model, "wan")
         for corrector in (False, True):
             results = []
-            for free in (2**40, 0):
+            for free, guide in ((2**40, together), (0, together), (2**40, one_after_the_other)):
                 patched, said = cached_patcher(model, thresholds={}, mag_ratios="", speedup=2.0, corrector=corrector)
                 type(patcher).get_free_memory = lambda self, device, free=free: free
+                guider.predict_noise = guide
                 try:
                     results.append(sample(patched, "wan"))
                 finally:
-                    type(patcher).get_free_memory = roomy
-            assert torch.allclose(*results, rtol=1e-4, atol=1e-4), (step, corrector, said)
+                    type(patcher).get_free_memory, guider.predict_noise = roomy, together
+            for one in results[1:]:
+                assert torch.allclose(one, results[0], rtol=1e-4, atol=1e-4), (step, corrector, said)
             missed[step, corrector] = float((results[0] - plain).norm() / plain.norm())
     for step in range(3, STEPS - 2):
         assert missed[step, True] < 0.5 * missed[step, False] < 0.1, (step, missed)
