@@ -86,8 +86,9 @@ class Pass:
             "sigma": sigma,
             "patch_size": getattr(self.about.model, "patch_size", 1),
         }
-        acting = state_of(control.control, sigma) if isinstance(control, Hints) else (), hooks_of(executor.class_obj)
-        parts, changed = self.parts(forward, acting, options)
+        hooks = getattr(getattr(executor.class_obj, "current_patcher", None), "current_hooks", None)
+        state = state_of(control.control, sigma) if isinstance(control, Hints) else (), strengths(hooks)
+        parts, changed = self.parts(forward, state, options)
         payload = Prediction(x, sigma, self.about.deterministic)
         if self.payload == "residual":
             payload = self.residual_of(inner_module(executor.class_obj.diffusion_model))
@@ -115,15 +116,14 @@ class Pass:
         """Whether the guider guides now. A node may change its scale from step to step."""
         return getattr(self.guider, "cfg", 1.0) != 1.0
 
-    def expect(self, conds: list, timestep: torch.Tensor, options: dict):
+    def expect(self, model, conds: list, timestep: torch.Tensor, model_options: dict):
         """Before the calls with these conditionings, of all branches. If one was not called at the newest computed step
-        (guidance begins, a prompt or a control net in its range), all compute: guidance multiplies what a predicted
-        branch and a computed one differ in."""
-        sigma, window = float(timestep.flatten()[0]), window_of(options)
-        step = self.about.step(sigma)
+        (guidance begins, a prompt or a control net in its range, a hook's keyframe), all compute: guidance multiplies
+        what a predicted branch and a computed one differ in."""
+        window, step = window_of(model_options["transformer_options"]), self.about.step(float(timestep.flatten()[0]))
         newest = max(self.run.schedule.anchors(step), default=0)
         names = [
-            (cond["uuid"], window, state_of(cond.get("control"), sigma))
+            (cond["uuid"], window, acting(model, cond, timestep, model_options))
             for branch in conds
             for cond in branch or ()
             if in_range(cond, timestep)
@@ -190,9 +190,16 @@ def in_range(cond: dict, timestep: torch.Tensor) -> bool:
     return not bool(late or early)
 
 
-def hooks_of(model) -> tuple:
-    """Which hooks (scheduled LoRAs) are on the weights of a BaseModel, and how strongly."""
-    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
+def acting(model, cond: dict, timestep: torch.Tensor, model_options: dict) -> tuple:
+    """Which control nets and hooks will act on a conditioning at this noise level, and how strongly."""
+    hooks = cond.get("hooks")
+    if hooks is not None:  # as ComfyUI does before each call; once is enough
+        model.current_patcher.prepare_hook_patches_current_keyframe(timestep, hooks, model_options)
+    return state_of(cond.get("control"), float(timestep.flatten()[0])), strengths(hooks)
+
+
+def strengths(hooks) -> tuple:
+    """Hooks (scheduled LoRAs) of a group, or None, and how strongly they act."""
     return tuple((id(hook.hook_ref), hook.strength) for hook in hooks.hooks) if hooks else ()
 
 

@@ -99,7 +99,7 @@ def calc_cond_batch(executor, model, conds, x, timestep, model_options, *args, *
     conds = [branch and [identified(cond) for cond in branch] for branch in conds]
     if made is not None:
         conds = deferred(conds, made.controls)
-        made.expect(conds, timestep, model_options["transformer_options"])
+        made.expect(model, conds, timestep, model_options)
     return executor(model, conds, x, timestep, model_options, *args, **kwargs)
 
 

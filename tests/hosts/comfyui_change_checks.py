@@ -82,8 +82,8 @@ CHANGES = (strength_of_a_control_net, scheduled_lora, changed_prompt, changed_gu
 
 
 def a_change_in_mid_run_computes(name):
-    """The step at which something changes computes, though planned to be reused; the others go by the plan. Off is
-    plain."""
+    """The step at which something changes computes, though planned to be reused, with all branches; the others go by
+    the plan. Off is plain."""
     model, run = next(change for change in CHANGES if change.__name__ == name)()
     plain = run(model)
     off, _ = cached_patcher(model, thresholds={"magcache_thresh": 0.0})
@@ -100,6 +100,8 @@ def a_change_in_mid_run_computes(name):
         expected = planned[:CHANGE] + "#" + planned[CHANGE + 1 :]
         assert strip == expected and torch.isfinite(result).all(), (options, strip, expected, said)
         unplanned = planned[CHANGE] == "."
+        at_the_change = [ran for sigma, ran in zip(watched.sigmas, watched.ran) if abs(sigma - levels[CHANGE]) < 1e-6]
+        assert all(at_the_change), (options, at_the_change)  # of both branches
         assert not unplanned or "computed unplanned (the conditioning changed)" in said[-1], said
 
 
