@@ -141,7 +141,7 @@ def closeness(subject, steps, computed, reference, corrector=True, table=None):
         subject.pipe.transformer,
         subject.host,
         table,
-        Target(computed, predictor=None if table is None else "linear"),
+        Target(computed, predictor="line" if table is None else "linear"),
         subject.timesteps,
         announce=None,
         scheduler=lambda: subject.pipe.scheduler,

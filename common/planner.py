@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,9 +44,9 @@ class Target:
     predictor: "line" needs neither a calibration nor facts of the model: outputs are predicted along the line through
         the two newest, as far as that line predicted the computed steps of the run. "linear" needs a calibration:
         outputs are predicted as by line and corrected as the calibration tells; of residuals, the two newest are
-        weighed. "reuse" takes the newest as it is. None: linear where magcache_max_error, magcache_guard or the payload
+        weighed. "reuse" takes the newest unchanged. "": linear where magcache_max_error, magcache_guard or the payload
         residual is asked for, otherwise line. `for_table` says where linear gives way to another.
-    payload: what is kept and predicted, the block stack's "residual" or the model's "output" (None: the residual for
+    payload: what is kept and predicted, the block stack's "residual" or the model's "output" ("": the residual for
         reuse, magcache_max_error and magcache_guard, otherwise the output).
     magcache_K: most reuses in a row (None: any number; 0: every step computes).
     retention_ratio: share of the steps, from the first on, that compute (None: only the first).
@@ -57,11 +57,11 @@ class Target:
 
     magcache_steps: int | None = None
     magcache_speedup: float | None = None
-    predictor: str = cast(str, None)  # chosen by __post_init__
+    predictor: str = ""
     magcache_K: int | None = None
     retention_ratio: float | None = None
     magcache_max_error: float | None = None
-    payload: str = cast(str, None)  # chosen by __post_init__
+    payload: str = ""
     magcache_guard: float | None = None
     measure: tuple[float, float] | None = None
 
@@ -90,7 +90,7 @@ class Target:
                 f"magcache_guard must be 1 or more times the calibrated error, not {self.magcache_guard}."
             )
 
-        if self.predictor not in (None, "line", *PREDICTORS):
+        if self.predictor and self.predictor not in ("line", *PREDICTORS):
             known = ", ".join(["line", *PREDICTORS])
             raise MagCacheError(f"There is no predictor {self.predictor}; there are {known}.")
         predictor = self.predictor or ("linear" if self.bounds_error or self.payload == "residual" else "line")
