@@ -60,7 +60,7 @@ class Hints(dict):
         return super().items()
 
 
-def state_of(control, sigma: float) -> tuple:
+def control_state(control, sigma: float) -> tuple:
     """Which of a control net and those before it act at this noise level, and how strongly. Residuals made in different
     states are not interchangeable."""
     acting = []

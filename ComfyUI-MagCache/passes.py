@@ -18,7 +18,7 @@ from .common.hosts import host_of
 from .common.payloads import Residual
 from .common.run import CachedRun, MeasuredRun, Run
 from .common.steps import Call, Part, same
-from .controls import Hints, state_of
+from .controls import Hints, control_state
 
 
 class Prediction:
@@ -87,7 +87,7 @@ class Pass:
             "patch_size": getattr(self.about.model, "patch_size", 1),
         }
         hooks = getattr(getattr(executor.class_obj, "current_patcher", None), "current_hooks", None)
-        state = state_of(control.control, sigma) if isinstance(control, Hints) else (), strengths(hooks)
+        state = control_state(control.control, sigma) if isinstance(control, Hints) else (), strengths(hooks)
         parts, changed = self.parts(forward, state, options)
         payload = Prediction(x, sigma, self.about.deterministic)
         if self.payload == "residual":
@@ -195,7 +195,7 @@ def acting(model, cond: dict, timestep: torch.Tensor, model_options: dict) -> tu
     hooks = cond.get("hooks")
     if hooks is not None:  # as ComfyUI does before each call; once is enough
         model.current_patcher.prepare_hook_patches_current_keyframe(timestep, hooks, model_options)
-    return state_of(cond.get("control"), float(timestep.flatten()[0])), strengths(hooks)
+    return control_state(cond.get("control"), float(timestep.flatten()[0])), strengths(hooks)
 
 
 def strengths(hooks) -> tuple:

@@ -133,7 +133,7 @@ def smooth_prompted_model():
     return patcher
 
 
-def guided(patcher, step, before, after):
+def with_changing_guidance(patcher, step, before, after):
     """Guidance of one strength up to a step and of another from there on, as core's CFG Override makes it."""
     level, patched = sampler_levels(patcher)[step] * 1.0001, patcher.clone()
 
@@ -161,7 +161,7 @@ def guidance_that_changes(before, after):
     roomy, missed = type(patcher).get_free_memory, {}
     guider, together = comfy.samplers.CFGGuider, comfy.samplers.CFGGuider.predict_noise
     for step in range(3, STEPS - 2):
-        model = guided(patcher, step, before, after)
+        model = with_changing_guidance(patcher, step, before, after)
         plain = sample(model, "wan")
         for corrector in (False, True):
             results = []
