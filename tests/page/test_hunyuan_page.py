@@ -127,6 +127,6 @@ def click_through_hunyuan(page, expect):
     page.wait_for_function("document.querySelector('video')?.videoWidth > 0", timeout=30_000)
     if os.environ.get("MAGCACHE_SCREENSHOT"):
         page.wait_for_timeout(1500)
-        bottom = page.get_by_text("Saved ").bounding_box()["y"] - 4
+        bottom = page.get_by_text(re.compile("^Saved ")).bounding_box()["y"] + page.evaluate("scrollY") - 4
         clip = {"x": 120, "y": 0, "width": 1000, "height": bottom}
         page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True, clip=clip)

@@ -256,7 +256,7 @@ def click_through_wan(page, expect):
     page.wait_for_function("document.querySelector('video')?.videoWidth > 0", timeout=30_000)
     if os.environ.get("MAGCACHE_SCREENSHOT"):
         page.wait_for_timeout(1500)
-        bottom = page.get_by_text("Saved example.mp4").bounding_box()["y"] + 40
+        bottom = page.get_by_text("Saved example.mp4").bounding_box()["y"] + page.evaluate("scrollY") + 40
         clip = {"x": 130, "y": 100, "width": 980, "height": bottom - 100}
         page.screenshot(path=os.environ["MAGCACHE_SCREENSHOT"], full_page=True, clip=clip)
     use.uncheck()
