@@ -326,15 +326,16 @@ def draw_one(pipe: Any, args: argparse.Namespace, call: dict[str, Any], number: 
     cached = draw_cached(pipe, args, call, say)
     if cached.report.measuring and count == 1:
         say("Run the same command again to use what was measured, or ask for --magcache_speedup, which needs none.")
+    compares = args.compare and entry_of(cached.drawn.output, FRAMES) is not None
     if not writes:
-        if args.compare:  # every rank has to take part
+        if compares:  # every rank has to take part
             compared(pipe, args, call, cached)
         return
     paths = save(pipe, cached.drawn, args, number, count)
     files = [path.name for path in paths]
     about: dict[str, Any] = {"model": args.model, "seed": args.seed, "device": device, "files": files}
     about["call"] = {name: value for name, value in call.items() if isinstance(value, (str, int, float, bool))}
-    if args.compare and entry_of(cached.drawn.output, FRAMES) is not None:
+    if compares:
         with bookkeeping("The comparison", say):
             rows, pictures = compared(pipe, args, call, cached)
             print(quality_table(rows))
