@@ -82,7 +82,7 @@ class Patch:
         if self.entered:
             return
         if kind is not None:
-            self.end_run()  # it broke off, perhaps between the branches of its last step, so it is not complete
+            self.end_run()  # it was interrupted, perhaps between the branches of its last step, so it is not complete
         self.remove()
         if kind is None:
             self.require_reached()

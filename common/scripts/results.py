@@ -19,7 +19,7 @@ from .quality import PICTURES, VIDEO_SUFFIXES, save_frames
 
 FRAMES, SOUNDS = ("images", "frames", "video"), ("audios", "audio", "sound")  # entries of an output
 RESULTS = (*FRAMES, "audios")  # of which an output must have one
-KINDS = {".png": "a picture", ".mp4": "a video", ".wav": "a sound"}
+KINDS = {".png": "an image", ".mp4": "a video", ".wav": "a sound"}
 ENDINGS = {".png": PICTURES, ".mp4": (*VIDEO_SUFFIXES, ".webp"), ".wav": (".wav",)}  # that suit each kind
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from tiny_pipelines import TEXT, flux, ltx2, random_model
 
-from common import patch
+from common import discover, patch
 from common.__main__ import main as command
 from common.errors import MagCacheError
 
@@ -173,7 +173,7 @@ def test_what_cannot_work_is_said_before_the_model_is_loaded(script, arguments, 
 @pytest.mark.parametrize("asked, got", [("x.mp4", "x.png"), ("x.wav", "x.png")])
 def test_a_name_that_does_not_suit_loses_nothing(tmp_path, script, asked, got):
     ended, said = script(*SMALL, "--output", asked)
-    assert ended is None and f"{asked} is no name for a picture" in said and (tmp_path / got).is_file()
+    assert ended is None and f"{asked} is no name for an image" in said and (tmp_path / got).is_file()
 
 
 def test_a_calibration_that_cannot_be_saved_loses_no_picture(tmp_path, script, monkeypatch):
@@ -395,8 +395,12 @@ def test_two_processes_by_the_command_that_starts_them(start, tmp_path):
         ("video", "WanTransformer3DModel\": Host(blocks=('blocks',)"),
     ],
 )
-def test_describe_prints_the_facts_of_a_model(capsys, kind, facts):
+def test_describe_prints_the_facts_of_a_model(capsys, monkeypatch, kind, facts):
     """In one small call: a video of the pipeline's own size would take minutes."""
+    sizes = []
+    own = discover.first_call
+    monkeypatch.setattr(discover, "first_call", lambda pipe, **call: sizes.append(call) or own(pipe, **call))
     command(["describe", str(REPOSITORY / "demo" / kind / "model")])
     said = capsys.readouterr().out
     assert f'"diffusers.{facts}' in said and "proved on this model, try 1" in said
+    assert sizes[0]["width"] == 256 and sizes[0].get("num_frames") == {"image": None, "video": 9}[kind]

@@ -147,7 +147,7 @@ def test_the_line_predicts_outputs_and_knows_no_error(make):
 
 
 def test_two_experts_are_not_mixed():
-    """What the first expert skipped is not made again with an output of the second."""
+    """What the first expert skipped is not corrected with an output of the second."""
     one, two = Tiny(), Tiny()
     with torch.no_grad():
         for parameter in two.parameters():
